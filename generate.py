@@ -1,0 +1,83 @@
+"""Answer prompts as several users: python generate.py --checkpoint DIR --prompts FILE.jsonl --users alice,bob,generic
+--out responses.jsonl
+
+A line of --prompts is {"prompt": text or messages, "id"?, "user_text"?}; a line of --out is {"id", "user", "prompt",
+"response", "tokens", "finished"}. The same command again goes on where it stopped.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from prlhf.checkpoint import load_final, weights_checksum
+from prlhf.data import parse_prompt, parse_user_text, read_json_lines
+from prlhf.encoding import Encoder
+from prlhf.errors import UserError, run_command
+from prlhf.responses import ResponseFile
+from prlhf.sampling import Decoding, Request, generate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a run's directory or its final/")
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--users", required=True, help="names with commas between; generic is the unknown user")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    args = parser.parse_args()
+    check_range("--max-new-tokens", args.max_new_tokens, low=1)
+    check_range("--temperature", args.temperature, low=0)
+    check_range("--top-p", args.top_p, low=1e-6, high=1)
+    check_range("--batch-size", args.batch_size, low=1)
+    check_range("--limit", args.limit or 1, low=1)
+
+    prompts = list(read_json_lines(args.prompts))[: args.limit]
+    loaded = load_final(args.checkpoint, tuple(args.set))
+    users = {name: loaded.users.required_number(name) for name in args.users.split(",")}
+    encoder = Encoder(loaded.tokenizer, loaded.config.data)
+    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    settings = {"model": weights_checksum(loaded.path), "prompts": str(args.prompts), **asdict(decoding)}
+    out = ResponseFile(Path(args.out), settings, args.overwrite)
+
+    requests, records = [], []
+    for number, record in prompts:
+        where = f"{args.prompts}, line {number}"
+        if "prompt" not in record:
+            raise UserError(f"{where}: no field 'prompt'")
+        prompt = parse_prompt(record["prompt"], where)
+        ids = encoder.prefix(prompt, parse_user_text(record, where)).ids
+        for name, user in users.items():
+            key = {"id": str(record.get("id", number)), "user": name}
+            if not out.has(key):
+                requests.append(Request(ids, user, f"{key['id']} {name}"))
+                records.append({**key, "prompt": record["prompt"]})
+
+    device = loaded.config.device if loaded.config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    model = loaded.model.to(device)
+    for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
+        rows = slice(start, start + args.batch_size)
+        responses = generate(model, requests[rows], encoder.user_slot, encoder.eos, decoding)
+        texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+        for record, response, text in zip(records[rows], responses, texts):
+            out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})
+    print(f"{args.out}: {len(requests)} new responses, {len(prompts) * len(users)} in all")
+
+
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """UserError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise UserError(f"{name}: found {value:g}, expected at least {low:g}" + (f", at most {high:g}" if high < 1e9 else ""))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,181 @@
+"""What differs between Hugging Face families: how a model is loaded, its attention, its head, what LoRA adapts.
+
+The model classes are Hugging Face's own. Llama-like families (Llama 2/3, Tulu, SmolLM2, Mistral, Qwen) take a
+boolean attention mask through the attention interface; GPT-J has no SDPA there and gets one here.
+"""
+
+import contextlib
+import logging
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from transformers.utils import logging as transformers_logging
+
+from prlhf.config import ModelConfig
+from prlhf.errors import UserError
+
+transformers_logging.disable_progress_bar()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = {"gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")}  # all others: LLAMA_LIKE
+
+
+class Head(NamedTuple):
+    """The language-model head: logits = hidden @ weight.T + bias."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The head of a causal LM (GPT-J's has a bias)."""
+    layer = model.get_output_embeddings()
+    return Head(layer.weight, layer.bias)
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    embeddings_RTD: Tensor,
+    mask: Tensor,
+    positions_RT: Tensor,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Last hidden states (R, T, D), after the final norm: what the head reads.
+
+    mask: boolean (R, 1, T, S), True where a query sees a key; S counts the cached positions too.
+    """
+    output = model.base_model(
+        inputs_embeds=embeddings_RTD,
+        attention_mask=mask,
+        position_ids=positions_RT,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return output.last_hidden_state
+
+
+def _gptj_sdpa(attention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None):
+    """GPTJAttention._attn by scaled_dot_product_attention: softmax(Q K^T / sqrt(d) + mask) V."""
+    dropout = attention.attn_dropout.p if attention.training else 0.0
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query.to(value.dtype), key.to(value.dtype), value, attn_mask=attention_mask, dropout_p=dropout
+    )
+    return output, None
+
+
+def use_sdpa(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a GPT-J model the SDPA attention; other families have it already."""
+    if model.config.model_type == "gptj":
+        for block in model.transformer.h:
+            block.attn._attn = types.MethodType(_gptj_sdpa, block.attn)
+    return model
+
+
+def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder` or of the model; a byte tokenizer for a random-weight model."""
+    if folder is None and config.name is None:
+        return byte_tokenizer()
+    with _explained(folder or config.name):
+        return AutoTokenizer.from_pretrained(str(folder or _expanded(config.name)))
+
+
+def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """The causal LM in config.dtype: from safetensors, or with weights drawn from `seed` where it has no name."""
+    if config.name is None:
+        return use_sdpa(random_backbone(config, len(tokenizer), seed))
+    return load_weights(config.name, config.dtype)
+
+
+def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
+    """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it."""
+    with _explained(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            _expanded(name), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        )
+    return use_sdpa(model)
+
+
+def random_backbone(config: ModelConfig, vocabulary: int, seed: int) -> PreTrainedModel:
+    """A small Llama or GPT-J with weights drawn from `seed`, for tests and for trying things."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.family == "gptj":
+            gptj = GPTJConfig(
+                vocab_size=vocabulary, n_embd=config.width, n_layer=config.layers, n_head=config.heads,
+                rotary_dim=config.width // config.heads // 2 // 2 * 2 or None, n_positions=4096,
+                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
+                bos_token_id=None, eos_token_id=None,
+            )  # fmt: skip
+            model: PreTrainedModel = GPTJForCausalLM(gptj)
+        else:
+            llama = LlamaConfig(
+                vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
+                num_attention_heads=config.heads, num_key_value_heads=max(1, config.heads // 2),
+                intermediate_size=4 * config.width, max_position_embeddings=4096,
+                bos_token_id=None, eos_token_id=None,
+            )  # fmt: skip
+            model = LlamaForCausalLM(llama)
+    return model.to(DTYPES[config.dtype])
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token a byte, BOS, EOS, PAD and a small chat template; needs no file."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """`names`, or all linear layers of the blocks for the model's family."""
+    return names or LORA_TARGETS.get(model.config.model_type, LLAMA_LIKE)
+
+
+def _expanded(name: str | Path) -> str:
+    path = Path(name).expanduser()
+    return str(path) if path.exists() else str(name)
+
+
+@contextlib.contextmanager
+def _explained(name: str | Path) -> Iterator[None]:
+    """Loading errors as one sentence, and transformers' chatter left out."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.name {str(name)!r}: expected a folder or hub name of a causal LM with safetensors ({reason})"
+        ) from None
+    finally:
+        logger.setLevel(level)

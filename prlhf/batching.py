@@ -1,0 +1,131 @@
+"""Tokens to a `PreferenceBatch`: one tensor row holds a preference tree. And which comparisons go together.
+
+    row:        [BOS] u_t x | y1 EOS | y2 EOS | padding
+    segment:        PREFIX  | CHOSEN | REJECTED | PAD
+
+The chosen and the rejected response share the prefix, which is computed once. y2 does not see y1, and its position
+ids go on from the prefix. The user vectors e_u are not tokens: the model puts them after BOS. The plain layout
+("rows") holds [prefix y1] and [prefix y2] in two rows of the same structure; it is the readable reference.
+
+Shape suffixes: B comparisons, R rows, T positions in a row, N response tokens.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from prlhf.encoding import EncodedComparison
+
+PAD, PREFIX, CHOSEN, REJECTED = 0, 1, 2, 3
+
+
+@dataclass
+class PreferenceBatch:
+    """B comparisons as rows of tokens, and where their response tokens are predicted.
+
+    A response's first token is predicted at the last prefix position, the others at the token before them. Flat
+    positions count row by row (row * T + t) and know nothing of the user vectors, which the model inserts at
+    `user_slot`.
+    """
+
+    input_ids_RT: Tensor
+    segments_RT: Tensor  # PAD, PREFIX, CHOSEN or REJECTED
+    positions_RT: Tensor
+    comparison_R: Tensor  # which comparison a row belongs to
+    predicted_at_N: Tensor  # flat position whose hidden state predicts response token n
+    targets_N: Tensor  # that token's id
+    response_N: Tensor  # its response: 2 b for chosen, 2 b + 1 for rejected
+    size: int  # B
+    user_slot: int
+
+    def to(self, device: torch.device | str) -> "PreferenceBatch":
+        """The same batch with its tensors on `device`."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name.endswith(("_RT", "_R", "_N"))}
+        return replace(self, **moved)
+
+
+def collate(
+    comparisons: Sequence[EncodedComparison], user_slot: int, layout: str = "tree", reference: bool = False
+) -> PreferenceBatch:
+    """Lay out comparisons as trees (one row each) or plain rows (two each); `reference` takes the reference's prefix."""
+    rows: list[tuple[int, list[int], list[tuple[int, list[int]]]]] = []  # comparison, prefix, its (segment, response)s
+    for b, comparison in enumerate(comparisons):
+        prefix = comparison.reference_prefix if reference else comparison.prefix
+        branches = [(CHOSEN, comparison.chosen), (REJECTED, comparison.rejected)]
+        if layout == "tree":
+            rows.append((b, prefix, branches))
+        else:
+            rows.extend((b, prefix, [branch]) for branch in branches)
+
+    width = max(len(prefix) + sum(len(ids) for _, ids in branches) for _, prefix, branches in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    segments = torch.full((len(rows), width), PAD)
+    positions = torch.zeros(len(rows), width, dtype=torch.long)
+    predicted_at: list[int] = []
+    targets: list[int] = []
+    response: list[int] = []
+    for r, (b, prefix, branches) in enumerate(rows):
+        start = len(prefix)
+        input_ids[r, :start] = torch.tensor(prefix)
+        segments[r, :start] = PREFIX
+        positions[r, :start] = torch.arange(start)
+        for segment, ids in branches:
+            end = start + len(ids)
+            input_ids[r, start:end] = torch.tensor(ids)
+            segments[r, start:end] = segment
+            positions[r, start:end] = torch.arange(len(prefix), len(prefix) + len(ids))
+            predicted_at += [r * width + len(prefix) - 1, *range(r * width + start, r * width + end - 1)]
+            targets += ids
+            response += [2 * b + (segment == REJECTED)] * len(ids)
+            start = end
+    return PreferenceBatch(
+        input_ids,
+        segments,
+        positions,
+        torch.tensor([b for b, _, _ in rows]),
+        torch.tensor(predicted_at),
+        torch.tensor(targets),
+        torch.tensor(response),
+        len(comparisons),
+        user_slot,
+    )
+
+
+def tree_mask(segments_RT: Tensor) -> Tensor:
+    """Which key each query sees, (R, 1, T, T) boolean: what came before, of the prefix or of its own branch.
+
+    Padding sees itself alone, so that no softmax is empty; nothing sees padding.
+    """
+    query, key = segments_RT[:, :, None], segments_RT[:, None, :]
+    T = segments_RT.shape[1]
+    earlier = torch.ones(T, T, dtype=torch.bool, device=segments_RT.device).tril()
+    itself = torch.eye(T, dtype=torch.bool, device=segments_RT.device)
+    seen = earlier & (key != PAD) & ((key == PREFIX) | (key == query)) & (query != PAD)
+    return (seen | itself)[:, None]
+
+
+def length_bucketed_updates(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The comparisons (as indices) of each update of an epoch, neighbours in length, in an order set by the seed.
+
+    Shuffled pools of 16 updates are sorted by length and cut into updates, and the updates are shuffled: little is
+    padding, and every comparison occurs once.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    updates: list[list[int]] = []
+    pool = 16 * batch_size
+    for start in range(0, len(order), pool):
+        by_length = sorted(order[start : start + pool], key=lambda i: lengths[i])
+        updates += [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    rng.shuffle(updates)
+    return updates
+
+
+def micro_batches(indices: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Cut indices into groups of `size` of similar length, the longest first (memory peaks at once, not later)."""
+    by_length = sorted(indices, key=lambda i: (-lengths[i], i))
+    return [by_length[i : i + size] for i in range(0, len(by_length), size)]

@@ -1,0 +1,391 @@
+"""The configuration: frozen dataclasses, merged as defaults < YAML < --set, with all faults told at once.
+
+Every key is declared once, here, with its default, its range and one sentence about it; the README's table is made
+from these declarations.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prlhf.errors import UserError, did_you_mean
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A config key: its default, one sentence about it, and what values it takes (low <= value <= high, > above)."""
+    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str | None = key(None, "Folder or hub name of a Hugging Face causal LM (safetensors).")
+    family: str | None = key(
+        None, "With no `model.name`: a small random-weight model of this family.", choices=("llama", "gptj")
+    )
+    layers: int = key(2, "Blocks of a random-weight model.", low=1)
+    width: int = key(64, "Hidden size of a random-weight model.", low=16)
+    heads: int = key(4, "Attention heads of a random-weight model.", low=1)
+    dtype: str = key(
+        "float32",
+        "Type of the backbone's weights; user model and LoRA are float32 in any case.",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    layout: str = key(
+        "tree",
+        "tree: prompt once, both responses in one row; rows: the plain two rows (same numbers, slower).",
+        choices=("tree", "rows"),
+    )
+    gradient_checkpointing: bool = key(False, "Recompute each block in the backward pass to save memory.")
+
+
+@dataclass(frozen=True)
+class UserModelConfig:
+    kind: str = key(
+        "individual",
+        "f_im: uniform (vanilla, user-blind), individual e_0 + o_i, or cluster V w_i.",
+        choices=("uniform", "individual", "cluster"),
+    )
+    tokens: int = key(10, "T_u, vectors per user; 0 only with `uniform` (plain DPO).", low=0)
+    clusters: int = key(5, "K, for `cluster`.", low=1)
+    softmax: bool = key(False, "For `cluster`: use softmax(w_i) as the weights.")
+    init: str = key(
+        "vocabulary",
+        "Start from sampled word embeddings (paper, A.3), from no differences between users, or from noise.",
+        choices=("vocabulary", "zero", "random"),
+    )
+    aggregator: str = key(
+        "soft_prompt",
+        "How e_u meets the LM: vectors before the prompt, or a linear layer over [last hidden state; e_u].",
+        choices=("soft_prompt", "linear"),
+    )
+    lr: float = key(1e-3, "Learning rate of the user model and of a linear aggregator.", above=0)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str | None = key(None, "Comparisons to learn from.")
+    valid: str | None = key(None, "Held-out comparisons, for evaluation.")
+    format: str = key("jsonl", "File format: canonical JSON Lines, plain or .gz.", choices=("jsonl",))
+    limit: int | None = key(None, "Train on a seeded sample of this many comparisons.", low=1)
+    valid_limit: int | None = key(None, "Evaluate on a seeded sample of this many comparisons.", low=1)
+    known_users: int | None = key(
+        None, "Only the n users with most training comparisons are known, all others are user 0; null: all.", low=1
+    )
+    template: str = key(
+        "auto",
+        "auto: message lists through the chat template, strings as they are; chat: a string becomes one user message.",
+        choices=("auto", "chat"),
+    )
+    user_text: bool = key(True, "Put `user_text` before the prompt where a comparison has one.")
+    user_text_in_reference: bool = key(True, "The reference sees `user_text` too (the paper's code; false: eq. of 4).")
+    max_prompt_tokens: int = key(512, "Longer prompts lose their oldest text.", low=1)
+    min_prompt_tokens: int = key(16, "A prompt is never cut below this; the comparison is dropped instead.", low=1)
+    max_user_text_tokens: int = key(256, "Longer user texts lose their end.", low=1)
+    max_tokens: int = key(1024, "Most tokens of user text, prompt and the longer response together.", low=4)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    kind: str = key(
+        "sigmoid",
+        "Preference loss on the log-probs, applied to both branches.",
+        choices=("sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"),
+    )
+    alpha: float = key(0.5, "Weight of the user branch; the generic branch has 1 - alpha.", low=0, high=1)
+    beta: float = key(0.1, "Strength of the KL constraint (ORPO: weight of the odds-ratio term).", above=0)
+    label_smoothing: float = key(0.0, "Assumed share of flipped labels (sigmoid, robust).", low=0, high=0.499)
+    gamma: float = key(0.5, "SimPO's target margin.", low=0)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = key(1e-6, "Learning rate of the backbone or its LoRA.", above=0)
+    batch_size: int = key(32, "Comparisons per update, over all ranks.", low=1)
+    micro_batch_size: int = key(8, "Comparisons per forward pass; never changes the update.", low=1)
+    epochs: int = key(1, "Passes over the training data.", low=1)
+    max_steps: int | None = key(None, "Stop after this many updates.", low=1)
+    warmup_steps: int = key(0, "Updates of linear warm-up.", low=0)
+    schedule: str = key("linear", "Learning rate after the warm-up.", choices=("linear", "cosine", "constant"))
+    weight_decay: float = key(0.0, "AdamW's decay of the backbone or its LoRA (the user model has none).", low=0)
+    beta1: float = key(0.9, "AdamW's first-moment decay.", low=0, high=0.9999)
+    beta2: float = key(0.999, "AdamW's second-moment decay.", low=0, high=0.99999)
+    max_grad_norm: float | None = key(1.0, "Clip the gradient of all trained weights to this norm.", above=0)
+    max_skipped_steps: int = key(3, "Stop when this many updates in a row are not finite.", low=1)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    rank: int = key(0, "Rank; 0 is full fine-tuning.", low=0)
+    alpha: float = key(16.0, "Scale: the update is alpha / rank * B A x.", above=0)
+    dropout: float = key(0.0, "Dropout on the adapter's input.", low=0, high=0.99)
+    targets: tuple[str, ...] | None = key(None, "Names of the linear layers to adapt; null: all of the family's.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    log_every: int = key(10, "Updates between records in metrics.jsonl.", low=1)
+    eval_every: int | None = key(None, "Updates between evaluations; null: only at the end.", low=1)
+    save_every: int | None = key(None, "Updates between checkpoints; null: only at the end.", low=1)
+    keep_checkpoints: int = key(1, "Newest checkpoints to keep, beside the best.", low=1)
+    final: str = key("last", "Which weights become RUN_DIR/final.", choices=("last", "best"))
+    tensorboard: bool = key(False, "Also write TensorBoard events to RUN_DIR/tensorboard.")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    batch_size: int = key(16, "Comparisons per forward pass.", low=1)
+    bootstrap: int = key(2000, "Bootstrap samples (of users) behind each 95% interval.", low=100)
+    seed: int = key(0, "Seed of the bootstrap and of the shuffled user ids.", low=0)
+
+
+@dataclass(frozen=True)
+class Config:
+    method: str = key("pdpo", "pdpo: personalised direct preference optimisation.", choices=("pdpo",))
+    run_dir: str | None = key(None, "Where the run lives; null: runs/NAME of the config.")
+    seed: int = key(0, "Seed of everything random.", low=0)
+    device: str = key("auto", "auto is cuda where there is one, else cpu.", choices=("auto", "cpu", "cuda"))
+    model: ModelConfig = ModelConfig()
+    user_model: UserModelConfig = UserModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    lora: LoRAConfig = LoRAConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def keys() -> Iterator[tuple[str, dataclasses.Field]]:
+    """All keys as ('optim.lr', its dataclass field), in order of declaration."""
+    for outer in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(outer.type):
+            for inner in dataclasses.fields(outer.type):
+                yield f"{outer.name}.{inner.name}", inner
+        else:
+            yield outer.name, outer
+
+
+KEYS = dict(keys())
+
+
+def type_name(declared: dataclasses.Field) -> str:
+    """'int or null', 'float', 'llama | gptj': what a value may be, in words."""
+    options = typing.get_args(declared.type) if isinstance(declared.type, types.UnionType) else (declared.type,)
+    words = []
+    for option in options:
+        if option is str and declared.metadata["choices"]:
+            words.append(" | ".join(declared.metadata["choices"]))
+        elif option is types.NoneType:
+            words.append("null")
+        else:
+            words.append({str: "string", bool: "true | false", int: "int", float: "number"}.get(option, "list of strings"))
+    return " or ".join(words)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain dicts, as config.yaml holds it."""
+    as_dict = dataclasses.asdict(config)
+    targets = as_dict["lora"]["targets"]
+    as_dict["lora"]["targets"] = list(targets) if targets is not None else None
+    return as_dict
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML text."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """'optim.lr: 0.001 -> 0.01' for every key in which two configs differ."""
+    a, b = _flatten(to_dict(one)), _flatten(to_dict(other))
+    return [f"{name}: {a[name]!r} -> {b[name]!r}" for name in KEYS if a[name] != b[name]]
+
+
+def find(name: str) -> Path:
+    """The config file `name`, as given or in configs/. UserError where there is none."""
+    for path in (Path(name), CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+    raise UserError(f"config {name!r} not found, neither as given nor in {CONFIGS}{did_you_mean(name, known)}")
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read defaults < YAML file < ['optim.lr=1e-4', ...]. UserError with *all* faults, each with file, line and key."""
+    faults: list[str] = []
+    values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, where it was said)
+    if path is not None:
+        values.update(_read_yaml(Path(path), faults))
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            faults.append(f"--set {text}: expected key=value")
+            continue
+        try:
+            values[name.strip()] = (yaml.safe_load(value), f"--set {text}")
+        except yaml.YAMLError:
+            faults.append(f"--set {text}: {value!r} is not a YAML value")
+
+    good: dict[str, Any] = {}
+    for name, (value, where) in values.items():
+        try:
+            good[name] = _checked(name, value)
+        except ValueError as error:
+            faults.append(f"{where}: {error}")
+    config = _build(good)
+    faults += _cross_faults(config, {name: where for name, (_, where) in values.items()})
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UserError(f"{count} in the config:\n" + "\n".join(f"  {fault}" for fault in faults))
+    return config
+
+
+def _flatten(nested: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{inner}": v for inner, v in value.items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def _build(flat: dict[str, Any]) -> Config:
+    groups: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for name, value in flat.items():
+        group, dot, inner = name.partition(".")
+        if dot:
+            groups.setdefault(group, {})[inner] = value
+        else:
+            top[name] = value
+    default = Config()
+    return dataclasses.replace(
+        default, **top, **{name: dataclasses.replace(getattr(default, name), **group) for name, group in groups.items()}
+    )
+
+
+def _read_yaml(path: Path, faults: list[str]) -> dict[str, tuple[Any, str]]:
+    """Dotted key -> (value, 'file, line n, key'), straight from the YAML nodes, which know their lines."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    values: dict[str, tuple[Any, str]] = {}
+    if root is None:
+        return values
+    if not isinstance(root, yaml.MappingNode):
+        raise UserError(f"{path}, line 1: expected `key: value` lines, found a {root.id}")
+    constructor = yaml.SafeLoader("")
+
+    def visit(node: yaml.MappingNode, prefix: str) -> None:
+        for key_node, value_node in node.value:
+            name = prefix + str(key_node.value)
+            where = f"{path}, line {key_node.start_mark.line + 1}, {name}"
+            if name in values:
+                faults.append(f"{where}: given twice")
+            if isinstance(value_node, yaml.MappingNode) and not prefix:
+                if name not in _group_names():
+                    faults.append(f"{where}: no such group{did_you_mean(name, _group_names())}")
+                else:
+                    visit(value_node, f"{name}.")
+            else:
+                values[name] = (constructor.construct_object(value_node, deep=True), where)
+
+    visit(root, "")
+    return values
+
+
+def _group_names() -> list[str]:
+    return [outer.name for outer in dataclasses.fields(Config) if dataclasses.is_dataclass(outer.type)]
+
+
+def _checked(name: str, value: Any) -> Any:
+    """`value` in the type of the key `name`; ValueError with what was found and expected."""
+    if name not in KEYS:
+        if name in _group_names():
+            raise ValueError(f"{name} is a group of keys, found {value!r}")
+        raise ValueError(f"no such key{did_you_mean(name, KEYS)}")
+    declared = KEYS[name]
+    expected = type_name(declared)
+    options = typing.get_args(declared.type) if isinstance(declared.type, types.UnionType) else (declared.type,)
+    value = _coerced(value, options)
+    allowed = tuple({typing.get_origin(o) or o for o in options})
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise ValueError(f"found {value!r}, expected {expected}")
+    if value is None or isinstance(value, bool):
+        return value
+    limits = declared.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise ValueError(f"found {value!r}, expected {expected}{did_you_mean(str(value), limits['choices'])}")
+    if isinstance(value, (int, float)):
+        if not abs(value) < float("inf"):
+            raise ValueError(f"found {value!r}, expected a finite number")
+        for bound, fails, words in (
+            ("low", lambda b: value < b, "at least"),
+            ("high", lambda b: value > b, "at most"),
+            ("above", lambda b: value <= b, "more than"),
+        ):
+            if limits[bound] is not None and fails(limits[bound]):
+                raise ValueError(f"found {value!r}, expected {words} {limits[bound]}")
+    return value
+
+
+def _coerced(value: Any, options: Sequence[Any]) -> Any:
+    """YAML's near misses: 1 for 1.0, '5e-5' (a string to YAML 1.1), a list of names for a tuple."""
+    if float in options and not isinstance(value, bool):
+        if isinstance(value, int):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    return value
+
+
+def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
+    """Faults that lie between keys."""
+    faults = []
+
+    def fault(name: str, text: str) -> None:
+        faults.append(f"{where.get(name, name)}: {text}")
+
+    if (config.model.name is None) == (config.model.family is None):
+        fault("model.name", "expected either model.name (a folder or hub name) or model.family (random weights)")
+    if config.model.family and config.model.width % (2 * config.model.heads):
+        fault("model.width", f"found {config.model.width}, expected a multiple of 2 * model.heads")
+    if config.user_model.tokens == 0 and config.user_model.kind != "uniform":
+        fault("user_model.tokens", f"found 0, expected at least 1 for user_model.kind {config.user_model.kind!r}")
+    if config.user_model.tokens == 0 and config.user_model.aggregator == "linear":
+        fault("user_model.tokens", "found 0, expected at least 1 for user_model.aggregator 'linear'")
+    if config.loss.label_smoothing and config.loss.kind not in ("sigmoid", "robust"):
+        fault("loss.label_smoothing", f"not part of loss.kind {config.loss.kind!r}, expected 0")
+    if config.data.min_prompt_tokens > config.data.max_prompt_tokens:
+        fault("data.min_prompt_tokens", "expected at most data.max_prompt_tokens")
+    if config.train.final == "best" and config.data.valid is None:
+        fault("train.final", "'best' needs data.valid")
+    return faults

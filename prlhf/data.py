@@ -1,0 +1,197 @@
+"""Raw files to `Comparison`s, and the one place where user names and user numbers meet: `UserIndex`."""
+
+import gzip
+import json
+import random
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from prlhf.errors import UserError, did_you_mean
+
+GENERIC = "generic"  # what people type for user 0
+Item = TypeVar("Item")
+Messages = tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """(x, y1, y2, u): a prompt, the response a user chose and the one rejected, and who the user was."""
+
+    prompt: str | Messages
+    chosen: str
+    rejected: str
+    user: str | None
+    user_text: str | None
+    id: str
+
+
+class ComparisonFile(NamedTuple):
+    """What a file held: the comparisons, and how many were left out because both responses are the same text."""
+
+    comparisons: list[Comparison]
+    equal_responses: int
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line of a JSON Lines file, plain or .gz.
+
+    UserError, with file and line: missing, empty, truncated, not UTF-8, not JSON, not an object.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such file{did_you_mean(path.name, near)}")
+    number, found = 0, False
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                record = json.loads(text)
+                if not isinstance(record, dict):
+                    raise UserError(f"{path}, line {number}: expected a JSON object, found {text[:60]!r}")
+                found = True
+                yield number, record
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {number}: expected UTF-8, found byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}, after line {number}: truncated or damaged gzip file ({error})") from None
+    if not found:
+        raise UserError(f"{path}: empty, expected one JSON object a line")
+
+
+def read_comparisons(path: str | Path) -> ComparisonFile:
+    """All comparisons of a canonical file; pairs of equal responses are left out and counted. UserError as above."""
+    comparisons, equal = [], 0
+    for number, record in read_json_lines(path):
+        comparison = parse_comparison(record, f"{path}, line {number}", f"{Path(path).name}:{number}")
+        if comparison.chosen == comparison.rejected:
+            equal += 1
+        else:
+            comparisons.append(comparison)
+    if not comparisons:
+        raise UserError(f"{path}: no comparison with two different responses")
+    return ComparisonFile(comparisons, equal)
+
+
+def parse_comparison(record: dict[str, Any], where: str, default_id: str) -> Comparison:
+    """One canonical record; other fields are ignored. UserError names `where`, the field and what was expected."""
+    for name in ("prompt", "chosen", "rejected"):
+        if name not in record:
+            raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
+    return Comparison(
+        prompt=parse_prompt(record["prompt"], where),
+        chosen=_parse_response(record["chosen"], f"{where}, chosen"),
+        rejected=_parse_response(record["rejected"], f"{where}, rejected"),
+        user=_parse_user(record.get("user"), f"{where}, user"),
+        user_text=parse_user_text(record, where),
+        id=str(record.get("id", default_id)),
+    )
+
+
+def parse_prompt(prompt: Any, where: str) -> str | Messages:
+    """A prompt: text that is not empty, or a list of {"role", "content"} messages. UserError otherwise."""
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt):
+        return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+    raise UserError(f"{where}, prompt: expected text or a list of {{role, content}} messages, found {_short(prompt)}")
+
+
+def parse_user_text(record: dict[str, Any], where: str) -> str | None:
+    """The optional text about the user, None where there is none. UserError where it is not text."""
+    text = record.get("user_text")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}, user_text: expected text or null, found {_short(text)}")
+    return text or None
+
+
+def _parse_response(response: Any, where: str) -> str:
+    if isinstance(response, str):
+        return response
+    if isinstance(response, list) and len(response) == 1 and _is_message(response[0]):
+        if response[0]["role"] == "assistant":
+            return response[0]["content"]
+    raise UserError(f"{where}: expected text or a list of one assistant message, found {_short(response)}")
+
+
+def _parse_user(user: Any, where: str) -> str | None:
+    if user is None or user == "":
+        return None
+    if not isinstance(user, str):
+        raise UserError(f"{where}: expected a string or null, found {_short(user)}")
+    if user == GENERIC:
+        raise UserError(f"{where}: {GENERIC!r} is the name of the unknown user; expected another name or null")
+    return user
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class UserIndex:
+    """The map between user names (in files) and user numbers (in tensors); 0 is the unknown, generic user."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self._numbers = {name: number for number, name in enumerate(self.names, start=1)}
+
+    @classmethod
+    def from_comparisons(cls, comparisons: Iterable[Comparison], known_users: int | None = None) -> "UserIndex":
+        """Users by descending number of comparisons (ties by name); only the first `known_users` where given."""
+        counts = Counter(c.user for c in comparisons if c.user is not None)
+        names = sorted(counts, key=lambda name: (-counts[name], name))
+        return cls(names[:known_users])
+
+    def __len__(self) -> int:
+        """m, the number of known users."""
+        return len(self.names)
+
+    def number(self, name: str | None) -> int:
+        """1..m for a known user, 0 for any other or none."""
+        return self._numbers.get(name, 0) if name else 0
+
+    def required_number(self, name: str) -> int:
+        """As `number`, but UserError for a name that is neither known nor 'generic'."""
+        if name == GENERIC:
+            return 0
+        if name not in self._numbers:
+            known = ", ".join(self.names[:10]) + (", ..." if len(self) > 10 else "")
+            raise UserError(
+                f"user {name!r} is not known to this model{did_you_mean(name, self.names)}; "
+                f"expected {GENERIC!r} or one of its {len(self)} users: {known}"
+            )
+        return self._numbers[name]
+
+    def save(self, path: Path) -> None:
+        """Write {"users": [name of user 1, name of user 2, ...]}."""
+        path.write_text(json.dumps({"users": self.names}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "UserIndex":
+        """Read what `save` wrote. UserError where it is missing or damaged."""
+        try:
+            return cls(json.loads(path.read_text(encoding="utf-8"))["users"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no user index ({error})") from None
+
+
+def sample(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
+    """A seeded sample of `limit` items in their order; all of them where `limit` is None or larger."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]

@@ -1,0 +1,147 @@
+"""Comparisons to token ids: one rule for BOS, templates and truncation.
+
+    prefix = [BOS] u_t x,   responses = y EOS
+
+BOS is put first, once, where the tokenizer itself begins a text with it. Responses are never cut, so EOS ends each.
+A prompt that is too long loses its oldest tokens, so the assistant header or `TL;DR:` at its end stays.
+"""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from prlhf.config import DataConfig
+from prlhf.data import Comparison, ComparisonFile, Messages, UserIndex, sample
+from prlhf.errors import UserError
+
+
+class EncodedComparison(NamedTuple):
+    """A comparison as token ids: `prefix` is [BOS] u_t x; both responses end in EOS; user 0 is unknown."""
+
+    prefix: list[int]
+    reference_prefix: list[int]  # what the reference model sees: with or without u_t
+    chosen: list[int]
+    rejected: list[int]
+    user: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the preference tree."""
+        return len(self.prefix) + len(self.chosen) + len(self.rejected)
+
+
+class EncodedPrompt(NamedTuple):
+    """The parts of a prefix, and how many tokens of u_t and x were cut."""
+
+    bos: list[int]
+    user_text: list[int]
+    prompt: list[int]
+    user_text_cut: int
+    prompt_cut: int
+
+    @property
+    def ids(self) -> list[int]:
+        """[BOS] u_t x."""
+        return self.bos + self.user_text + self.prompt
+
+
+@dataclass
+class EncodingReport:
+    """What happened to the comparisons of a file on their way to tokens."""
+
+    comparisons: int = 0
+    equal_responses_dropped: int = 0
+    too_long_dropped: int = 0
+    prompts_truncated: int = 0
+    user_texts_truncated: int = 0
+    tokens: int = 0
+
+    def lines(self) -> str:
+        """The counts in one line, those that are zero left out."""
+        return ", ".join(f"{getattr(self, f.name):,} {f.name.replace('_', ' ')}" for f in fields(self) if getattr(self, f.name))
+
+
+class Encoder:
+    """Token ids of prompts and comparisons for one tokenizer and one `data` group of the config."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no EOS token, which must end every response")
+        self.tokenizer = tokenizer
+        self.config = config
+        self.eos = tokenizer.eos_token_id
+        bos = tokenizer.bos_token_id
+        self.bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+    @property
+    def user_slot(self) -> int:
+        """The position in every row at which the user vectors go: after BOS, or 0."""
+        return len(self.bos)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt_ids(self, prompt: str | Messages) -> list[int]:
+        """Tokens of x without BOS: a message list, or any prompt under `template: chat`, through the chat template."""
+        if isinstance(prompt, str) and self.config.template == "chat":
+            prompt = ({"role": "user", "content": prompt},)
+        if isinstance(prompt, str):
+            return self._ids(prompt)
+        if not self.tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template; expected prompts as text and data.template 'auto'")
+        text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        ids = self._ids(text)
+        return ids[1:] if self.bos and ids[:1] == self.bos else ids
+
+    def prefix(self, prompt: str | Messages, user_text: str | None, room: int | None = None) -> EncodedPrompt:
+        """[BOS] u_t x, u_t without its end where it is too long, x without its oldest tokens where it is.
+
+        `room`: how many tokens all of it may take (config.max_tokens by default).
+        """
+        room = self.config.max_tokens if room is None else room
+        text = self._ids(user_text + "\n") if user_text and self.config.user_text else []
+        kept_text = text[: self.config.max_user_text_tokens]
+        ids = self.prompt_ids(prompt)
+        room = min(self.config.max_prompt_tokens, room - len(self.bos) - len(kept_text))
+        kept = ids[-room:] if room > 0 else []
+        return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(ids) - len(kept))
+
+    def encode(self, comparison: Comparison, users: UserIndex, report: EncodingReport) -> EncodedComparison | None:
+        """The comparison's token ids, or None where its responses leave too little room for the prompt."""
+        chosen = self._ids(comparison.chosen) + [self.eos]
+        rejected = self._ids(comparison.rejected) + [self.eos]
+        room = self.config.max_tokens - max(len(chosen), len(rejected))
+        prefix = self.prefix(comparison.prompt, comparison.user_text, room)
+        if prefix.prompt_cut and len(prefix.prompt) < self.config.min_prompt_tokens:
+            report.too_long_dropped += 1
+            return None
+        reference = prefix if self.config.user_text_in_reference else prefix._replace(user_text=[])
+        encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, users.number(comparison.user))
+        report.comparisons += 1
+        report.prompts_truncated += prefix.prompt_cut > 0
+        report.user_texts_truncated += prefix.user_text_cut > 0
+        report.tokens += encoded.length
+        return encoded
+
+
+class Dataset(NamedTuple):
+    """The comparisons of a file as tokens, who chose (names as in the file), and what was dropped or cut."""
+
+    comparisons: list[EncodedComparison]
+    names: list[str | None]
+    report: EncodingReport
+
+
+def encode_file(
+    file: ComparisonFile, encoder: Encoder, users: UserIndex, limit: int | None = None, seed: int = 0
+) -> Dataset:
+    """All comparisons of a file, or a seeded sample of `limit`, as tokens. UserError where none fits."""
+    report = EncodingReport(equal_responses_dropped=file.equal_responses)
+    kept = [(encoder.encode(c, users, report), c.user) for c in sample(file.comparisons, limit, seed)]
+    comparisons = [encoded for encoded, _ in kept if encoded is not None]
+    if not comparisons:
+        raise UserError(
+            f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(kept)} comparisons fits; expected more"
+        )
+    return Dataset(comparisons, [name for encoded, name in kept if encoded is not None], report)

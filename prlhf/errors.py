@@ -1,0 +1,34 @@
+"""Errors made for the person at the keyboard: what was found, where, and what was expected."""
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(Exception):
+    """Bad input. The message names file, line and key; the command line shows it alone and exits with 2."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on (a loss that is not finite, say). Exit status 1, the last checkpoint stays good."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """' (did you mean X?)' for the option nearest to `name`, or '' where none is near."""
+    near = difflib.get_close_matches(name, list(options), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main`, turning errors for people into a short message and an exit status."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except TrainingError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

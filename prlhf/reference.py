@@ -1,0 +1,104 @@
+"""Reference log-probs, computed once before training and kept on disk under a fingerprint.
+
+The fingerprint covers the reference's weights and type and every token it sees (so tokenizer, template, truncation
+and data). A cache file is written aside and renamed, and carries a checksum: it is right, or it is not used.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from prlhf.encoding import EncodedComparison
+from prlhf.losses import ResponseLogProbs
+from prlhf.lora import LoRALinear
+from prlhf.personalized import PersonalizedLM
+from prlhf.scoring import score
+
+
+def cache_dir() -> Path:
+    """$PRLHF_CACHE, or ~/.cache/prlhf."""
+    return Path(os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf").expanduser()
+
+
+def weights_fingerprint(backbone: nn.Module) -> str:
+    """A hash of all the backbone's weights, adapters left out (so the same before and after LoRA is added)."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, weight in _base_parameters(backbone):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        digest.update(_bytes(weight))
+    return digest.hexdigest()
+
+
+def data_fingerprint(comparisons: Sequence[EncodedComparison]) -> str:
+    """A hash of all that the reference reads: its prefixes and both responses, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for c in comparisons:
+        digest.update(json.dumps([c.reference_prefix, c.chosen, c.rejected]).encode())
+    return digest.hexdigest()
+
+
+def reference_log_probs(
+    reference: Callable[[], PersonalizedLM],
+    comparisons: Sequence[EncodedComparison],
+    user_slot: int,
+    batch_size: int,
+    weights: str,
+    folder: Path | None = None,
+) -> ResponseLogProbs:
+    """log pi_SFT(y|x) of both responses, each (N,) on the CPU; from the cache where it holds exactly these.
+
+    reference: gives the model, asked for only where the cache does not hold what is needed.
+    weights: its `weights_fingerprint`, taken while the weights still are the reference's.
+    """
+    folder = folder or cache_dir() / "reference"
+    fingerprint = hashlib.blake2b(f"{weights} {data_fingerprint(comparisons)}".encode(), digest_size=16).hexdigest()
+    path = folder / f"{fingerprint}.safetensors"
+    cached = _read(path, fingerprint, len(comparisons))
+    if cached is None:
+        scored = score(reference(), comparisons, None, user_slot, batch_size, title="reference")
+        cached = torch.stack([scored.chosen, scored.rejected])
+        _write(path, fingerprint, cached)
+    lengths = [torch.tensor([len(ids) for ids in side]) for side in zip(*((c.chosen, c.rejected) for c in comparisons))]
+    return ResponseLogProbs(cached[0], cached[1], lengths[0], lengths[1])
+
+
+def _base_parameters(backbone: nn.Module) -> list[tuple[str, Tensor]]:
+    adapters = {id(p) for m in backbone.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)}
+    named = [(name.replace(".base.", "."), p) for name, p in backbone.named_parameters() if id(p) not in adapters]
+    return sorted(named, key=lambda pair: pair[0])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _checksum(fingerprint: str, values: Tensor) -> str:
+    return hashlib.blake2b(fingerprint.encode() + bytes(_bytes(values)), digest_size=16).hexdigest()
+
+
+def _write(path: Path, fingerprint: str, values: Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".partial-{os.getpid()}")
+    save_file({"log_probs": values.contiguous()}, aside, metadata={"checksum": _checksum(fingerprint, values)})
+    os.replace(aside, path)
+
+
+def _read(path: Path, fingerprint: str, count: int) -> Tensor | None:
+    """The cached (2, count) log-probs, or None where the file is absent, damaged or of something else."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            values, checksum = file.get_tensor("log_probs"), (file.metadata() or {}).get("checksum")
+    except (SafetensorError, OSError):
+        return None
+    if values.shape != (2, count) or checksum != _checksum(fingerprint, values):
+        return None
+    return values

@@ -1,0 +1,56 @@
+"""Response log-probs of many comparisons, without gradients: the reference's, and the policy's for any users."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from prlhf.batching import collate, micro_batches
+from prlhf.encoding import EncodedComparison
+from prlhf.losses import ResponseLogProbs
+from prlhf.personalized import PersonalizedLM
+
+
+def score(
+    model: PersonalizedLM,
+    comparisons: Sequence[EncodedComparison],
+    users: Sequence[int] | None,
+    user_slot: int,
+    batch_size: int,
+    layout: str = "tree",
+    title: str | None = None,
+) -> ResponseLogProbs:
+    """log p(y|x, u) of both responses of each comparison, on the CPU in the comparisons' order.
+
+    users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix.
+    """
+    lengths = [c.length for c in comparisons]
+    sums: list[ResponseLogProbs] = []
+    order: list[int] = []
+    training = model.training
+    model.eval()
+    bar = tqdm(total=len(comparisons), desc=title, disable=None if title else True, leave=False)
+    with torch.no_grad():
+        for indices in micro_batches(range(len(comparisons)), lengths, batch_size):
+            chosen = [comparisons[i] for i in indices]
+            batch = collate(chosen, user_slot, layout, reference=users is None).to(model.device)
+            if users is None:
+                with model.as_reference():
+                    scored = model(batch, None)
+            else:
+                scored = model(batch, torch.tensor([users[i] for i in indices], device=model.device))
+            sums.append(ResponseLogProbs(*(t.cpu() for t in scored)))
+            order += indices
+            bar.update(len(indices))
+    bar.close()
+    model.train(training)
+    back = torch.tensor(order).argsort()
+    return ResponseLogProbs(*(torch.cat(parts)[back] for parts in zip(*sums)))
+
+
+def select(log_probs: ResponseLogProbs | None, indices: Sequence[int], device: torch.device) -> ResponseLogProbs | None:
+    """The log-probs of some of the comparisons, on `device`; None stays None."""
+    if log_probs is None:
+        return None
+    rows = torch.as_tensor(indices)
+    return ResponseLogProbs(*(t[rows].to(device) for t in log_probs))

@@ -1,0 +1,105 @@
+"""Simulated annotators (paper, section 3.1): relabel comparisons so that each user prefers longer or shorter text.
+
+    python -m prlhf.simulate FILE --out OUT [--workers 10] [--seed 3456] [--shorter 0.3]
+
+Each user, in order of number of comparisons, draws a preference: shorter with probability 0.3, longer otherwise
+(with numpy's RandomState and the paper's seed 3456, users 4, 5 and 6 of the first ten prefer shorter). Length is in
+words; pairs of equal length are dropped and counted. --workers N first gives the comparisons to worker1 ... workerN
+at random, evenly, which is how a file without users becomes one with users.
+"""
+
+import argparse
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prlhf.data import Comparison, UserIndex, parse_comparison, read_json_lines
+from prlhf.errors import UserError, run_command
+
+
+def words(text: str) -> int:
+    """The number of words: what white space separates."""
+    return len(text.split())
+
+
+def preferences(users: int, shorter: float, seed: int) -> list[bool]:
+    """Whether user 1, 2, ... prefers the shorter response: one draw each with probability `shorter`."""
+    return np.random.RandomState(seed).choice([False, True], size=users, p=[1 - shorter, shorter]).tolist()
+
+
+def assign_workers(count: int, workers: int, seed: int) -> list[str]:
+    """worker1 ... workerN for `count` comparisons: as evenly as can be, in a random order."""
+    names = [f"worker{i % workers + 1}" for i in range(count)]
+    random.Random(seed).shuffle(names)
+    return names
+
+
+def relabel(comparison: Comparison, prefers_shorter: bool) -> tuple[str, str] | None:
+    """(chosen, rejected) as the user would have it; None where both have as many words."""
+    first, second = comparison.chosen, comparison.rejected
+    if words(first) == words(second):
+        return None
+    return (first, second) if (words(first) < words(second)) == prefers_shorter else (second, first)
+
+
+def simulate(
+    records: list[tuple[dict[str, Any], Comparison]], workers: int | None, shorter: float, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, bool], int]:
+    """Relabelled records (other fields kept), each user's preference (True: shorter), and how many ties were dropped."""
+    if workers:
+        names: list[str | None] = list(assign_workers(len(records), workers, seed))
+        order = tuple(f"worker{i + 1}" for i in range(workers))
+    else:
+        names = [comparison.user for _, comparison in records]
+        order = UserIndex.from_comparisons(comparison for _, comparison in records).names
+    if not order:
+        raise UserError("no comparison has a user; expected users in the file or --workers N")
+    prefers_shorter = dict(zip(order, preferences(len(order), shorter, seed)))
+    kept, ties = [], 0
+    for (record, comparison), name in zip(records, names):
+        if name is None:
+            continue
+        labelled = relabel(comparison, prefers_shorter[name])
+        if labelled is None:
+            ties += 1
+        else:
+            kept.append({**record, "chosen": labelled[0], "rejected": labelled[1], "user": name})
+    return kept, prefers_shorter, ties
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="comparisons, with or without users")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--workers", type=int, help="give the comparisons to so many new users")
+    parser.add_argument("--shorter", type=float, default=0.3, help="probability that a user prefers shorter responses")
+    parser.add_argument("--seed", type=int, default=3456)
+    args = parser.parse_args()
+    if not 0 <= args.shorter <= 1:
+        raise UserError(f"--shorter: found {args.shorter}, expected a probability")
+    if args.workers is not None and args.workers < 1:
+        raise UserError(f"--workers: found {args.workers}, expected at least 1")
+
+    name = Path(args.file).name
+    records = [
+        (record, parse_comparison(record, f"{args.file}, line {number}", f"{name}:{number}"))
+        for number, record in read_json_lines(args.file)
+    ]
+    kept, prefers_shorter, ties = simulate(records, args.workers, args.shorter, args.seed)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with open(args.out, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    counts = Counter(record["user"] for record in kept)
+    for user, shorter in prefers_shorter.items():
+        print(f"{user}: {counts[user]} comparisons, prefers {'shorter' if shorter else 'longer'}")
+    majority = sum(counts[user] for user, shorter in prefers_shorter.items() if not shorter)
+    share = max(majority, len(kept) - majority) / max(1, len(kept))
+    print(f"{args.out}: {len(kept)} comparisons, {ties} ties dropped; the majority's preference covers {share:.4f}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,91 @@
+"""f_im, the implicit user model: user number u_p -> T_u vectors of the backbone's width (paper, section 4.1).
+
+    uniform      f(u) = e                      the same for all: vanilla (T_u may be 0)
+    individual   f(0) = e_0,  f(i) = e_0 + o_i
+    cluster      f(u) = V w_u,  V of shape (K, T_u, D), w_u in R^K or, with softmax, on the simplex
+
+Shape suffixes: B users asked for, M users known, U = T_u vectors a user, D width, K clusters, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from prlhf.config import UserModelConfig
+
+
+class UniformUsers(nn.Module):
+    """f(u) = e for every user."""
+
+    def __init__(self, e_UD: Tensor):
+        super().__init__()
+        self.e_UD = nn.Parameter(e_UD)
+
+    def forward(self, users_B: Tensor) -> Tensor:
+        """(B,) user numbers -> (B, U, D)."""
+        return self.e_UD.expand(len(users_B), -1, -1)
+
+
+class IndividualUsers(nn.Module):
+    """f(0) = e_0 and f(i) = e_0 + o_i: what users share, and how each one differs."""
+
+    def __init__(self, e_UD: Tensor, offsets_MUD: Tensor):
+        super().__init__()
+        self.e_UD = nn.Parameter(e_UD)
+        self.offsets_MUD = nn.Parameter(offsets_MUD)
+
+    def forward(self, users_B: Tensor) -> Tensor:
+        """(B,) user numbers, 0 for unknown -> (B, U, D)."""
+        if len(self.offsets_MUD) == 0:
+            return self.e_UD.expand(len(users_B), -1, -1)
+        known_B = (users_B > 0)[:, None, None]
+        offsets_BUD = nn.functional.embedding(
+            (users_B - 1).clamp(min=0), self.offsets_MUD.flatten(1)
+        ).view(len(users_B), *self.e_UD.shape)  # fmt: skip
+        return self.e_UD + torch.where(known_B, offsets_BUD, 0.0)
+
+
+class ClusterUsers(nn.Module):
+    """f(u) = V w_u: every user, the unknown one included, is a mixture of K archetypes."""
+
+    def __init__(self, V_KUD: Tensor, w_MK: Tensor, softmax: bool):
+        super().__init__()
+        self.V_KUD = nn.Parameter(V_KUD)
+        self.w_MK = nn.Parameter(w_MK)  # M + 1 rows: row 0 is the unknown user
+        self.softmax = softmax
+
+    def forward(self, users_B: Tensor) -> Tensor:
+        """(B,) user numbers, 0 for unknown -> (B, U, D)."""
+        w_BK = nn.functional.embedding(users_B, self.w_MK)
+        if self.softmax:
+            w_BK = w_BK.softmax(dim=-1)
+        return torch.einsum("bk,kud->bud", w_BK, self.V_KUD)
+
+
+def build_user_model(config: UserModelConfig, users: int, vocabulary_VD: Tensor, generator: torch.Generator) -> nn.Module:
+    """The user model for `users` known users, in float32 at least, initialised by config.init:
+
+    vocabulary: every vector is a word embedding drawn at random (paper, A.3); zero: the shared vectors are, and the
+    differences between users start at zero; random: Gaussian noise of the embeddings' standard deviation.
+    Cluster weights start at 1/K, with noise of that size unless init is zero.
+    """
+    V, D = vocabulary_VD.shape
+    dtype = torch.promote_types(vocabulary_VD.dtype, torch.float32)
+
+    def vectors(*shape: int) -> Tensor:
+        if config.init == "random":
+            return torch.randn(*shape, D, generator=generator, dtype=dtype) * vocabulary_VD.detach().std().cpu()
+        drawn = torch.randint(V, shape, generator=generator)
+        return vocabulary_VD.detach()[drawn.to(vocabulary_VD.device)].to("cpu", dtype)
+
+    U = config.tokens
+    if config.kind == "uniform":
+        return UniformUsers(vectors(U))
+    if config.kind == "individual":
+        e_UD = vectors(U)
+        offsets = torch.zeros(users, U, D, dtype=dtype) if config.init == "zero" else vectors(users, U)
+        return IndividualUsers(e_UD, offsets)
+    K = config.clusters
+    w_MK = torch.full((users + 1, K), 1.0 / K, dtype=dtype)
+    if config.init != "zero":
+        w_MK += torch.randn(users + 1, K, generator=generator, dtype=dtype) / K
+    return ClusterUsers(vectors(K, U), w_MK, config.softmax)

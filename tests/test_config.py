@@ -1,0 +1,123 @@
+import dataclasses
+
+import pytest
+
+from prlhf import config as config_module
+from prlhf.config import CONFIGS, KEYS, load
+from prlhf.errors import UserError
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(path, *overrides):
+    with pytest.raises(UserError) as error:
+        load(path, overrides)
+    return str(error.value)
+
+
+def test_defaults_then_yaml_then_set(tmp_path):
+    path = write(tmp_path, "model: {family: gptj}\noptim:\n  lr: 1.0e-4\n  epochs: 3\n")
+    config = load(path, ["optim.lr=2e-5", "data.limit=7"])
+    assert (config.optim.lr, config.optim.epochs, config.optim.batch_size, config.data.limit) == (2e-5, 3, 32, 7)
+    assert config.model.family == "gptj"
+
+
+def test_all_faults_are_told_at_once_with_file_line_and_key(tmp_path):
+    path = write(
+        tmp_path,
+        "model:\n  family: lama\n"  # line 2: near match
+        "loss:\n  alhpa: 0.5\n"  # line 4: no such key
+        "  beta: strong\n"  # line 5: wrong type
+        "optim:\n  batch_size: 0\n"  # line 7: out of range
+        "lorra:\n  rank: 8\n"  # line 8: no such group
+        "seed: true\n",  # line 10: bool is not int
+    )
+    text = message(path, "loss.alpha=1.5", "data.limt=3", "nonsense")
+    for part in (
+        f"{path}, line 2, model.family: found 'lama', expected llama | gptj or null (did you mean 'llama'?)",
+        f"{path}, line 4, loss.alhpa: no such key (did you mean 'loss.alpha'?)",
+        f"{path}, line 5, loss.beta: found 'strong', expected number",
+        f"{path}, line 7, optim.batch_size: found 0, expected at least 1",
+        f"{path}, line 8, lorra: no such group (did you mean 'lora'?)",
+        f"{path}, line 10, seed: found True, expected int",
+        "--set loss.alpha=1.5: found 1.5, expected at most 1",
+        "--set data.limt=3: no such key (did you mean 'data.limit'?)",
+        "--set nonsense: expected key=value",
+    ):
+        assert part in text
+    assert text.startswith("10 faults")  # the nine, and that neither model.name nor a right model.family is given
+
+
+@pytest.mark.parametrize(
+    "value, good", [("5e-5", 5e-5), ("1", 1.0), (".inf", None), (".nan", None), ("true", None), ("[1]", None)]
+)
+def test_numbers(value, good):
+    overrides = ["model.family=llama", f"optim.lr={value}"]
+    if good is None:
+        with pytest.raises(UserError, match="optim.lr"):
+            load(None, overrides)
+    else:
+        assert load(None, overrides).optim.lr == good
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ([], "expected either model.name"),
+        (["model.family=llama", "model.name=x"], "expected either model.name"),
+        (["model.family=llama", "user_model.tokens=0"], "expected at least 1 for user_model.kind 'individual'"),
+        (["model.family=llama", "loss.kind=ipo", "loss.label_smoothing=0.1"], "loss.label_smoothing"),
+        (["model.family=llama", "train.final=best"], "'best' needs data.valid"),
+        (["model.family=llama", "model=3"], "model is a group of keys"),
+        (["model.family=llama", "lora.targets=q_proj"], "expected list of strings or null"),
+    ],
+)
+def test_faults_between_keys(overrides, expected):
+    with pytest.raises(UserError, match=expected):
+        load(None, overrides)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("a: [1", "line 1"), ("- 1\n", "expected `key: value`"), ("seed: 1\nseed: 2\nmodel: {family: llama}", "given twice")],
+)
+def test_broken_yaml(tmp_path, text, expected):
+    assert expected in message(write(tmp_path, text))
+
+
+def test_not_text(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in message(path)
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    config = load(None, ["model.family=llama", "lora.targets=[q_proj]", "optim.lr=3e-7", "run_dir=/tmp/x"])
+    path = write(tmp_path, config_module.dump(config))
+    assert load(path) == config
+
+
+def test_differing_keys():
+    one, other = load(None, ["model.family=llama"]), load(None, ["model.family=gptj", "loss.beta=0.3"])
+    assert config_module.differing_keys(one, other) == ["model.family: 'llama' -> 'gptj'", "loss.beta: 0.1 -> 0.3"]
+
+
+def test_a_config_is_found_in_configs_or_named_with_a_near_match():
+    assert config_module.find("tiny.yaml") == config_module.find("tiny") == CONFIGS / "tiny.yaml"
+    with pytest.raises(UserError, match="did you mean 'tiny.yaml'"):
+        config_module.find("tinny.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_config_of_the_project_loads(path):
+    load(path)
+
+
+def test_configs_are_frozen_and_every_key_has_a_sentence():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load(None, ["model.family=llama"]).seed = 3
+    assert all(declared.metadata["doc"].endswith(".") for declared in KEYS.values())

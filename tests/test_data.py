@@ -1,0 +1,128 @@
+import gzip
+import json
+
+import pytest
+
+from prlhf.data import UserIndex, parse_comparison, read_comparisons, sample
+from prlhf.errors import UserError
+
+GOOD = {"prompt": "p", "chosen": "a", "rejected": "b", "user": "u"}
+
+
+def lines(*records):
+    return "".join(json.dumps(r) + "\n" for r in records).encode()
+
+
+def read(tmp_path, content, name="f.jsonl"):
+    path = tmp_path / name
+    path.write_bytes(content)
+    return read_comparisons(path)
+
+
+def fault(tmp_path, content, name="f.jsonl"):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, content, name)
+    return str(error.value)
+
+
+def test_plain_and_gzip_hold_the_same(tmp_path):
+    content = lines(GOOD, {**GOOD, "user": None, "user_text": "I am old.", "extra": [1], "id": 7})
+    found = read(tmp_path, content).comparisons
+    assert found[1].user is None and found[1].user_text == "I am old." and found[1].id == "7"
+    assert found[0].id == "f.jsonl:1" and found[0].user_text is None
+    zipped = read(tmp_path, gzip.compress(content), "f.jsonl.gz").comparisons
+    assert [c.prompt for c in zipped] == [c.prompt for c in found]
+
+
+def test_empty_user_is_unknown_blank_lines_and_a_byte_order_mark_do_no_harm(tmp_path):
+    found = read(tmp_path, b"\xef\xbb\xbf" + lines({**GOOD, "user": ""}) + b"\n\n" + lines(GOOD)).comparisons
+    assert [c.user for c in found] == [None, "u"]
+
+
+def test_conversational_records(tmp_path):
+    record = {
+        "prompt": [{"role": "user", "content": "hi"}],
+        "chosen": [{"role": "assistant", "content": "yes"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    (c,) = read(tmp_path, lines(record)).comparisons
+    assert c.prompt == ({"role": "user", "content": "hi"},) and (c.chosen, c.rejected) == ("yes", "no")
+
+
+def test_equal_responses_are_counted_not_kept(tmp_path):
+    file = read(tmp_path, lines(GOOD, {**GOOD, "rejected": "a"}))
+    assert (len(file.comparisons), file.equal_responses) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "content, parts",
+    [
+        (b"", ["empty"]),
+        (b"\n \n", ["empty"]),
+        (lines(GOOD) + b'{"prompt": "p", "chos', ["line 2", "not valid JSON"]),
+        (lines(GOOD) + b"[1]\n", ["line 2", "expected a JSON object"]),
+        (lines(GOOD) + b'{"prompt": "caf\xe9"}\n', ["line 2", "expected UTF-8", "0xe9"]),
+        (lines(GOOD, {"prompt": "p", "choosen": "a", "rejected": "b"}), ["line 2", "no field 'chosen'", "'choosen'"]),
+        (lines({**GOOD, "prompt": ""}), ["line 1, prompt", "expected text"]),
+        (lines({**GOOD, "prompt": [{"role": "user"}]}), ["line 1, prompt", "{role, content}"]),
+        (lines({**GOOD, "chosen": None}), ["line 1, chosen", "found null"]),
+        (lines({**GOOD, "rejected": ["x", "y"]}), ["line 1, rejected", "one assistant message"]),
+        (lines({**GOOD, "user": 7}), ["line 1, user", "expected a string or null, found 7"]),
+        (lines({**GOOD, "user": "generic"}), ["line 1, user", "unknown user"]),
+        (lines({**GOOD, "user_text": ["x"]}), ["line 1, user_text"]),
+        (lines({**GOOD, "rejected": "a"}), ["two different responses"]),
+    ],
+)
+def test_bad_files_name_file_line_and_field(tmp_path, content, parts):
+    text = fault(tmp_path, content)
+    assert str(tmp_path / "f.jsonl") in text
+    for part in parts:
+        assert part in text
+
+
+def test_a_missing_file_names_a_near_one(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(GOOD))
+    with pytest.raises(UserError, match=r"trian.jsonl: no such file \(did you mean 'train.jsonl'"):
+        read_comparisons(tmp_path / "trian.jsonl")
+
+
+@pytest.mark.parametrize("cut", [20, 60])
+def test_a_truncated_gzip_file(tmp_path, cut):
+    whole = gzip.compress(lines(*[{**GOOD, "id": str(i * 7919)} for i in range(500)]))
+    assert "truncated or damaged gzip" in fault(tmp_path, whole[: -len(whole) * cut // 100], "f.jsonl.gz")
+
+
+def test_not_gzip_at_all(tmp_path):
+    assert "truncated or damaged gzip" in fault(tmp_path, lines(GOOD), "f.jsonl.gz")
+
+
+def comparisons(*users):
+    return [parse_comparison({**GOOD, "user": u}, "f", "i") for u in users]
+
+
+def test_users_rank_by_comparisons_then_name():
+    index = UserIndex.from_comparisons(comparisons("c", "b", "a", "b", None, "c", "d"), known_users=3)
+    assert index.names == ("b", "c", "a")
+    assert [index.number(u) for u in ("b", "c", "a", "d", None, "")] == [1, 2, 3, 0, 0, 0]
+
+
+def test_user_index_survives_the_disk(tmp_path):
+    index = UserIndex(["Zoë", "x y"])
+    index.save(tmp_path / "users.json")
+    assert UserIndex.load(tmp_path / "users.json").names == index.names
+    (tmp_path / "users.json").write_text("{")
+    with pytest.raises(UserError, match="no user index"):
+        UserIndex.load(tmp_path / "users.json")
+
+
+def test_an_unknown_name_is_refused_with_a_near_match():
+    index = UserIndex(["alice", "bob"])
+    assert (index.required_number("generic"), index.required_number("bob")) == (0, 2)
+    with pytest.raises(UserError, match="'alcie' is not known.*did you mean 'alice'"):
+        index.required_number("alcie")
+
+
+def test_sample_is_seeded_ordered_and_without_repeats():
+    one, again, other = (sample(range(100), 10, seed) for seed in (1, 1, 2))
+    assert one == again != other and one == sorted(set(one)) and len(one) == 10
+    assert sample(range(5), None, 0) == sample(range(5), 9, 0) == [0, 1, 2, 3, 4]

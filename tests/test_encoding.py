@@ -1,0 +1,126 @@
+import pytest
+from helpers import TOKENIZER, tiny_config
+from tokenizers import processors
+
+from prlhf.backbones import byte_tokenizer
+from prlhf.batching import length_bucketed_updates, micro_batches
+from prlhf.data import UserIndex, parse_comparison
+from prlhf.encoding import Encoder, EncodingReport, encode_file
+from prlhf.data import ComparisonFile
+from prlhf.errors import UserError
+
+
+def with_bos():
+    """A tokenizer that, like Llama's, begins every text with BOS."""
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template  # and whose template says it too
+    return tokenizer
+
+
+def encoder(*overrides, tokenizer=TOKENIZER):
+    return Encoder(tokenizer, tiny_config(*overrides).data)
+
+
+def comparison(prompt="What is rain?", chosen="water", rejected="no", **more):
+    return parse_comparison({"prompt": prompt, "chosen": chosen, "rejected": rejected, **more}, "f", "i")
+
+
+def encode(enc, c):
+    report = EncodingReport()
+    return enc.encode(c, UserIndex(["u"]), report), report
+
+
+def ids(text):
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_comparison_by_hand():
+    found, report = encode(encoder(), comparison(user="u", user_text="old"))
+    assert found.prefix == ids("old\nWhat is rain?")  # this tokenizer puts no BOS
+    assert (found.chosen, found.rejected, found.user) == (ids("water") + [2], ids("no") + [2], 1)
+    assert found.reference_prefix == found.prefix
+    assert report.comparisons == 1 and report.tokens == found.length == 4 + 13 + 6 + 3
+
+
+def test_bos_once_before_user_text_whether_or_not_the_template_says_it():
+    enc = encoder(tokenizer=with_bos())
+    assert enc.user_slot == 1 and encoder().user_slot == 0
+    assert encode(enc, comparison(user_text="old"))[0].prefix == [1, *ids("old\nWhat is rain?")]
+    chat = encode(enc, comparison(prompt=[{"role": "user", "content": "hi"}]))[0].prefix
+    assert chat == [1, *ids("user: hi\nassistant:")]
+
+
+def test_messages_equal_the_tokenizers_own_template():
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+    own = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert encoder().prompt_ids(tuple(messages)) == own
+    assert encoder("data.template=chat").prompt_ids("hi") == ids("user: hi\nassistant:")
+    assert encoder().prompt_ids("hi") == ids("hi")
+
+
+def test_no_template_is_told():
+    bare = byte_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(UserError, match="no chat template"):
+        encoder("data.template=chat", tokenizer=bare).prompt_ids("hi")
+
+
+def test_a_long_prompt_loses_its_oldest_text_and_keeps_its_end_and_eos():
+    found, report = encode(encoder("data.max_prompt_tokens=20"), comparison(prompt="old " * 50 + "TL;DR:"))
+    assert found.prefix == ids("old " * 50 + "TL;DR:")[-20:] and TOKENIZER.decode(found.prefix).endswith("TL;DR:")
+    assert found.chosen[-1] == found.rejected[-1] == 2
+    assert report.prompts_truncated == 1
+
+
+def test_the_longer_response_takes_its_room_from_the_prompt():
+    found, _ = encode(encoder("data.max_tokens=60"), comparison(prompt="x" * 50, rejected="y" * 30))
+    assert len(found.prefix) == 60 - 31 and len(found.rejected) == 31
+
+
+def test_too_long_responses_are_dropped_and_counted_never_cut():
+    found, report = encode(encoder("data.max_tokens=60"), comparison(prompt="x" * 50, chosen="y" * 50))
+    assert found is None and (report.too_long_dropped, report.comparisons) == (1, 0)
+    short, _ = encode(encoder("data.max_tokens=60"), comparison(prompt="xy", chosen="y" * 50))
+    assert short is not None  # a short prompt that fits whole is no reason to drop
+
+
+def test_user_text_loses_its_end_and_can_be_kept_from_reference_or_from_both():
+    c = comparison(user_text="abcdef")
+    found, report = encode(encoder("data.max_user_text_tokens=3"), c)
+    assert found.prefix == ids("abcWhat is rain?") and report.user_texts_truncated == 1
+    found, _ = encode(encoder("data.user_text_in_reference=false"), c)
+    assert found.prefix == ids("abcdef\nWhat is rain?") and found.reference_prefix == ids("What is rain?")
+    found, _ = encode(encoder("data.user_text=false"), c)
+    assert found.prefix == found.reference_prefix == ids("What is rain?")
+
+
+def test_nothing_fits_is_an_error_and_the_report_says_what_was_dropped():
+    file = ComparisonFile([comparison(chosen="y" * 99)], equal_responses=4)
+    with pytest.raises(UserError, match="data.max_tokens: found 30"):
+        encode_file(file, encoder("data.max_tokens=30"), UserIndex([]))
+    data = encode_file(ComparisonFile([comparison()], 4), encoder(), UserIndex([]))
+    assert "4 equal responses dropped" in data.report.lines()
+
+
+def test_an_epoch_holds_every_comparison_once_and_is_seeded():
+    lengths = [(i * 37) % 101 for i in range(203)]
+    epochs = [length_bucketed_updates(lengths, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    for updates in epochs:
+        assert sorted(i for update in updates for i in update) == list(range(203))
+        assert sorted(len(update) for update in updates)[1:] == [8] * 25
+    assert epochs[0] == epochs[1] and epochs[0] != epochs[2] and epochs[0] != epochs[3]
+
+
+def test_buckets_leave_little_padding():
+    lengths = [10 + (i * 7919) % 200 for i in range(2000)]
+
+    def padded(updates):
+        return sum(len(u) * max(lengths[i] for i in u) for u in updates) / sum(lengths)
+
+    in_order = [list(range(i, min(i + 16, 2000))) for i in range(0, 2000, 16)]
+    assert padded(length_bucketed_updates(lengths, 16, 0, 0)) < 1.1 < 1.6 < padded(in_order)
+
+
+def test_micro_batches_put_the_longest_first():
+    assert micro_batches([4, 0, 2, 3], [5, 0, 9, 1, 7], 3) == [[2, 4, 0], [3]]

@@ -1,0 +1,137 @@
+"""The alpha-mixed objective against plain loops, and its independence of how an update is cut up."""
+
+import random
+
+import pytest
+import torch
+from helpers import assert_same, gradients, plain_backbone, plain_log_prob, random_comparisons, tiny_config, tiny_model
+
+from prlhf.batching import collate
+from prlhf.losses import branch_weights
+from prlhf.loop import Sums, accumulate_gradients, branches
+from prlhf.scoring import score
+
+
+def run(config, comparisons, order=None, model=None):
+    """Loss and gradients of one update over `comparisons`."""
+    model = model or tiny_model(config, noise=0.01)
+    reference = score(model, comparisons, None, 1, 4)
+    order = order or list(range(len(comparisons)))
+    loss = accumulate_gradients(config, model, comparisons, reference, order, 1, Sums())
+    return loss, gradients(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_vanilla_is_the_dpo_papers_loop(family):
+    """Uniform user, T_u = 0: -log sigma(beta [(log pi/ref)(y1) - (log pi/ref)(y2)]), one pair at a time."""
+    vanilla = ("user_model.kind=uniform", "user_model.tokens=0", "loss.beta=0.2", "optim.micro_batch_size=2")
+    config = tiny_config(*vanilla, family=family)
+    comparisons = random_comparisons(5)
+    policy, reference = plain_backbone(config), plain_backbone(config)
+    model = tiny_model(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # a policy that has moved away from its reference
+        for a, b in zip(policy.parameters(), model.backbone.parameters()):
+            step = 0.02 * torch.randn(a.shape, generator=generator, dtype=a.dtype)
+            a += step
+            b += step
+
+    total = 0.0
+    for c in comparisons:
+        ratio = []
+        for y in (c.chosen, c.rejected):
+            with torch.no_grad():
+                log_ref = plain_log_prob(reference, c.prefix, y, None)
+            ratio.append(plain_log_prob(policy, c.prefix, y, None) - log_ref)
+        loss = -torch.log(torch.sigmoid(0.2 * (ratio[0] - ratio[1]))) / len(comparisons)
+        loss.backward()
+        total += loss.item()
+
+    reference_scores = score(tiny_model(config), comparisons, None, 1, 4)
+    found = accumulate_gradients(config, model, comparisons, reference_scores, list(range(5)), 1, Sums())
+    assert found == pytest.approx(total, abs=1e-10)
+    assert_same(gradients(model.backbone), gradients(policy))
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"])
+@pytest.mark.parametrize("user_model", ["individual", "cluster"])
+def test_alpha_half_is_the_mean_of_the_two_branches(kind, user_model):
+    """On known users: the alpha = 1 and the alpha = 0 update, each computed alone, average to the alpha = 0.5 one."""
+    comparisons = [c._replace(user=1 + i % 4) for i, c in enumerate(random_comparisons(6))]
+    results = [
+        run(tiny_config(f"loss.kind={kind}", f"loss.alpha={alpha}", f"user_model.kind={user_model}"), comparisons)
+        for alpha in (0.0, 0.5, 1.0)
+    ]
+    (generic, generic_grad), (mixed, mixed_grad), (user, user_grad) = results
+    assert mixed == pytest.approx((user + generic) / 2, abs=1e-10)
+    zero = {name: torch.zeros_like(g) for name, g in mixed_grad.items()}
+    generic_grad, user_grad = zero | generic_grad, zero | user_grad
+    assert_same(mixed_grad, {name: (user_grad[name] + generic_grad[name]) / 2 for name in mixed_grad})
+    assert abs(user - generic) > 1e-6  # the branches do differ
+
+
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
+def test_any_order_micro_batch_and_layout_give_the_same_update(aggregator):
+    comparisons = random_comparisons(9, user_text=True)
+    assert {0} < {c.user for c in comparisons}
+    base = (f"user_model.aggregator={aggregator}", "lora.rank=2", "optim.batch_size=9")
+    expected_loss, expected = run(tiny_config(*base, "optim.micro_batch_size=9"), comparisons)
+    for size, layout, seed in ((1, "tree", 0), (2, "rows", 1), (4, "tree", 2), (7, "rows", 3)):
+        order = list(range(9))
+        random.Random(seed).shuffle(order)
+        config = tiny_config(*base, f"optim.micro_batch_size={size}", f"model.layout={layout}")
+        loss, found = run(config, comparisons, order)
+        assert loss == pytest.approx(expected_loss, abs=1e-10)
+        assert_same(found, expected)
+
+
+def test_unknown_users_count_once_with_weight_one():
+    weights = branch_weights(torch.tensor([0, 3, 0, 1]), alpha=0.25)
+    assert weights.user.tolist() == [0, 0.25, 0, 0.25]
+    assert weights.generic.tolist() == [1, 0.75, 1, 0.75]
+
+
+def test_no_pass_is_run_for_nothing():
+    names = {alpha: [b.name for b in branches([5, 6], [1, 2], alpha, True)] for alpha in (0.0, 0.5, 1.0)}
+    assert names == {0.0: ["generic"], 0.5: ["user", "generic"], 1.0: ["user"]}
+    user, generic = branches([5, 6], [1, 0], 1.0, True)  # alpha 1: an unknown user's comparison is computed once
+    assert (user.indices, generic.indices) == ([5], [6])
+    (only,) = branches([5, 6], [1, 2], 0.5, False)  # a uniform user model has one branch
+    assert only.weights_B.tolist() == [1.0, 1.0]
+
+
+def test_linear_aggregator_by_hand():
+    """h' = W [h; e_u] + b before the head, against a loop over single sequences."""
+    config = tiny_config("user_model.aggregator=linear")
+    model, backbone = tiny_model(config, noise=0.0), plain_backbone(config)
+    with torch.no_grad():
+        model.aggregator.linear.weight += 0.05 * torch.randn(32, 32 + 3 * 32, dtype=torch.float64)
+        model.aggregator.linear.bias += 0.1
+    (c,) = random_comparisons(1)
+    found = model(collate([c], 1), torch.tensor([2]))
+    W, b = model.aggregator.linear.weight, model.aggregator.linear.bias
+    e_u = (model.user_model.e_UD + model.user_model.offsets_MUD[1]).flatten()
+    for y, log_p in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
+        hidden = backbone.model(torch.tensor([c.prefix + y])).last_hidden_state[0, len(c.prefix) - 1 : -1]
+        expected = 0.0
+        for h, token in zip(hidden, y):
+            logits = backbone.lm_head(W @ torch.cat([h, e_u]) + b)
+            expected += torch.log_softmax(logits, dim=0)[token].item()
+        assert log_p.item() == pytest.approx(expected, abs=1e-10)
+
+
+def test_a_fresh_linear_aggregator_changes_nothing():
+    config = tiny_config("user_model.aggregator=linear")
+    model = tiny_model(config)
+    batch = collate(random_comparisons(3), 1)
+    with model.as_reference():
+        reference = model(batch, None)
+    assert torch.allclose(model(batch, torch.tensor([1, 2, 0])).chosen, reference.chosen, atol=1e-12)
+
+
+def test_the_reference_sees_user_text_or_not_by_its_prefix():
+    model = tiny_model(tiny_config())
+    (c,) = random_comparisons(1, user_text=True)
+    assert c.prefix != c.reference_prefix
+    scored = score(model, [c], None, 1, 1)
+    assert scored.chosen.item() == pytest.approx(plain_log_prob(model.backbone, c.reference_prefix, c.chosen, None).item())

@@ -1,0 +1,91 @@
+"""Generation: independent of the company a row has, and the same as Hugging Face's generate."""
+
+import pytest
+import torch
+from helpers import TOKENIZER, tiny_config, tiny_model
+
+from prlhf.sampling import Decoder, Decoding, Request, choose, generate
+
+
+def requests():
+    prompts = ["a", "tell me about rain\n", "x" * 30, "why?"]
+    return [
+        Request([1] + TOKENIZER(p, add_special_tokens=False)["input_ids"], user, f"{p} {user}")
+        for p in prompts
+        for user in (0, 2, 4)
+    ]
+
+
+def model_of(family, *overrides):
+    return tiny_model(tiny_config(*overrides, family=family), noise=0.1).float().eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_does_not_depend_on_its_batch(family, aggregator, temperature):
+    model = model_of(family, f"user_model.aggregator={aggregator}")
+    decoding = Decoding(max_new_tokens=12, temperature=temperature, top_p=0.9, seed=1)
+    together = generate(model, requests(), 1, 2, decoding)
+    alone = [generate(model, [request], 1, 2, decoding)[0] for request in requests()]
+    assert together == alone
+    assert len({tuple(r.ids) for r in alone}) > 4  # rows do differ
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_logits_agree_to_1e_4_with_no_batch_and_no_cache(family):
+    """Every step's logits against one pass over the row's whole sequence, without cache or padding."""
+    model = model_of(family)
+    rows = requests()
+    with torch.no_grad():
+        decoder = Decoder(model, rows, 1)
+        logits = [decoder.prefill()]
+        tokens = []
+        for _ in range(5):
+            tokens.append(logits[-1].argmax(-1))
+            logits.append(decoder.decode_one_token(tokens[-1]))
+        for b, request in enumerate(rows):
+            vectors = model.user_model(torch.tensor([request.user]))[0]
+            ids = torch.tensor(request.ids + [int(t[b]) for t in tokens])
+            embed = model.backbone.get_input_embeddings()(ids)
+            whole = model.backbone(inputs_embeds=torch.cat([embed[:1], vectors, embed[1:]])[None]).logits[0, -6:]
+            assert torch.allclose(torch.stack([x[b] for x in logits]), whole, atol=1e-4)
+
+
+def test_vanilla_equals_hugging_faces_generate():
+    model = model_of("llama", "user_model.kind=uniform", "user_model.tokens=0")
+    for request in requests()[::3]:
+        ids = torch.tensor([request.ids])
+        expected = model.backbone.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=2
+        )[0, ids.shape[1] :].tolist()
+        (found,) = generate(model, [request], 1, 2, Decoding(max_new_tokens=15))
+        assert found.ids == [t for t in expected if t != 2]
+
+
+def test_eos_ends_a_row_and_leaves_no_trace():
+    model = model_of("llama")
+    rows = requests()[:3]
+    free = generate(model, rows, 1, eos=-1, decoding=Decoding(max_new_tokens=8))
+    eos = free[0].ids[3]
+    stopped = generate(model, rows, 1, eos=eos, decoding=Decoding(max_new_tokens=8))
+    for before, after in zip(free, stopped):
+        assert after.finished == (eos in before.ids)
+        assert after.ids == (before.ids[: before.ids.index(eos)] if after.finished else before.ids)
+
+
+def test_top_p_keeps_the_fewest_tokens_with_that_mass():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    drawn = set()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        drawn.add(choose(logits, Decoding(temperature=1.0, top_p=0.7), [generator]).item())
+    assert drawn == {0, 1}
+
+
+def test_sampling_follows_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.cat([choose(logits, Decoding(temperature=2.0), [generator]) for _ in range(4000)])
+    expected = torch.softmax(logits[0] / 2, dim=0)
+    assert torch.allclose(draws.bincount(minlength=3) / 4000, expected, atol=0.03)

@@ -1,0 +1,249 @@
+"""Whole runs of the tiny config through the public commands, in this process unless one is to be killed."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_comparisons, tiny_config, tiny_model
+from safetensors.torch import load_file
+
+import train as train_script
+from prlhf import checkpoint, loop
+from prlhf.encoding import Dataset, EncodingReport
+from prlhf.errors import TrainingError, UserError
+from prlhf.runs import open_run
+from prlhf.scoring import score
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = (
+    "model.width=32", "model.heads=2", "optim.epochs=2", "data.limit=24", "data.valid_limit=8", "optim.batch_size=4",
+    "train.save_every=2", "train.eval_every=5", "train.log_every=3", "lora.rank=2", "lora.dropout=0.3",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def command(run_dir, *overrides, flags=()):
+    return ["train.py", "--config", "tiny.yaml", "--set", f"run_dir={run_dir}", *SHORT, *overrides, *flags]
+
+
+def run(monkeypatch, run_dir, *overrides, flags=()):
+    monkeypatch.setattr(sys, "argv", command(run_dir, *overrides, flags=flags))
+    train_script.main()
+
+
+def weights(run_dir):
+    final = Path(run_dir) / "final"
+    return {f"{p.name}:{k}": v for p in sorted(final.glob("*.safetensors")) for k, v in load_file(p).items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def records(run_dir):
+    found = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    clock = {"comparisons_per_s", "tokens_per_s", "peak_memory_gb"}
+    return [{k: v for k, v in r.items() if k not in clock} for r in found]
+
+
+def test_a_run_leaves_what_it_promises(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path / "a")
+    found = {p.relative_to(tmp_path / "a").as_posix() for p in (tmp_path / "a").rglob("*") if p.is_file()}
+    for name in ("config.yaml", "metrics.jsonl", "final/users.safetensors", "final/users.json", "final/config.yaml",
+                 "final/adapter_model.safetensors", "final/tokenizer.json"):  # fmt: skip
+        assert name in found
+    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in log if not r.get("eval")]
+    assert steps == [3, 6, 9, 12] and [r["step"] for r in log if r.get("eval")] == [5, 10, 12]
+    for key in ("step", "loss", "lr", "grad_norm", "user_margin", "generic_margin", "user_accuracy", "generic_accuracy",
+                "comparisons_per_s", "tokens_per_s", "peak_memory_gb"):  # fmt: skip
+        assert key in log[0]
+    assert not list((tmp_path / "a").rglob("*partial*"))
+
+
+def test_newest_and_best_checkpoints_stay(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path / "a", "train.keep_checkpoints=2", "train.final=best")
+    evals = [r for r in records(tmp_path / "a") if r.get("eval")]
+    best = min(evals, key=lambda r: r["loss"])["step"]
+    assert set(checkpoint.steps(tmp_path / "a" / "checkpoints")) == {10, 12, best}
+    kept = load_file(tmp_path / "a" / "checkpoints" / f"step_{best}" / "weights.safetensors")
+    assert torch.equal(kept["user_model.e_UD"], load_file(tmp_path / "a/final/users.safetensors")["user_model.e_UD"])
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_path, mode):
+    more = () if mode == "lora" else ("lora.rank=0",)
+    run(monkeypatch, tmp_path / "whole", *more)
+    save = checkpoint.save_step
+    for stop in (2, 6, 10):
+
+        def stop_after(folder, model, optimizer, state, stop=stop):
+            path = save(folder, model, optimizer, state)
+            if state["step"] == stop:
+                raise KeyboardInterrupt
+            return path
+
+        monkeypatch.setattr(checkpoint, "save_step", stop_after)
+        with pytest.raises(KeyboardInterrupt):
+            run(monkeypatch, tmp_path / f"cut{stop}", *more)
+        monkeypatch.setattr(checkpoint, "save_step", save)
+        run(monkeypatch, tmp_path / f"cut{stop}", *more)
+        assert same(weights(tmp_path / f"cut{stop}"), weights(tmp_path / "whole"))
+        assert records(tmp_path / f"cut{stop}") == records(tmp_path / "whole")
+
+
+def test_killed_at_random_moments_a_run_ends_bit_for_bit_alike(monkeypatch, tmp_path):
+    """SIGKILL at random moments, saves included: nothing half-written is ever taken for whole."""
+    run(monkeypatch, tmp_path / "whole", "train.save_every=1")
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    killed = tmp_path / "killed"
+    rng, kills = random.Random(0), 0
+    for _ in range(12):
+        process = subprocess.Popen(
+            [sys.executable, *command(killed, "train.save_every=1")], env=environment, cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        while process.poll() is None and not (killed / "checkpoints").exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 1.0) if kills < 3 else 30 if process.poll() is None else 0) if kills < 3 else process.wait()
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if (killed / "final").exists():
+            break
+    assert kills >= 1 and same(weights(killed), weights(tmp_path / "whole"))
+    assert records(killed) == records(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_as_it_is_another_config_is_refused_and_overwrite_starts_anew(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, tmp_path / "a")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*") if p.is_file() and p.name != ".lock"}
+    run(monkeypatch, tmp_path / "a")
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"another config:\n  loss.beta: 0.5 -> 0.9\n"):
+        run(monkeypatch, tmp_path / "a", "loss.beta=0.9")
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    run(monkeypatch, tmp_path / "a", "loss.beta=0.9", flags=["--overwrite"])
+    assert "beta: 0.9" in (tmp_path / "a" / "final" / "config.yaml").read_text()
+
+
+def test_a_folder_of_other_files_is_never_touched(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a run's"):
+        open_run(tiny_config(f"run_dir={tmp_path}"), "x", overwrite=True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_in_use_is_refused(tmp_path):
+    held = open_run(tiny_config(f"run_dir={tmp_path / 'a'}"), "x")
+    with pytest.raises(UserError, match="in use by another process"):
+        open_run(tiny_config(f"run_dir={tmp_path / 'a'}"), "x")
+    held.lock.close()
+
+
+def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path):
+    def unfinished(name):
+        run(monkeypatch, tmp_path / name)
+        for file in (tmp_path / name / "final").iterdir():
+            file.unlink()
+        (tmp_path / name / "final").rmdir()
+        return tmp_path / name / "checkpoints" / "step_12"
+
+    step = unfinished("a")
+    state = json.loads((step / "state.json").read_text())
+    (step / "state.json").write_text(json.dumps({**state, "data": "other"}))
+    with pytest.raises(UserError, match="data are not those"):
+        run(monkeypatch, tmp_path / "a")
+    for name in ("weights.safetensors", "optimizer.pt", "state.json"):
+        step = unfinished(name)
+        (step / name).write_bytes((step / name).read_bytes()[:-100])
+        with pytest.raises(UserError, match="damaged checkpoint"):
+            run(monkeypatch, tmp_path / name)
+
+
+def toy_split(model, count=8):
+    comparisons = random_comparisons(count)
+    data = Dataset(comparisons, [str(c.user) for c in comparisons], EncodingReport())
+    return loop.Split(data, score(model, comparisons, None, 1, 4))
+
+
+def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
+    config = tiny_config(f"run_dir={tmp_path / 'a'}", "optim.batch_size=4", "optim.epochs=4", "optim.max_skipped_steps=3")
+    model = tiny_model(config)
+    split = toy_split(model)
+    split.reference.chosen.fill_(math.nan)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(TrainingError, match="3 updates in a row"):
+        loop.train(config, open_run(config, "x"), model, 1, 4, split, None)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped"] for r in log] == [True] * 3
+
+
+def test_one_bad_step_is_skipped_and_training_goes_on(tmp_path):
+    config = tiny_config(f"run_dir={tmp_path / 'a'}", "optim.batch_size=1", "optim.max_skipped_steps=2")
+    model = tiny_model(config)
+    split = toy_split(model)
+    split.reference.chosen[3] = math.inf
+    loop.train(config, open_run(config, "x"), model, 1, 4, split, None)
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(r.get("skipped", False) for r in log) == 1
+
+
+def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
+    """One update equals AdamW on the clipped gradient, computed here with torch on the same gradient."""
+    config = tiny_config(
+        f"run_dir={tmp_path / 'a'}", "optim.batch_size=8", "optim.max_grad_norm=0.01", "optim.lr=1e-3",
+        "user_model.lr=1e-2", "optim.schedule=constant", "optim.weight_decay=0.1",
+    )  # fmt: skip
+    model, twin = tiny_model(config), tiny_model(config)
+    split = toy_split(model)
+    loop.accumulate_gradients(config, twin, split.data.comparisons, split.reference, range(8), 1, loop.Sums())
+    grads = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
+    norm = math.sqrt(sum((g**2).sum().item() for g in grads.values()))
+    assert norm > 0.01
+    loop.train(config, open_run(config, "x"), model, 1, 4, split, None)
+    after = dict(model.named_parameters())
+    for name, p in twin.named_parameters():
+        g = grads[name] * 0.01 / (norm + 1e-6)  # clip_grad_norm_'s documented epsilon
+        lr, decay = (1e-2, 0.0) if name.startswith("user_model.") else (1e-3, 0.1)
+        expected = p.detach() * (1 - lr * decay) - lr * g / (g.abs() + 1e-8)  # Adam's first step is g / (|g| + eps)
+        assert torch.allclose(after[name], expected, atol=1e-12), name
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 + 0.25 * math.sqrt(2), 0.5, 0.5 - 0.25 * math.sqrt(2)]),
+    ],
+)
+def test_schedules_by_hand(schedule, expected):
+    config = tiny_config("optim.warmup_steps=2", f"optim.schedule={schedule}").optim
+    assert [loop.learning_rate_factor(step, 6, config) for step in range(6)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["robust", "hinge", "ipo", "simpo", "orpo"])
+def test_every_loss_and_user_model_trains_and_evaluates(monkeypatch, tmp_path, kind):
+    more = ("optim.epochs=1", f"loss.kind={kind}", "user_model.kind=cluster", "user_model.aggregator=linear", "lora.rank=0")
+    run(monkeypatch, tmp_path / "a", *more)
+    final = [r for r in records(tmp_path / "a") if r.get("eval")][-1]
+    assert math.isfinite(final["loss"]) and 0 <= final["accuracy_top"] <= 1
+    loaded = checkpoint.load_final(tmp_path / "a")
+    trained = load_file(tmp_path / "a" / "final" / "users.safetensors")
+    assert torch.equal(loaded.model.user_model.V_KUD, trained["user_model.V_KUD"])

@@ -1,0 +1,78 @@
+"""Train a personalised language model: python train.py --config NAME.yaml [--set key.sub=value ...]
+
+The same command again resumes an unfinished run, and leaves a finished one as it is.
+"""
+
+import argparse
+import os
+
+import torch
+
+from prlhf import config as config_module
+from prlhf.backbones import load_tokenizer
+from prlhf.checkpoint import save_final
+from prlhf.config import Config
+from prlhf.data import UserIndex, read_comparisons
+from prlhf.encoding import Dataset, Encoder, encode_file
+from prlhf.errors import UserError, run_command
+from prlhf.loop import Split, train
+from prlhf.losses import REFERENCE_FREE
+from prlhf.personalized import PersonalizedLM, build_model
+from prlhf.reference import reference_log_probs, weights_fingerprint
+from prlhf.runs import open_run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, as given or in configs/")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    parser.add_argument("--overwrite", action="store_true", help="start anew where the run directory has a run already")
+    args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("torchrun: this version trains in one process; expected --nproc_per_node 1")
+
+    # Config and data: all their faults are told before a model is loaded.
+    path = config_module.find(args.config)
+    config = config_module.load(path, args.set)
+    if config.data.train is None:
+        raise UserError(f"{path}: data.train is not set, expected a file of comparisons")
+    train_file = read_comparisons(config.data.train)
+    valid_file = read_comparisons(config.data.valid) if config.data.valid else None
+    run = open_run(config, path.stem, args.overwrite)
+    if run.finished:
+        print(f"{run.final} is finished; --overwrite trains anew")
+        return
+    tokenizer = load_tokenizer(config.model)
+    encoder = Encoder(tokenizer, config.data)
+    users = UserIndex.from_comparisons(train_file.comparisons, config.data.known_users)
+    train_data = encode_file(train_file, encoder, users, config.data.limit, config.seed)
+    print(f"train: {train_data.report.lines()}; {len(users)} known users")
+    valid_data = None
+    if valid_file is not None:
+        valid_data = encode_file(valid_file, encoder, users, config.data.valid_limit, config.seed)
+        print(f"valid: {valid_data.report.lines()}")
+
+    # Model and reference: the model is its own reference until the first update.
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(config.seed)
+    model = build_model(config, tokenizer, len(users)).to(device)
+    base = weights_fingerprint(model.backbone)
+    training = with_reference(config, model, train_data, encoder.user_slot, base)
+    valid = with_reference(config, model, valid_data, encoder.user_slot, base) if valid_data is not None else None
+
+    # Training, and the model for use.
+    train(config, run, model, encoder.user_slot, len(users), training, valid)
+    save_final(run.final, model, config, tokenizer, users, base)
+    print(f"{run.final} is finished; evaluate it with: python evaluate.py --checkpoint {run.path}")
+
+
+def with_reference(config: Config, model: PersonalizedLM, data: Dataset, user_slot: int, base: str) -> Split:
+    """The data with its reference log-probs, which the reference-free losses do without."""
+    if config.loss.kind in REFERENCE_FREE:
+        return Split(data, None)
+    batch_size = config.evaluate.batch_size
+    return Split(data, reference_log_probs(lambda: model, data.comparisons, user_slot, batch_size, base))
+
+
+if __name__ == "__main__":
+    run_command(main)
