@@ -76,7 +76,9 @@ def main() -> None:
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """UserError unless low <= value <= high."""
     if not low <= value <= high:
-        raise UserError(f"{name}: found {value:g}, expected at least {low:g}" + (f", at most {high:g}" if high < 1e9 else ""))
+        raise UserError(
+            f"{name}: found {value:g}, expected at least {low:g}" + (f", at most {high:g}" if high < 1e9 else "")
+        )
 
 
 if __name__ == "__main__":

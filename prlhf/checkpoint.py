@@ -1,8 +1,8 @@
 """What a run leaves on disk. A directory is complete or it is not there: written aside, synced, then renamed.
 
-    checkpoints/step_N/   weights.safetensors (all trained weights), optimizer.pt, state.json: enough to resume exactly
-    final/                for use: model.safetensors or adapter_model.safetensors, users.safetensors, users.json,
-                          config.yaml, base.json, tokenizer
+checkpoints/step_N/   weights.safetensors (all trained weights), optimizer.pt, state.json: enough to resume exactly
+final/                for use: model.safetensors or adapter_model.safetensors, users.safetensors, users.json,
+                      config.yaml, base.json, tokenizer
 """
 
 import contextlib
@@ -65,9 +65,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_step(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> Path:
+def save_step(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
     """Write folder/step_N with all that exact resumption needs: weights, optimiser, random state, `state`."""
     path = folder / f"step_{state['step']}"
     with written_aside(path) as aside:
@@ -180,7 +178,9 @@ def reference_model(loaded: Loaded) -> PersonalizedLM:
         return loaded.model
     backbone = load_backbone(loaded.config.model, loaded.tokenizer, loaded.config.seed)
     _check_base(loaded.path, weights_fingerprint(backbone))
-    return PersonalizedLM(backbone, UniformUsers(torch.zeros(0, backbone.config.hidden_size)), None).to(loaded.model.device)
+    return PersonalizedLM(backbone, UniformUsers(torch.zeros(0, backbone.config.hidden_size)), None).to(
+        loaded.model.device
+    )
 
 
 def base_fingerprint(path: Path) -> str:

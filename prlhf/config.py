@@ -193,7 +193,9 @@ def type_name(declared: dataclasses.Field) -> str:
         elif option is types.NoneType:
             words.append("null")
         else:
-            words.append({str: "string", bool: "true | false", int: "int", float: "number"}.get(option, "list of strings"))
+            words.append(
+                {str: "string", bool: "true | false", int: "int", float: "number"}.get(option, "list of strings")
+            )
     return " or ".join(words)
 
 

@@ -118,9 +118,9 @@ def parse_user_text(record: dict[str, Any], where: str) -> str | None:
 def _parse_response(response: Any, where: str) -> str:
     if isinstance(response, str):
         return response
-    if isinstance(response, list) and len(response) == 1 and _is_message(response[0]):
-        if response[0]["role"] == "assistant":
-            return response[0]["content"]
+    one_message = isinstance(response, list) and len(response) == 1 and _is_message(response[0])
+    if one_message and response[0]["role"] == "assistant":
+        return response[0]["content"]
     raise UserError(f"{where}: expected text or a list of one assistant message, found {_short(response)}")
 
 

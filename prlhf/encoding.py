@@ -59,7 +59,9 @@ class EncodingReport:
 
     def lines(self) -> str:
         """The counts in one line, those that are zero left out."""
-        return ", ".join(f"{getattr(self, f.name):,} {f.name.replace('_', ' ')}" for f in fields(self) if getattr(self, f.name))
+        return ", ".join(
+            f"{getattr(self, f.name):,} {f.name.replace('_', ' ')}" for f in fields(self) if getattr(self, f.name)
+        )
 
 
 class Encoder:

@@ -14,6 +14,7 @@ import torch
 
 from prlhf.config import Config, LossConfig
 from prlhf.encoding import EncodedComparison
+from prlhf.errors import UserError
 from prlhf.losses import ResponseLogProbs, branch_weights, preference_loss, reward_margin
 from prlhf.metrics import (
     UserCounts,
@@ -71,7 +72,9 @@ def score_users(
     def with_rows(as_users: Sequence[int]) -> ResponseLogProbs:
         if not rows:
             return generic
-        return ResponseLogProbs(*(g.index_copy(0, torch.tensor(rows), r) for g, r in zip(generic, scored(rows, as_users))))
+        return ResponseLogProbs(
+            *(g.index_copy(0, torch.tensor(rows), r) for g, r in zip(generic, scored(rows, as_users)))
+        )
 
     true = with_rows(users)
     return Scores(true, generic, with_rows(shuffled(users, known, config.evaluate.seed)) if controls else true)
@@ -96,6 +99,11 @@ def summarize(
     users: user numbers (0 unknown); names: the users' names in the data, by which unknown users are resampled.
     """
     margins = [reward_margin(config.loss, branch, reference).numpy() for branch in scores]
+    bad = ~np.isfinite(margins).all(axis=0)
+    if bad.any():
+        raise UserError(
+            f"{bad.sum()} of {len(users)} comparisons have reward margins that are not finite: a broken model?"
+        )
     samples, rng = config.evaluate.bootstrap, np.random.default_rng(config.evaluate.seed)
     known = [i for i, user in enumerate(users) if user > 0]
     unknown = [i for i, user in enumerate(users) if user == 0]

@@ -211,7 +211,9 @@ def resume(run: Run, model: PersonalizedLM, optimizer: torch.optim.Optimizer, da
     state = checkpoint.load_step(path, model, optimizer)
     progress = Progress(**{**state, "sums": Sums(**state["sums"])})
     if progress.data != data:
-        raise UserError(f"data.train: the data are not those that {path} was trained on; restore them or use --overwrite")
+        raise UserError(
+            f"data.train: the data are not those that {path} was trained on; restore them or use --overwrite"
+        )
     run.forget_after(progress.step)
     print(f"resuming after update {progress.step}", file=sys.stderr)
     return progress
@@ -232,7 +234,9 @@ def _evaluate_and_save(config, run, model, optimizer, progress, total, user_slot
         prune_checkpoints(run, plan.keep_checkpoints, int(progress.best["step"]) if progress.best else None)
 
 
-def evaluate(config: Config, model: PersonalizedLM, valid: Split, known: int, user_slot: int, step: int) -> dict[str, Any]:
+def evaluate(
+    config: Config, model: PersonalizedLM, valid: Split, known: int, user_slot: int, step: int
+) -> dict[str, Any]:
     """The eval record of metrics.jsonl: the training loss and the accuracies on held-out comparisons."""
     comparisons = valid.data.comparisons
     users = [c.user for c in comparisons]

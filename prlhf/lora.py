@@ -40,8 +40,8 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        update = self.dropout(x).to(self.lora_A.dtype) @ self.lora_A.T @ self.lora_B.T
-        return y + (self.scale * update).to(y.dtype)
+        update = (self.scale * (self.dropout(x).to(self.lora_A.dtype) @ self.lora_A.T)) @ self.lora_B.T
+        return y + update.to(y.dtype)
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], seed: int) -> list[str]:

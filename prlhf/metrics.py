@@ -62,7 +62,9 @@ def bootstrap_over_users(
 
 def pooled_interval(counts: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
     """Interval of `pooled`, users resampled with all their comparisons."""
-    return bootstrap_over_users(lambda drawn: (drawn @ counts.correct) / (drawn @ counts.n), len(counts.users), samples, rng)
+    return bootstrap_over_users(
+        lambda drawn: (drawn @ counts.correct) / (drawn @ counts.n), len(counts.users), samples, rng
+    )
 
 
 def mean_interval(values: np.ndarray, samples: int, rng: np.random.Generator) -> Interval | None:

@@ -64,9 +64,7 @@ class PersonalizedLM(nn.Module):
         """The user vectors that go before the prompt: all of them, or None with the linear aggregator."""
         return user_BUD if self.aggregator is None else None
 
-    def states(
-        self, embeddings_RTD: Tensor, mask: Tensor, positions_RT: Tensor, cache: Cache | None = None
-    ) -> Tensor:
+    def states(self, embeddings_RTD: Tensor, mask: Tensor, positions_RT: Tensor, cache: Cache | None = None) -> Tensor:
         """The backbone's last hidden states (R, T, D)."""
         return hidden_states(self.backbone, embeddings_RTD, mask, positions_RT, cache)
 
@@ -116,7 +114,9 @@ def insert_user_vectors(embeddings_RTD: Tensor, batch: PreferenceBatch, user_RUD
         return Rows(embeddings_RTD, batch.segments_RT, batch.positions_RT, batch.predicted_at_N)
     s, (R, T, _), U = batch.user_slot, embeddings_RTD.shape, user_RUD.shape[1]
     embeddings = torch.cat([embeddings_RTD[:, :s], user_RUD.to(embeddings_RTD.dtype), embeddings_RTD[:, s:]], dim=1)
-    segments = torch.cat([batch.segments_RT[:, :s], batch.segments_RT.new_full((R, U), PREFIX), batch.segments_RT[:, s:]], 1)
+    segments = torch.cat(
+        [batch.segments_RT[:, :s], batch.segments_RT.new_full((R, U), PREFIX), batch.segments_RT[:, s:]], 1
+    )
     slots = torch.arange(s, s + U, device=embeddings.device).expand(R, U)
     positions = torch.cat([batch.positions_RT[:, :s], slots, batch.positions_RT[:, s:] + U], dim=1)
     row, column = batch.predicted_at_N // T, batch.predicted_at_N % T

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prlhf.encoding import EncodedComparison
-from prlhf.losses import ResponseLogProbs
 from prlhf.lora import LoRALinear
+from prlhf.losses import ResponseLogProbs
 from prlhf.personalized import PersonalizedLM
 from prlhf.scoring import score
 

@@ -49,7 +49,9 @@ class ResponseFile:
                 record = json.loads(line)
                 keys.add((record["id"], record["user"]))
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{self.path}, line {number}: not a response; expected another --out or --overwrite") from None
+                raise UserError(
+                    f"{self.path}, line {number}: not a response; expected another --out or --overwrite"
+                ) from None
         return keys
 
 
@@ -57,7 +59,9 @@ def _check_settings(path: Path, beside: Path, settings: dict[str, Any]) -> None:
     try:
         saved = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{path}: exists, and was not written by this command; expected another --out or --overwrite") from None
+        raise UserError(
+            f"{path}: exists, and was not written by this command; expected another --out or --overwrite"
+        ) from None
     differing = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in settings.items() if saved.get(k) != v]
     if differing:
         raise UserError(

@@ -1,6 +1,6 @@
 """A run's directory: opened once, refused to another config, and its metrics.jsonl.
 
-    config.yaml, metrics.jsonl, checkpoints/, final/ (its presence says that the run is finished)
+config.yaml, metrics.jsonl, checkpoints/, final/ (its presence says that the run is finished)
 """
 
 import fcntl

@@ -61,7 +61,9 @@ class ClusterUsers(nn.Module):
         return torch.einsum("bk,kud->bud", w_BK, self.V_KUD)
 
 
-def build_user_model(config: UserModelConfig, users: int, vocabulary_VD: Tensor, generator: torch.Generator) -> nn.Module:
+def build_user_model(
+    config: UserModelConfig, users: int, vocabulary_VD: Tensor, generator: torch.Generator
+) -> nn.Module:
     """The user model for `users` known users, in float32 at least, initialised by config.init:
 
     vocabulary: every vector is a word embedding drawn at random (paper, A.3); zero: the shared vectors are, and the

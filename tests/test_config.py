@@ -83,7 +83,11 @@ def test_faults_between_keys(overrides, expected):
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("a: [1", "line 1"), ("- 1\n", "expected `key: value`"), ("seed: 1\nseed: 2\nmodel: {family: llama}", "given twice")],
+    [
+        ("a: [1", "line 1"),
+        ("- 1\n", "expected `key: value`"),
+        ("seed: 1\nseed: 2\nmodel: {family: llama}", "given twice"),
+    ],
 )
 def test_broken_yaml(tmp_path, text, expected):
     assert expected in message(write(tmp_path, text))

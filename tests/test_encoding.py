@@ -4,9 +4,8 @@ from tokenizers import processors
 
 from prlhf.backbones import byte_tokenizer
 from prlhf.batching import length_bucketed_updates, micro_batches
-from prlhf.data import UserIndex, parse_comparison
+from prlhf.data import ComparisonFile, UserIndex, parse_comparison
 from prlhf.encoding import Encoder, EncodingReport, encode_file
-from prlhf.data import ComparisonFile
 from prlhf.errors import UserError
 
 

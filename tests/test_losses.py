@@ -65,7 +65,10 @@ def test_known_values():
 
 
 def test_simpo_uses_averages_and_a_target_margin():
-    expected = [-math.log(sigma(2 * (-4 / 4) - 2 * (-6 / 3) - 0.3)), -math.log(sigma(2 * (-10 / 5) - 2 * (-3 / 2) - 0.3))]
+    expected = [
+        -math.log(sigma(2 * (-4 / 4) - 2 * (-6 / 3) - 0.3)),
+        -math.log(sigma(2 * (-10 / 5) - 2 * (-3 / 2) - 0.3)),
+    ]
     assert simpo_loss(POLICY, 2.0, 0.3).tolist() == pytest.approx(expected, rel=1e-12)
 
 

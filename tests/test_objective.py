@@ -7,8 +7,8 @@ import torch
 from helpers import assert_same, gradients, plain_backbone, plain_log_prob, random_comparisons, tiny_config, tiny_model
 
 from prlhf.batching import collate
-from prlhf.losses import branch_weights
 from prlhf.loop import Sums, accumulate_gradients, branches
+from prlhf.losses import branch_weights
 from prlhf.scoring import score
 
 
@@ -134,4 +134,6 @@ def test_the_reference_sees_user_text_or_not_by_its_prefix():
     (c,) = random_comparisons(1, user_text=True)
     assert c.prefix != c.reference_prefix
     scored = score(model, [c], None, 1, 1)
-    assert scored.chosen.item() == pytest.approx(plain_log_prob(model.backbone, c.reference_prefix, c.chosen, None).item())
+    assert scored.chosen.item() == pytest.approx(
+        plain_log_prob(model.backbone, c.reference_prefix, c.chosen, None).item()
+    )

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -106,29 +105,29 @@ def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_
 
 def test_killed_at_random_moments_a_run_ends_bit_for_bit_alike(monkeypatch, tmp_path):
     """SIGKILL at random moments, saves included: nothing half-written is ever taken for whole."""
-    run(monkeypatch, tmp_path / "whole", "train.save_every=1")
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    killed = tmp_path / "killed"
-    rng, kills = random.Random(0), 0
-    for _ in range(12):
+    long = ("train.save_every=1", "optim.epochs=8")
+    run(monkeypatch, tmp_path / "whole", *long)
+    killed, rng = tmp_path / "killed", random.Random(0)
+    for _ in range(3):
+        reached = max(checkpoint.steps(killed / "checkpoints"), default=0)
         process = subprocess.Popen(
-            [sys.executable, *command(killed, "train.save_every=1")], env=environment, cwd=ROOT,
+            [sys.executable, *command(killed, *long)], cwd=ROOT,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        while process.poll() is None and not (killed / "checkpoints").exists():
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, 1.0) if kills < 3 else 30 if process.poll() is None else 0) if kills < 3 else process.wait()
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+        while process.poll() is None and max(checkpoint.steps(killed / "checkpoints"), default=0) <= reached:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.2))
+        assert process.poll() is None, "ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
         process.wait()
-        if (killed / "final").exists():
-            break
-    assert kills >= 1 and same(weights(killed), weights(tmp_path / "whole"))
+    run(monkeypatch, killed, *long)
+    assert same(weights(killed), weights(tmp_path / "whole"))
     assert records(killed) == records(tmp_path / "whole")
 
 
-def test_a_finished_run_is_left_as_it_is_another_config_is_refused_and_overwrite_starts_anew(monkeypatch, tmp_path, capsys):
+def test_a_finished_run_is_left_as_it_is_another_config_is_refused_and_overwrite_starts_anew(
+    monkeypatch, tmp_path, capsys
+):
     run(monkeypatch, tmp_path / "a")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("*") if p.is_file() and p.name != ".lock"}
     run(monkeypatch, tmp_path / "a")
@@ -181,7 +180,9 @@ def toy_split(model, count=8):
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
-    config = tiny_config(f"run_dir={tmp_path / 'a'}", "optim.batch_size=4", "optim.epochs=4", "optim.max_skipped_steps=3")
+    config = tiny_config(
+        f"run_dir={tmp_path / 'a'}", "optim.batch_size=4", "optim.epochs=4", "optim.max_skipped_steps=3"
+    )
     model = tiny_model(config)
     split = toy_split(model)
     split.reference.chosen.fill_(math.nan)
@@ -240,7 +241,13 @@ def test_schedules_by_hand(schedule, expected):
 
 @pytest.mark.parametrize("kind", ["robust", "hinge", "ipo", "simpo", "orpo"])
 def test_every_loss_and_user_model_trains_and_evaluates(monkeypatch, tmp_path, kind):
-    more = ("optim.epochs=1", f"loss.kind={kind}", "user_model.kind=cluster", "user_model.aggregator=linear", "lora.rank=0")
+    more = (
+        "optim.epochs=1",
+        f"loss.kind={kind}",
+        "user_model.kind=cluster",
+        "user_model.aggregator=linear",
+        "lora.rank=0",
+    )
     run(monkeypatch, tmp_path / "a", *more)
     final = [r for r in records(tmp_path / "a") if r.get("eval")][-1]
     assert math.isfinite(final["loss"]) and 0 <= final["accuracy_top"] <= 1

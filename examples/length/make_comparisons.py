@@ -99,7 +99,9 @@ def main() -> None:
     for number, pair in enumerate(found):
         chosen, rejected = rng.sample(pair["responses"], 2)  # no preference yet: the order is a coin's
         split = "valid" if pair["prompt"][1]["content"] in held_out else "train"
-        splits[split].append({"id": f"length-{number}", "prompt": pair["prompt"], "chosen": chosen, "rejected": rejected})
+        splits[split].append(
+            {"id": f"length-{number}", "prompt": pair["prompt"], "chosen": chosen, "rejected": rejected}
+        )
     for split, records in splits.items():
         write(HERE / f"{split}.jsonl", records)
         prompts = len({record["prompt"][1]["content"] for record in records})

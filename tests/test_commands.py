@@ -1,0 +1,209 @@
+"""The three commands as a person uses them: what they leave, and what they say to bad input."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import generate
+import train
+from prlhf.errors import run_command
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ("model.width=32", "model.heads=2", "optim.epochs=1", "lora.rank=2", "data.limit=16", "data.valid_limit=12")
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command; its exit status and what it wrote to stdout and stderr."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        status = 0
+        try:
+            run_command(main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the tiny config."""
+    path = tmp_path_factory.mktemp("run") / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("PRLHF_CACHE", str(path.parent / "cache"))
+        patch.setattr(sys, "argv", ["train.py", "--config", "tiny", "--set", f"run_dir={path}", *SMALL])
+        train.main()
+    return path
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def refused(result, *parts):
+    """Exit status 2, a short message with all `parts`, no traceback."""
+    status, _, err = result
+    assert status == 2, err
+    message = err[err.index("error:") :]
+    for part in parts:
+        assert part in message, message
+    assert "Traceback" not in message and len(message) < 1200
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("tuning", ["lora.rank=2", "lora.rank=0"])
+def test_train_evaluate_generate(call, tmp_path, family, tuning):
+    run = tmp_path / "run"
+    overrides = [f"run_dir={run}", *SMALL, f"model.family={family}", tuning]
+    assert call(train.main, "--config", "tiny.yaml", "--set", *overrides)[0] == 0
+    assert call(evaluate.main, "--checkpoint", run)[0] == 0
+    report = json.loads((run / "eval" / "report.json").read_text())
+    assert set(report["accuracy"]) == {"top", "average_mean", "average_std", "generic", "worst_user"}
+    for name, value in report["accuracy"].items():
+        assert 0 <= value <= 1, name
+        interval = report["interval"][name]
+        assert interval is None or interval[0] <= value + 1e-9 and value - 1e-9 <= interval[1], name
+    assert all(set(row) >= {"n", "accuracy"} for row in report["per_user"].values())
+    assert {"generic_user", "shuffled_users"} <= set(report["controls"])
+    assert report["comparisons"]["known_users"] == sum(row["n"] for row in report["per_user"].values())
+
+    # The evaluation at the end of training and the one of the saved model are the same.
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["eval"] and last["accuracy_top"] == report["accuracy"]["top"]
+
+    out = tmp_path / "responses.jsonl"
+    arguments = ["--checkpoint", run, "--prompts", "examples/tiny/prompts.jsonl", "--users", "alice,generic",
+                 "--out", out, "--max-new-tokens", 5]  # fmt: skip
+    assert call(generate.main, *arguments)[0] == 0
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["id"], r["user"]) for r in found] == [(f"p{i}", u) for i in range(4) for u in ("alice", "generic")]
+
+
+def test_generation_goes_on_where_it_stopped(call, finished, tmp_path):
+    out = tmp_path / "r.jsonl"
+    arguments = ["--checkpoint", finished, "--prompts", "examples/tiny/prompts.jsonl", "--users", "alice,bob",
+                 "--out", out, "--max-new-tokens", 6, "--temperature", 1, "--batch-size", 3]  # fmt: skip
+    assert call(generate.main, *arguments)[0] == 0
+    whole = out.read_text()
+    lines = whole.splitlines(keepends=True)
+    out.write_text("".join(lines[:3]) + lines[3][:20])  # killed in the middle of a line
+    status, said, _ = call(generate.main, *arguments)
+    assert (status, out.read_text()) == (0, whole) and "5 new responses, 8 in all" in said
+    refused(call(generate.main, *arguments, "--seed", 9), str(out), "seed: 0 -> 9", "--overwrite")
+    assert out.read_text() == whole
+
+
+def test_the_saved_lora_and_user_model_are_those_trained(finished):
+    step = max((finished / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
+    trained = load_file(step / "weights.safetensors")
+    users = load_file(finished / "final" / "users.safetensors")
+    assert all((users[name] == trained[name]).all() for name in users) and len(users) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, parts",
+    [
+        (["--config", "tinny.yaml"], ["config 'tinny.yaml' not found", "did you mean 'tiny.yaml'"]),
+        (["--config", "tiny", "--set", "loss.bta=1", "optim.lr=fast"], ["2 faults", "'loss.beta'", "found 'fast', expected number"]),
+        (["--config", "tiny", "--set", "data.train=examples/tiny/trian.jsonl"], ["trian.jsonl: no such file", "train.jsonl"]),
+        (["--config", "tiny", "--set", "data.train=null"], ["data.train is not set"]),
+        (["--config", "tiny", "--set", "model.family=null", "model.name=no/such"], ["model.name 'no/such'", "safetensors"]),
+        (["--config", "tiny", "--set", "data.max_tokens=20"], ["data.max_tokens: found 20", "none of"]),
+        (["--config", "tiny", "--set", "run_dir=README.md"], ["README.md is a file"]),
+        (["--config", "tiny", "--set", "lora.rank=2", "lora.targets=[q]"], ["no linear layer 'q'", "q_proj"]),
+    ],
+)  # fmt: skip
+def test_bad_input_to_train(call, tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    extra = [] if "run_dir=README.md" in arguments else [f"run_dir={tmp_path / 'run'}"]
+    refused(call(train.main, *arguments[:2], "--set", *arguments[3:], *extra), *parts)
+    assert not (tmp_path / "run" / "final").exists()
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"", "empty"),
+        (b'{"prompt": "a", "chosen": "b"}', "line 1: no field 'rejected'"),
+        (b'{"prompt": "a", "cho', "line 1, column"),
+        (b"\xff\xfe", "line 1: expected UTF-8"),
+    ],
+)
+def test_bad_data_files(call, finished, tmp_path, content, part):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    refused(
+        call(train.main, "--config", "tiny", "--set", f"data.train={path}", f"run_dir={tmp_path / 'r'}"),
+        str(path),
+        part,
+    )
+    refused(call(evaluate.main, "--checkpoint", finished, "--data", path), str(path), part)
+    assert not (tmp_path / "r").exists()  # nothing was begun
+
+
+def test_bad_checkpoints(call, finished, copied, tmp_path):
+    refused(call(evaluate.main, "--checkpoint", str(finished) + "x"), "no such checkpoint", str(finished))
+    refused(call(evaluate.main, "--checkpoint", tmp_path), "no finished model")
+    (copied / "final" / "users.json").write_text("[]")
+    refused(call(evaluate.main, "--checkpoint", copied), "users.json", "no user index")
+    shutil.rmtree(copied / "final")
+    refused(call(evaluate.main, "--checkpoint", copied), "no finished model", "stopped at step")
+
+
+@pytest.mark.parametrize("file", ["users.safetensors", "adapter_model.safetensors", "base.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_models(call, copied, file, damage):
+    path = copied / "final" / file
+    path.write_bytes(path.read_bytes()[:-30])
+    if damage == "missing":
+        path.unlink()
+    refused(call(evaluate.main, "--checkpoint", copied), str(copied / "final"))
+
+
+def test_another_base_model_is_noticed(call, copied):
+    base = json.loads((copied / "final" / "base.json").read_text())
+    (copied / "final" / "base.json").write_text(json.dumps({**base, "fingerprint": "0" * 32}))
+    refused(call(evaluate.main, "--checkpoint", copied), "not those that this model was trained from")
+
+
+def test_weights_that_are_not_finite_are_no_accuracy(call, copied):
+    path = copied / "final" / "users.safetensors"
+    save_file({name: t * math.nan for name, t in load_file(path).items()}, path)
+    refused(call(evaluate.main, "--checkpoint", copied), "not finite")
+
+
+def test_bad_input_to_generate(call, finished, tmp_path):
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    prompts.write_text('{"prompt": "hi"}\n{"promt": "hi"}\n')
+    common = ["--checkpoint", finished, "--out", out]
+    good = [*common, "--prompts", "examples/tiny/prompts.jsonl"]
+    refused(call(generate.main, *good, "--users", "alcie"), "'alcie' is not known", "'alice'")
+    refused(call(generate.main, *common, "--prompts", prompts, "--users", "alice"), f"{prompts}, line 2", "'prompt'")
+    refused(call(generate.main, *good, "--users", "alice", "--top-p", "2"), "--top-p: found 2, expected")
+    refused(call(generate.main, *good, "--users", "alice", "--max-new-tokens", "0"), "--max-new-tokens: found 0")
+    assert not out.exists()
+    out.write_text("my notes\n")
+    refused(call(generate.main, *good, "--users", "alice"), str(out), "--overwrite")
+    assert out.read_text() == "my notes\n"
+
+
+def test_several_processes_are_refused_while_training_is_for_one(call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(call(train.main, "--config", "tiny"), "one process")
