@@ -41,10 +41,10 @@ def main() -> None:
     reference = None
     if config.loss.kind not in REFERENCE_FREE:
         reference = reference_log_probs(
-            lambda: reference_model(loaded), data.comparisons, encoder.user_slot,
+            lambda: reference_model(loaded), data.comparisons,
             config.evaluate.batch_size, base_fingerprint(loaded.path),
         )  # fmt: skip
-    scores = score_users(config, loaded.model, data.comparisons, len(loaded.users), encoder.user_slot)
+    scores = score_users(config, loaded.model, data.comparisons)
     users = [c.user for c in data.comparisons]
     report = {
         "checkpoint": str(loaded.path),

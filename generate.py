@@ -66,7 +66,7 @@ def main() -> None:
     model = loaded.model.to(device)
     for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
         rows = slice(start, start + args.batch_size)
-        responses = generate(model, requests[rows], encoder.user_slot, encoder.eos, decoding)
+        responses = generate(model, requests[rows], encoder.eos, decoding)
         texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
         for record, response, text in zip(records[rows], responses, texts):
             out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})

@@ -57,21 +57,21 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = build_model(config, tokenizer, len(users)).to(device)
     base = weights_fingerprint(model.backbone)
-    training = with_reference(config, model, train_data, encoder.user_slot, base)
-    valid = with_reference(config, model, valid_data, encoder.user_slot, base) if valid_data is not None else None
+    training = with_reference(config, model, train_data, base)
+    valid = with_reference(config, model, valid_data, base) if valid_data is not None else None
 
     # Training, and the model for use.
-    train(config, run, model, encoder.user_slot, len(users), training, valid)
+    train(config, run, model, training, valid)
     save_final(run.final, model, config, tokenizer, users, base)
     print(f"{run.final} is finished; evaluate it with: python evaluate.py --checkpoint {run.path}")
 
 
-def with_reference(config: Config, model: PersonalizedLM, data: Dataset, user_slot: int, base: str) -> Split:
+def with_reference(config: Config, model: PersonalizedLM, data: Dataset, base: str) -> Split:
     """The data with its reference log-probs, which the reference-free losses do without."""
     if config.loss.kind in REFERENCE_FREE:
         return Split(data, None)
     batch_size = config.evaluate.batch_size
-    return Split(data, reference_log_probs(lambda: model, data.comparisons, user_slot, batch_size, base))
+    return Split(data, reference_log_probs(lambda: model, data.comparisons, batch_size, base))
 
 
 if __name__ == "__main__":

@@ -27,8 +27,7 @@ class PreferenceBatch:
     """B comparisons as rows of tokens, and where their response tokens are predicted.
 
     A response's first token is predicted at the last prefix position, the others at the token before them. Flat
-    positions count row by row (row * T + t) and know nothing of the user vectors, which the model inserts at
-    `user_slot`.
+    positions count row by row (row * T + t) and know nothing of the user vectors, which the model inserts.
     """
 
     input_ids_RT: Tensor
@@ -39,7 +38,6 @@ class PreferenceBatch:
     targets_N: Tensor  # that token's id
     response_N: Tensor  # its response: 2 b for chosen, 2 b + 1 for rejected
     size: int  # B
-    user_slot: int
 
     def to(self, device: torch.device | str) -> "PreferenceBatch":
         """The same batch with its tensors on `device`."""
@@ -47,9 +45,7 @@ class PreferenceBatch:
         return replace(self, **moved)
 
 
-def collate(
-    comparisons: Sequence[EncodedComparison], user_slot: int, layout: str = "tree", reference: bool = False
-) -> PreferenceBatch:
+def collate(comparisons: Sequence[EncodedComparison], layout: str = "tree", reference: bool = False) -> PreferenceBatch:
     """Lay out comparisons as trees (one row each) or plain rows (two each); `reference` takes the reference's prefix."""
     rows: list[tuple[int, list[int], list[tuple[int, list[int]]]]] = []  # comparison, prefix, its (segment, response)s
     for b, comparison in enumerate(comparisons):
@@ -90,7 +86,6 @@ def collate(
         torch.tensor(targets),
         torch.tensor(response),
         len(comparisons),
-        user_slot,
     )
 
 
@@ -125,7 +120,7 @@ def length_bucketed_updates(lengths: Sequence[int], batch_size: int, seed: int, 
     return updates
 
 
-def micro_batches(indices: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Cut indices into groups of `size` of similar length, the longest first (memory peaks at once, not later)."""
-    by_length = sorted(indices, key=lambda i: (-lengths[i], i))
+def micro_batches(indices: Sequence[int], comparisons: Sequence[EncodedComparison], size: int) -> list[list[int]]:
+    """Cut indices of comparisons into groups of `size` of similar length, the longest first (memory peaks at once)."""
+    by_length = sorted(indices, key=lambda i: (-comparisons[i].length, i))
     return [by_length[i : i + size] for i in range(0, len(by_length), size)]

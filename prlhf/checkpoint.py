@@ -178,9 +178,8 @@ def reference_model(loaded: Loaded) -> PersonalizedLM:
         return loaded.model
     backbone = load_backbone(loaded.config.model, loaded.tokenizer, loaded.config.seed)
     _check_base(loaded.path, weights_fingerprint(backbone))
-    return PersonalizedLM(backbone, UniformUsers(torch.zeros(0, backbone.config.hidden_size)), None).to(
-        loaded.model.device
-    )
+    nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
+    return PersonalizedLM(backbone, nobody, None, 0, loaded.model.user_slot).to(loaded.model.device)
 
 
 def base_fingerprint(path: Path) -> str:

@@ -9,6 +9,7 @@ A prompt that is too long loses its oldest tokens, so the assistant header or `T
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prlhf.config import DataConfig
@@ -64,6 +65,12 @@ class EncodingReport:
         )
 
 
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] where the tokenizer itself begins a text with it (Llama), else [] (GPT-J, SmolLM2)."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
 class Encoder:
     """Token ids of prompts and comparisons for one tokenizer and one `data` group of the config."""
 
@@ -73,13 +80,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.config = config
         self.eos = tokenizer.eos_token_id
-        bos = tokenizer.bos_token_id
-        self.bos = [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-    @property
-    def user_slot(self) -> int:
-        """The position in every row at which the user vectors go: after BOS, or 0."""
-        return len(self.bos)
+        self.bos = bos_ids(tokenizer)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -92,7 +93,10 @@ class Encoder:
             return self._ids(prompt)
         if not self.tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template; expected prompts as text and data.template 'auto'")
-        text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise UserError(f"the chat template refuses the prompt {list(prompt)}: {error}") from None
         ids = self._ids(text)
         return ids[1:] if self.bos and ids[:1] == self.bos else ids
 
@@ -118,6 +122,8 @@ class Encoder:
         if prefix.prompt_cut and len(prefix.prompt) < self.config.min_prompt_tokens:
             report.too_long_dropped += 1
             return None
+        if not prefix.bos and not prefix.prompt:
+            raise UserError(f"comparison {comparison.id}: the prompt has no tokens, and the tokenizer no BOS")
         reference = prefix if self.config.user_text_in_reference else prefix._replace(user_text=[])
         encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, users.number(comparison.user))
         report.comparisons += 1

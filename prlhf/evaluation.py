@@ -50,13 +50,11 @@ def score_users(
     config: Config,
     model: PersonalizedLM,
     comparisons: Sequence[EncodedComparison],
-    known: int,
-    user_slot: int,
     controls: bool = True,
 ) -> Scores:
     """Score all comparisons; nothing is computed twice (an unknown user's three scores are one).
 
-    known: the number of known users. controls=False leaves `shuffled_users` as `true_user` and saves a pass.
+    controls=False leaves `shuffled_users` as `true_user` and saves a pass.
     """
     users = [c.user for c in comparisons]
     rows = [i for i, user in enumerate(users) if user > 0 and not isinstance(model.user_model, UniformUsers)]
@@ -64,7 +62,7 @@ def score_users(
     def scored(rows: Sequence[int], as_users: Sequence[int]) -> ResponseLogProbs:
         return score(
             model, [comparisons[i] for i in rows], [as_users[i] for i in rows],
-            user_slot, config.evaluate.batch_size, config.model.layout, title="evaluation",
+            config.evaluate.batch_size, config.model.layout, title="evaluation",
         )  # fmt: skip
 
     generic = scored(range(len(users)), [0] * len(users))
@@ -77,7 +75,7 @@ def score_users(
         )
 
     true = with_rows(users)
-    return Scores(true, generic, with_rows(shuffled(users, known, config.evaluate.seed)) if controls else true)
+    return Scores(true, generic, with_rows(shuffled(users, model.users, config.evaluate.seed)) if controls else true)
 
 
 def mixed_loss(config: LossConfig, scores: Scores, reference: ResponseLogProbs | None, users: Sequence[int]) -> float:

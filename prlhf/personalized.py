@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf.backbones import head, hidden_states, load_backbone, lora_targets
 from prlhf.batching import PREFIX, PreferenceBatch, tree_mask
 from prlhf.config import Config
+from prlhf.encoding import bos_ids
 from prlhf.logprobs import log_probs
 from prlhf.lora import adapters_off, add_lora
 from prlhf.losses import ResponseLogProbs
@@ -44,8 +45,17 @@ class LinearAggregator(nn.Module):
 class PersonalizedLM(nn.Module):
     """A language model that answers each known user as that user prefers, and user 0 as is commonly preferred."""
 
-    def __init__(self, backbone: PreTrainedModel, user_model: nn.Module, aggregator: LinearAggregator | None):
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        user_model: nn.Module,
+        aggregator: LinearAggregator | None,
+        users: int,
+        user_slot: int,
+    ):
         super().__init__()
+        self.users = users  # known ones, numbered 1..users
+        self.user_slot = user_slot  # where in a row the user vectors go: behind BOS, or 0
         self.backbone = backbone
         self.user_model = user_model
         self.aggregator = aggregator  # None: soft prompt
@@ -79,7 +89,8 @@ class PersonalizedLM(nn.Module):
         user_BUD = None if users_B is None else self.user_model(users_B)
         prompt_BUD = self.soft_prompt(user_BUD)
         soft_RUD = None if prompt_BUD is None else prompt_BUD[batch.comparison_R]
-        rows = insert_user_vectors(self.backbone.get_input_embeddings()(batch.input_ids_RT), batch, soft_RUD)
+        embeddings_RTD = self.backbone.get_input_embeddings()(batch.input_ids_RT)
+        rows = insert_user_vectors(embeddings_RTD, batch, soft_RUD, self.user_slot)
         hidden_RTD = self.states(rows.embeddings_RTD, tree_mask(rows.segments_RT), rows.positions_RT)
         hidden_ND = hidden_RTD.flatten(0, 1).index_select(0, rows.predicted_at_N)
         user_NUD = None if user_BUD is None or self.aggregator is None else user_BUD[batch.response_N // 2]
@@ -108,11 +119,11 @@ class Rows(NamedTuple):
     predicted_at_N: Tensor
 
 
-def insert_user_vectors(embeddings_RTD: Tensor, batch: PreferenceBatch, user_RUD: Tensor | None) -> Rows:
-    """Put each row's U user vectors at batch.user_slot, as part of the prefix; what follows moves on by U."""
+def insert_user_vectors(embeddings_RTD: Tensor, batch: PreferenceBatch, user_RUD: Tensor | None, slot: int) -> Rows:
+    """Put each row's U user vectors at column `slot`, as part of the prefix; what follows moves on by U."""
     if user_RUD is None or user_RUD.shape[1] == 0:
         return Rows(embeddings_RTD, batch.segments_RT, batch.positions_RT, batch.predicted_at_N)
-    s, (R, T, _), U = batch.user_slot, embeddings_RTD.shape, user_RUD.shape[1]
+    s, (R, T, _), U = slot, embeddings_RTD.shape, user_RUD.shape[1]
     embeddings = torch.cat([embeddings_RTD[:, :s], user_RUD.to(embeddings_RTD.dtype), embeddings_RTD[:, s:]], dim=1)
     segments = torch.cat(
         [batch.segments_RT[:, :s], batch.segments_RT.new_full((R, U), PREFIX), batch.segments_RT[:, s:]], 1
@@ -132,7 +143,9 @@ def sum_by_response(token_log_probs_N: Tensor, batch: PreferenceBatch) -> Respon
     return ResponseLogProbs(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1])
 
 
-def build_model(config: Config, tokenizer, users: int, backbone: PreTrainedModel | None = None) -> PersonalizedLM:
+def build_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase, users: int, backbone: PreTrainedModel | None = None
+) -> PersonalizedLM:
     """The model of a config for `users` known users: backbone (loaded unless given), LoRA, user model, aggregator."""
     backbone = backbone if backbone is not None else load_backbone(config.model, tokenizer, config.seed)
     vocabulary_VD = backbone.get_input_embeddings().weight
@@ -147,4 +160,4 @@ def build_model(config: Config, tokenizer, users: int, backbone: PreTrainedModel
     if config.user_model.aggregator == "linear":
         dtype = torch.promote_types(vocabulary_VD.dtype, torch.float32)
         aggregator = LinearAggregator(vocabulary_VD.shape[1], config.user_model.tokens, dtype)
-    return PersonalizedLM(backbone, user_model, aggregator)
+    return PersonalizedLM(backbone, user_model, aggregator, users, len(bos_ids(tokenizer)))

@@ -47,7 +47,6 @@ def data_fingerprint(comparisons: Sequence[EncodedComparison]) -> str:
 def reference_log_probs(
     reference: Callable[[], PersonalizedLM],
     comparisons: Sequence[EncodedComparison],
-    user_slot: int,
     batch_size: int,
     weights: str,
     folder: Path | None = None,
@@ -62,7 +61,7 @@ def reference_log_probs(
     path = folder / f"{fingerprint}.safetensors"
     cached = _read(path, fingerprint, len(comparisons))
     if cached is None:
-        scored = score(reference(), comparisons, None, user_slot, batch_size, title="reference")
+        scored = score(reference(), comparisons, None, batch_size, title="reference")
         cached = torch.stack([scored.chosen, scored.rejected])
         _write(path, fingerprint, cached)
     lengths = [torch.tensor([len(ids) for ids in side]) for side in zip(*((c.chosen, c.rejected) for c in comparisons))]

@@ -45,7 +45,7 @@ class Response(NamedTuple):
 class Decoder:
     """The state of decoding a batch of requests: KV cache, padding, each row's user vectors."""
 
-    def __init__(self, model: PersonalizedLM, requests: Sequence[Request], user_slot: int):
+    def __init__(self, model: PersonalizedLM, requests: Sequence[Request]):
         self.model = model
         device = model.device
         users_B = torch.tensor([r.user for r in requests], device=device)
@@ -56,7 +56,9 @@ class Decoder:
         for b, request in enumerate(requests):
             row_TD = embed(torch.tensor(request.ids, device=device))
             if prompt_BUD is not None:
-                row_TD = torch.cat([row_TD[:user_slot], prompt_BUD[b].to(row_TD.dtype), row_TD[user_slot:]])
+                row_TD = torch.cat(
+                    [row_TD[: model.user_slot], prompt_BUD[b].to(row_TD.dtype), row_TD[model.user_slot :]]
+                )
             rows.append(row_TD)
         T = max(len(row) for row in rows)
         self.embeddings_BTD = torch.stack([torch.nn.functional.pad(row, (0, 0, T - len(row), 0)) for row in rows])
@@ -89,11 +91,9 @@ class Decoder:
 
 
 @torch.inference_mode()
-def generate(
-    model: PersonalizedLM, requests: Sequence[Request], user_slot: int, eos: int, decoding: Decoding
-) -> list[Response]:
+def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
     """One response a request, in their order. The model should be in eval mode."""
-    decoder = Decoder(model, requests, user_slot)
+    decoder = Decoder(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
     responses: list[list[int]] = [[] for _ in requests]
     finished = [False] * len(requests)

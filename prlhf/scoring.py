@@ -15,7 +15,6 @@ def score(
     model: PersonalizedLM,
     comparisons: Sequence[EncodedComparison],
     users: Sequence[int] | None,
-    user_slot: int,
     batch_size: int,
     layout: str = "tree",
     title: str | None = None,
@@ -24,16 +23,15 @@ def score(
 
     users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix.
     """
-    lengths = [c.length for c in comparisons]
     sums: list[ResponseLogProbs] = []
     order: list[int] = []
     training = model.training
     model.eval()
     bar = tqdm(total=len(comparisons), desc=title, disable=None if title else True, leave=False)
     with torch.no_grad():
-        for indices in micro_batches(range(len(comparisons)), lengths, batch_size):
+        for indices in micro_batches(range(len(comparisons)), comparisons, batch_size):
             chosen = [comparisons[i] for i in indices]
-            batch = collate(chosen, user_slot, layout, reference=users is None).to(model.device)
+            batch = collate(chosen, layout, reference=users is None).to(model.device)
             if users is None:
                 with model.as_reference():
                     scored = model(batch, None)

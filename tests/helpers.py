@@ -54,6 +54,7 @@ def plain_backbone(config: Config):
 def tiny_model(config: Config, noise: float = 0.0) -> PersonalizedLM:
     """A float64 model; `noise` moves every trained weight, so that nothing is zero or an identity by initialisation."""
     model = build_model(config, TOKENIZER, USERS, use_sdpa(plain_backbone(config)))
+    model.user_slot = 1  # the comparisons here begin with a BOS
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

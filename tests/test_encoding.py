@@ -5,7 +5,7 @@ from tokenizers import processors
 from prlhf.backbones import byte_tokenizer
 from prlhf.batching import length_bucketed_updates, micro_batches
 from prlhf.data import ComparisonFile, UserIndex, parse_comparison
-from prlhf.encoding import Encoder, EncodingReport, encode_file
+from prlhf.encoding import EncodedComparison, Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
 
 
@@ -44,7 +44,7 @@ def test_a_comparison_by_hand():
 
 def test_bos_once_before_user_text_whether_or_not_the_template_says_it():
     enc = encoder(tokenizer=with_bos())
-    assert enc.user_slot == 1 and encoder().user_slot == 0
+    assert enc.bos == [1] and encoder().bos == []
     assert encode(enc, comparison(user_text="old"))[0].prefix == [1, *ids("old\nWhat is rain?")]
     chat = encode(enc, comparison(prompt=[{"role": "user", "content": "hi"}]))[0].prefix
     assert chat == [1, *ids("user: hi\nassistant:")]
@@ -63,6 +63,13 @@ def test_no_template_is_told():
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         encoder("data.template=chat", tokenizer=bare).prompt_ids("hi")
+
+
+def test_a_template_that_refuses_is_told():
+    strict = byte_tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="roles must alternate"):
+        encoder("data.template=chat", tokenizer=strict).prompt_ids("hi")
 
 
 def test_a_long_prompt_loses_its_oldest_text_and_keeps_its_end_and_eos():
@@ -122,4 +129,6 @@ def test_buckets_leave_little_padding():
 
 
 def test_micro_batches_put_the_longest_first():
-    assert micro_batches([4, 0, 2, 3], [5, 0, 9, 1, 7], 3) == [[2, 4, 0], [3]]
+    lengths = [5, 0, 9, 1, 7]
+    comparisons = [EncodedComparison([1] * n, [], [], [], 0) for n in lengths]
+    assert micro_batches([4, 0, 2, 3], comparisons, 3) == [[2, 4, 0], [3]]

@@ -54,7 +54,7 @@ def test_adapters_off_is_the_base_model_and_all_block_layers_are_adapted(family)
 def test_the_reference_is_the_base_without_dropout_or_gradient_and_training_mode_comes_back():
     _, model = adapted("llama", "lora.dropout=0.5")
     model.train()
-    batch = collate(random_comparisons(3), 1)
+    batch = collate(random_comparisons(3))
     with model.as_reference():
         one, two = model(batch, None), model(batch, None)
     assert torch.equal(one.chosen, two.chosen) and not one.chosen.requires_grad

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_same, gradients, plain_backbone, plain_log_prob, random_comparisons, tiny_config, tiny_model
 
 from prlhf.batching import collate
-from prlhf.loop import Sums, accumulate_gradients, branches
+from prlhf.loop import accumulate_gradients, branches
 from prlhf.losses import branch_weights
 from prlhf.scoring import score
 
@@ -15,9 +15,9 @@ from prlhf.scoring import score
 def run(config, comparisons, order=None, model=None):
     """Loss and gradients of one update over `comparisons`."""
     model = model or tiny_model(config, noise=0.01)
-    reference = score(model, comparisons, None, 1, 4)
+    reference = score(model, comparisons, None, 4)
     order = order or list(range(len(comparisons)))
-    loss = accumulate_gradients(config, model, comparisons, reference, order, 1, Sums())
+    loss = accumulate_gradients(config, model, comparisons, reference, order).loss
     return loss, gradients(model)
 
 
@@ -47,8 +47,8 @@ def test_vanilla_is_the_dpo_papers_loop(family):
         loss.backward()
         total += loss.item()
 
-    reference_scores = score(tiny_model(config), comparisons, None, 1, 4)
-    found = accumulate_gradients(config, model, comparisons, reference_scores, list(range(5)), 1, Sums())
+    reference_scores = score(tiny_model(config), comparisons, None, 4)
+    found = accumulate_gradients(config, model, comparisons, reference_scores, list(range(5))).loss
     assert found == pytest.approx(total, abs=1e-10)
     assert_same(gradients(model.backbone), gradients(policy))
 
@@ -108,7 +108,7 @@ def test_linear_aggregator_by_hand():
         model.aggregator.linear.weight += 0.05 * torch.randn(32, 32 + 3 * 32, dtype=torch.float64)
         model.aggregator.linear.bias += 0.1
     (c,) = random_comparisons(1)
-    found = model(collate([c], 1), torch.tensor([2]))
+    found = model(collate([c]), torch.tensor([2]))
     W, b = model.aggregator.linear.weight, model.aggregator.linear.bias
     e_u = (model.user_model.e_UD + model.user_model.offsets_MUD[1]).flatten()
     for y, log_p in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
@@ -123,7 +123,7 @@ def test_linear_aggregator_by_hand():
 def test_a_fresh_linear_aggregator_changes_nothing():
     config = tiny_config("user_model.aggregator=linear")
     model = tiny_model(config)
-    batch = collate(random_comparisons(3), 1)
+    batch = collate(random_comparisons(3))
     with model.as_reference():
         reference = model(batch, None)
     assert torch.allclose(model(batch, torch.tensor([1, 2, 0])).chosen, reference.chosen, atol=1e-12)
@@ -133,7 +133,7 @@ def test_the_reference_sees_user_text_or_not_by_its_prefix():
     model = tiny_model(tiny_config())
     (c,) = random_comparisons(1, user_text=True)
     assert c.prefix != c.reference_prefix
-    scored = score(model, [c], None, 1, 1)
+    scored = score(model, [c], None, 1)
     assert scored.chosen.item() == pytest.approx(
         plain_log_prob(model.backbone, c.reference_prefix, c.chosen, None).item()
     )

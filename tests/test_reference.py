@@ -18,7 +18,7 @@ def counted(tmp_path):
             return model
 
         weights = weights_fingerprint(model.backbone)
-        found = reference_log_probs(give, comparisons, 1, 4, weights, tmp_path)
+        found = reference_log_probs(give, comparisons, 4, weights, tmp_path)
         return found, len(calls)
 
     return compute

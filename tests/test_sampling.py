@@ -26,8 +26,8 @@ def model_of(family, *overrides):
 def test_a_row_does_not_depend_on_its_batch(family, aggregator, temperature):
     model = model_of(family, f"user_model.aggregator={aggregator}")
     decoding = Decoding(max_new_tokens=12, temperature=temperature, top_p=0.9, seed=1)
-    together = generate(model, requests(), 1, 2, decoding)
-    alone = [generate(model, [request], 1, 2, decoding)[0] for request in requests()]
+    together = generate(model, requests(), 2, decoding)
+    alone = [generate(model, [request], 2, decoding)[0] for request in requests()]
     assert together == alone
     assert len({tuple(r.ids) for r in alone}) > 4  # rows do differ
 
@@ -38,7 +38,7 @@ def test_logits_agree_to_1e_4_with_no_batch_and_no_cache(family):
     model = model_of(family)
     rows = requests()
     with torch.no_grad():
-        decoder = Decoder(model, rows, 1)
+        decoder = Decoder(model, rows)
         logits = [decoder.prefill()]
         tokens = []
         for _ in range(5):
@@ -59,16 +59,16 @@ def test_vanilla_equals_hugging_faces_generate():
         expected = model.backbone.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, do_sample=False, pad_token_id=0, eos_token_id=2
         )[0, ids.shape[1] :].tolist()
-        (found,) = generate(model, [request], 1, 2, Decoding(max_new_tokens=15))
+        (found,) = generate(model, [request], 2, Decoding(max_new_tokens=15))
         assert found.ids == [t for t in expected if t != 2]
 
 
 def test_eos_ends_a_row_and_leaves_no_trace():
     model = model_of("llama")
     rows = requests()[:3]
-    free = generate(model, rows, 1, eos=-1, decoding=Decoding(max_new_tokens=8))
+    free = generate(model, rows, eos=-1, decoding=Decoding(max_new_tokens=8))
     eos = free[0].ids[3]
-    stopped = generate(model, rows, 1, eos=eos, decoding=Decoding(max_new_tokens=8))
+    stopped = generate(model, rows, eos=eos, decoding=Decoding(max_new_tokens=8))
     for before, after in zip(free, stopped):
         assert after.finished == (eos in before.ids)
         assert after.ids == (before.ids[: before.ids.index(eos)] if after.finished else before.ids)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,7 @@ def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path
 def toy_split(model, count=8):
     comparisons = random_comparisons(count)
     data = Dataset(comparisons, [str(c.user) for c in comparisons], EncodingReport())
-    return loop.Split(data, score(model, comparisons, None, 1, 4))
+    return loop.Split(data, score(model, comparisons, None, 4))
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
@@ -188,7 +189,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
     split.reference.chosen.fill_(math.nan)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(TrainingError, match="3 updates in a row"):
-        loop.train(config, open_run(config, "x"), model, 1, 4, split, None)
+        loop.train(config, open_run(config, "x"), model, split, None)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [r["skipped"] for r in log] == [True] * 3
@@ -199,10 +200,11 @@ def test_one_bad_step_is_skipped_and_training_goes_on(tmp_path):
     model = tiny_model(config)
     split = toy_split(model)
     split.reference.chosen[3] = math.inf
-    loop.train(config, open_run(config, "x"), model, 1, 4, split, None)
+    loop.train(config, open_run(config, "x"), model, split, None)
     assert all(torch.isfinite(v).all() for v in model.state_dict().values())
-    log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert sum(r.get("skipped", False) for r in log) == 1
+    text = (tmp_path / "a" / "metrics.jsonl").read_text()
+    log = [json.loads(line) for line in text.splitlines()]
+    assert sum(r.get("skipped", False) for r in log) == 1 and "NaN" not in text and "Infinity" not in text
 
 
 def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
@@ -213,11 +215,11 @@ def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
     )  # fmt: skip
     model, twin = tiny_model(config), tiny_model(config)
     split = toy_split(model)
-    loop.accumulate_gradients(config, twin, split.data.comparisons, split.reference, range(8), 1, loop.Sums())
+    loop.accumulate_gradients(config, twin, split.data.comparisons, split.reference, range(8))
     grads = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum((g**2).sum().item() for g in grads.values()))
     assert norm > 0.01
-    loop.train(config, open_run(config, "x"), model, 1, 4, split, None)
+    loop.train(config, open_run(config, "x"), model, split, None)
     after = dict(model.named_parameters())
     for name, p in twin.named_parameters():
         g = grads[name] * 0.01 / (norm + 1e-6)  # clip_grad_norm_'s documented epsilon
@@ -254,3 +256,35 @@ def test_every_loss_and_user_model_trains_and_evaluates(monkeypatch, tmp_path, k
     loaded = checkpoint.load_final(tmp_path / "a")
     trained = load_file(tmp_path / "a" / "final" / "users.safetensors")
     assert torch.equal(loaded.model.user_model.V_KUD, trained["user_model.V_KUD"])
+
+
+def test_vanilla_dpo_is_the_uniform_user_without_vectors(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path / "a", "optim.epochs=1", "user_model.kind=uniform", "user_model.tokens=0")
+    log = records(tmp_path / "a")
+    assert log[0]["user_accuracy"] is None and log[0]["generic_accuracy"] is not None  # one branch serves all
+    assert checkpoint.load_final(tmp_path / "a").model.user_model.e_UD.shape == (0, 32)
+
+
+def test_tensorboard_is_written_where_it_is_installed_and_asked_for_where_not(monkeypatch, tmp_path):
+    short = ("optim.epochs=1", "train.tensorboard=true")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="TensorBoard is not installed"):
+        run(monkeypatch, tmp_path / "a", *short)
+    written = []
+
+    class Writer:
+        def __init__(self, folder):
+            written.append(folder)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, step))
+
+        def close(self):
+            written.append("closed")
+
+    module = types.ModuleType("tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    run(monkeypatch, tmp_path / "a", *short)
+    assert written[0] == str(tmp_path / "a" / "tensorboard") and written[-1] == "closed"
+    assert ("train/loss", 3) in written and ("eval/accuracy_top", 6) in written

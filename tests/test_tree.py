@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import transformers
 from helpers import (
+    TOKENIZER,
     VOCABULARY,
     assert_same,
     gradients,
@@ -16,6 +18,7 @@ from helpers import (
 from prlhf.backbones import random_backbone, use_sdpa
 from prlhf.batching import CHOSEN, PAD, PREFIX, REJECTED, collate, tree_mask
 from prlhf.losses import log_ratio_margin, sigmoid_loss
+from prlhf.personalized import build_model
 
 
 def loss_of(policy, reference):
@@ -24,10 +27,10 @@ def loss_of(policy, reference):
 
 def layout_loss(model, comparisons, layout):
     users = torch.tensor([c.user for c in comparisons])
-    reference_batch = collate(comparisons, 1, layout, reference=True)
+    reference_batch = collate(comparisons, layout, reference=True)
     with model.as_reference():
         reference = model(reference_batch, None)
-    return loss_of(model(collate(comparisons, 1, layout), users), reference)
+    return loss_of(model(collate(comparisons, layout), users), reference)
 
 
 def plain_loss(backbone, model, comparisons):
@@ -96,7 +99,7 @@ def test_tree_mask_by_hand():
 def test_a_tree_by_hand():
     (c,) = random_comparisons(1)
     c = c._replace(prefix=[1, 10, 11], chosen=[20, 21, 2], rejected=[30, 2])
-    batch = collate([c], 1)
+    batch = collate([c])
     assert batch.input_ids_RT.tolist() == [[1, 10, 11, 20, 21, 2, 30, 2]]
     assert batch.positions_RT.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4]]
     assert batch.predicted_at_N.tolist() == [2, 3, 4, 2, 6]  # both first tokens are predicted at the prefix's end
@@ -109,6 +112,46 @@ def test_changing_one_response_leaves_the_other_alone():
     first, second = random_comparisons(2)
     other = first._replace(chosen=second.chosen)
     users = torch.tensor([1])
-    a, b = model(collate([first], 1), users), model(collate([other], 1), users)
+    a, b = model(collate([first]), users), model(collate([other]), users)
     assert a.rejected.item() == pytest.approx(b.rejected.item(), abs=1e-12)
     assert a.chosen.item() != pytest.approx(b.chosen.item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral"])
+def test_other_llama_like_families_take_the_tree(family):
+    """In float32, as these models compute parts of themselves in it: tree against single sequences."""
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16)
+    config_class = getattr(transformers, f"{family}Config")
+    model_config = config_class(vocab_size=VOCABULARY, num_key_value_heads=1, **shape)
+    torch.manual_seed(0)
+    backbone = getattr(transformers, f"{family}ForCausalLM")(model_config).eval()
+    with torch.no_grad():
+        for p in backbone.parameters():
+            p *= 3  # attention that is far from uniform
+    model = build_model(tiny_config(), TOKENIZER, 4, backbone)
+    model.user_slot = 1
+    comparisons = random_comparisons(4)
+    found = model(collate(comparisons), torch.tensor([c.user for c in comparisons]))
+    for b, c in enumerate(comparisons):
+        vectors = model.user_model(torch.tensor([c.user]))[0]
+        expected = plain_log_prob(backbone, c.prefix, c.rejected, vectors)
+        assert found.rejected[b].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
+def test_bfloat16_weights_give_float32_log_probs_near_the_float32_models(family, aggregator):
+    overrides = ("lora.rank=2", f"user_model.aggregator={aggregator}")
+    models = []
+    for dtype in ("float32", "bfloat16"):
+        config = tiny_config(*overrides, f"model.dtype={dtype}", family=family)
+        models.append(build_model(config, TOKENIZER, 4))
+        models[-1].user_slot = 1
+    comparisons = random_comparisons(6)
+    users = torch.tensor([c.user for c in comparisons])
+    exact, rounded = (model(collate(comparisons), users) for model in models)
+    assert rounded.chosen.dtype == torch.float32
+    assert torch.allclose(exact.chosen, rounded.chosen, rtol=0.01, atol=0.05)
+    rounded.chosen.sum().backward()
+    for p in models[1].user_parameters():
+        assert p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all()
