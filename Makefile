@@ -12,7 +12,7 @@ DEMO := runs/length_demo
 CHECKPOINT ?= $(patsubst %/users.json,%,$(firstword $(shell ls -t runs/*/final/users.json 2>/dev/null)))
 WORKERS := worker1,worker2,worker3,worker4,worker5,worker6,worker7,worker8,worker9,worker10
 
-.PHONY: install test demo length-data model eval config-table
+.PHONY: install test demo length-data model experiments eval config-table
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,19 @@ demo: install model length-data
 	$(PY) generate.py --checkpoint $(DEMO) --prompts examples/length/valid_prompts.jsonl --users $(WORKERS),generic --out $(DEMO)/responses.jsonl --limit 12 --max-new-tokens 64 --batch-size 66
 	$(PY) -m prlhf.lengths $(DEMO)/responses.jsonl --out $(DEMO)/eval
 	@echo "The report, the tables and the figures are in $(DEMO)/eval"
+
+# The full experiments of docs/results.md, for a GPU: length preferences, and UKPConvArg1 against its vanilla arm.
+UKP ?= ../shared/data/ukpconvarg1
+UKP_DATA := data.train=$(UKP)/train.jsonl.gz data.valid=$(UKP)/valid.jsonl.gz
+experiments: install model length-data
+	$(PY) train.py --config length_pdpo.yaml --set model.name=$(MODEL)
+	$(PY) evaluate.py --checkpoint runs/length_pdpo
+	$(PY) generate.py --checkpoint runs/length_pdpo --prompts examples/length/valid_prompts.jsonl --users $(WORKERS),generic --out runs/length_pdpo/responses.jsonl
+	$(PY) -m prlhf.lengths runs/length_pdpo/responses.jsonl --out runs/length_pdpo/eval
+	$(PY) train.py --config ukp_pdpo.yaml --set model.name=$(MODEL) $(UKP_DATA)
+	$(PY) evaluate.py --checkpoint runs/ukp_pdpo
+	$(PY) train.py --config ukp_pdpo.yaml --set model.name=$(MODEL) $(UKP_DATA) loss.alpha=0 run_dir=runs/ukp_vanilla
+	$(PY) evaluate.py --checkpoint runs/ukp_vanilla
 
 eval: install
 	@test -n "$(CHECKPOINT)" || { echo "error: no finished run in runs/; train one first, or say CHECKPOINT=DIR" >&2; exit 2; }

@@ -7,8 +7,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
+from prlhf.backbones import choose_device
 from prlhf.checkpoint import base_fingerprint, load_final, reference_model
 from prlhf.data import read_comparisons
 from prlhf.encoding import Encoder, encode_file
@@ -32,17 +31,22 @@ def main() -> None:
     source = args.data or config.data.valid
     if source is None:
         raise UserError(f"{loaded.path / 'config.yaml'}: data.valid is not set, expected --data PATH")
+    run_dir = loaded.path.parent if loaded.path.name == "final" else loaded.path
+    out = Path(args.out) if args.out else run_dir / "eval"
+    out.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(loaded.tokenizer, config.data)
-    data = encode_file(read_comparisons(source), encoder, loaded.users, config.data.valid_limit, config.seed)
+    limited = args.data is None or any(text.startswith("data.valid_limit=") for text in args.set)
+    file = read_comparisons(source).sample(config.data.valid_limit if limited else None, config.seed)
+    data = encode_file(file, encoder, loaded.users)
     print(f"{source}: {data.report.lines()}")
 
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(config.device)
     loaded.model.to(device)
     reference = None
     if config.loss.kind not in REFERENCE_FREE:
         reference = reference_log_probs(
             lambda: reference_model(loaded), data.comparisons,
-            config.evaluate.batch_size, base_fingerprint(loaded.path),
+            config.evaluate.batch_size, base_fingerprint(loaded.path), device,
         )  # fmt: skip
     scores = score_users(config, loaded.model, data.comparisons)
     users = [c.user for c in data.comparisons]
@@ -52,8 +56,6 @@ def main() -> None:
         "encoding": asdict(data.report),
         **summarize(config, scores, reference, users, data.names),
     }
-    run_dir = loaded.path.parent if loaded.path.name == "final" else loaded.path
-    out = Path(args.out) if args.out else run_dir / "eval"
     write_report(report, out)
     print(markdown(report))
     print(f"written to {out}")

@@ -2,20 +2,21 @@
 --out responses.jsonl
 
 A line of --prompts is {"prompt": text or messages, "id"?, "user_text"?}; a line of --out is {"id", "user", "prompt",
-"response", "tokens", "finished"}. The same command again goes on where it stopped.
+"response", "tokens", "finished", ...}. The same command again goes on where it stopped.
 """
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from prlhf.backbones import choose_device
 from prlhf.checkpoint import load_final, weights_checksum
-from prlhf.data import parse_prompt, parse_user_text, read_json_lines
+from prlhf.data import read_prompts
 from prlhf.encoding import Encoder
 from prlhf.errors import UserError, run_command
+from prlhf.reference import fingerprint_of
 from prlhf.responses import ResponseFile
 from prlhf.sampling import Decoding, Request, generate
 
@@ -39,31 +40,27 @@ def main() -> None:
     check_range("--temperature", args.temperature, low=0)
     check_range("--top-p", args.top_p, low=1e-6, high=1)
     check_range("--batch-size", args.batch_size, low=1)
-    check_range("--limit", args.limit or 1, low=1)
+    check_range("--limit", 1 if args.limit is None else args.limit, low=1)
 
-    prompts = list(read_json_lines(args.prompts))[: args.limit]
+    prompts = read_prompts(args.prompts)[: args.limit]
     loaded = load_final(args.checkpoint, tuple(args.set))
     users = {name: loaded.users.required_number(name) for name in args.users.split(",")}
+    model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
+    prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    settings = {"model": weights_checksum(loaded.path), "prompts": str(args.prompts), **asdict(decoding)}
-    out = ResponseFile(Path(args.out), settings, args.overwrite)
+    out = ResponseFile(Path(args.out), {"model": weights_checksum(loaded.path), **asdict(decoding)}, args.overwrite)
 
     requests, records = [], []
-    for number, record in prompts:
-        where = f"{args.prompts}, line {number}"
-        if "prompt" not in record:
-            raise UserError(f"{where}: no field 'prompt'")
-        prompt = parse_prompt(record["prompt"], where)
-        ids = encoder.prefix(prompt, parse_user_text(record, where)).ids
+    for prompt, prefix in zip(prompts, prefixes):
         for name, user in users.items():
-            key = {"id": str(record.get("id", number)), "user": name}
-            if not out.has(key):
-                requests.append(Request(ids, user, f"{key['id']} {name}"))
-                records.append({**key, "prompt": record["prompt"]})
+            record = {"id": prompt.id, "user": name, "prompt": prompt.text, "prefix": fingerprint_of(prefix.ids)[:12]}
+            if not out.has(record):
+                requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
+                records.append(record)
+    cut = sum(prefix.prompt_cut > 0 or prefix.user_text_cut > 0 for prefix in prefixes)
+    print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for {len(users)} users")
 
-    device = loaded.config.device if loaded.config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    model = loaded.model.to(device)
     for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
         rows = slice(start, start + args.batch_size)
         responses = generate(model, requests[rows], encoder.eos, decoding)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -128,7 +129,8 @@ def random_backbone(config: ModelConfig, vocabulary: int, seed: int) -> PreTrain
         else:
             llama = LlamaConfig(
                 vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
-                num_attention_heads=config.heads, num_key_value_heads=max(1, config.heads // 2),
+                num_attention_heads=config.heads,
+                num_key_value_heads=config.heads if config.heads % 2 else config.heads // 2,
                 intermediate_size=4 * config.width, max_position_embeddings=4096,
                 bos_token_id=None, eos_token_id=None,
             )  # fmt: skip
@@ -157,6 +159,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def choose_device(name: str) -> str:
+    """The device of the config's `device`: auto is cuda where there is one. UserError for a cuda that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: found 'cuda', but torch sees no GPU; expected auto or cpu")
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_positions(model: PreTrainedModel, positions: int) -> None:
+    """UserError where a sequence of so many positions is more than the model reads (its sliding window counts)."""
+    limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    limit = min(value for value in (*limits, positions) if value is not None)
+    if limit < positions:
+        raise UserError(
+            f"data.max_tokens: a sequence takes {positions} positions, user vectors included, and the model reads {limit}; "
+            "expected shorter prompts, responses or --max-new-tokens"
+        )
+
+
 def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
     """`names`, or all linear layers of the blocks for the model's family."""
     return names or LORA_TARGETS.get(model.config.model_type, LLAMA_LIKE)
@@ -175,10 +195,11 @@ def _explained(name: str | Path) -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.name {str(name)!r}: expected a folder or hub name of a causal LM with safetensors ({reason})"
+            f"model {str(name)!r}: expected a folder or hub name (model.name) of a causal LM with whole safetensors "
+            f"and a tokenizer ({reason})"
         ) from None
     finally:
         logger.setLevel(level)

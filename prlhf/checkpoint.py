@@ -1,6 +1,6 @@
 """What a run leaves on disk. A directory is complete or it is not there: written aside, synced, then renamed.
 
-checkpoints/step_N/   weights.safetensors (all trained weights), optimizer.pt, state.json: enough to resume exactly
+checkpoints/step_N/   weights.safetensors (all trained weights), optimizer.pt, users.json, state.json
 final/                for use: model.safetensors or adapter_model.safetensors, users.safetensors, users.json,
                       config.yaml, base.json, tokenizer
 """
@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,9 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_step(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+def save_step(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, users: UserIndex, state: dict[str, Any]
+) -> Path:
     """Write folder/step_N with all that exact resumption needs: weights, optimiser, random state, `state`."""
     path = folder / f"step_{state['step']}"
     with written_aside(path) as aside:
@@ -75,6 +78,7 @@ def save_step(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, 
         if torch.cuda.is_available():
             random_state["cuda"] = torch.cuda.get_rng_state()
         torch.save({"optimizer": optimizer.state_dict(), "random": random_state}, aside / "optimizer.pt")
+        users.save(aside / "users.json")
         (aside / "state.json").write_text(json.dumps(state) + "\n")
     return path
 
@@ -85,7 +89,7 @@ def load_step(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
         state = json.loads((path / "state.json").read_text())
         weights = load_file(path / "weights.safetensors")
         saved = torch.load(path / "optimizer.pt", weights_only=True) if optimizer else None
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
         raise UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before") from None
     parameters = trained_parameters(model)
     if weights.keys() != parameters.keys():
@@ -120,7 +124,7 @@ def save_final(
         users.save(aside / "users.json")
         tokenizer.save_pretrained(aside)
         (aside / "config.yaml").write_text(config_module.dump(config), encoding="utf-8")
-        described = {"name": config.model.name, "fingerprint": base}
+        described = {"name": config.model.name, "dtype": config.model.dtype, "fingerprint": base}
         (aside / "base.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
@@ -156,7 +160,7 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
     tokenizer = load_tokenizer(config.model, path)
     if config.lora.rank:
         backbone = load_backbone(config.model, tokenizer, config.seed)
-        _check_base(path, weights_fingerprint(backbone))
+        _check_base(path, config, weights_fingerprint(backbone))
     else:
         backbone = load_weights(path, config.model.dtype)
     model = build_model(config, tokenizer, len(users), backbone)
@@ -177,17 +181,14 @@ def reference_model(loaded: Loaded) -> PersonalizedLM:
     if loaded.config.lora.rank:
         return loaded.model
     backbone = load_backbone(loaded.config.model, loaded.tokenizer, loaded.config.seed)
-    _check_base(loaded.path, weights_fingerprint(backbone))
+    _check_base(loaded.path, loaded.config, weights_fingerprint(backbone))
     nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
     return PersonalizedLM(backbone, nobody, None, 0, loaded.model.user_slot).to(loaded.model.device)
 
 
 def base_fingerprint(path: Path) -> str:
     """The fingerprint of the weights that the model in `path` was trained from."""
-    try:
-        return json.loads((path / "base.json").read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path / 'base.json'}: cannot be read ({error})") from None
+    return _base(path)["fingerprint"]
 
 
 def weights_checksum(path: Path) -> str:
@@ -200,8 +201,17 @@ def weights_checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_base(path: Path, fingerprint: str) -> None:
-    if base_fingerprint(path) != fingerprint:
+def _base(path: Path) -> dict[str, str]:
+    try:
+        base = json.loads((path / "base.json").read_text(encoding="utf-8"))
+        return {name: base[name] for name in ("dtype", "fingerprint")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'base.json'}: cannot be read ({error})") from None
+
+
+def _check_base(path: Path, config: Config, fingerprint: str) -> None:
+    base = _base(path)
+    if base["dtype"] == config.model.dtype and base["fingerprint"] != fingerprint:
         raise UserError(f"{path}: the base model's weights are not those that this model was trained from")
 
 

@@ -43,7 +43,7 @@ class ModelConfig:
     heads: int = key(4, "Attention heads of a random-weight model.", low=1)
     dtype: str = key(
         "float32",
-        "Type of the backbone's weights; user model and LoRA are float32 in any case.",
+        "Type of the backbone's weights; half types are for LoRA. User model and LoRA are float32 in any case.",
         choices=("float32", "bfloat16", "float16"),
     )
     layout: str = key(
@@ -85,7 +85,7 @@ class DataConfig:
     limit: int | None = key(None, "Train on a seeded sample of this many comparisons.", low=1)
     valid_limit: int | None = key(None, "Evaluate on a seeded sample of this many comparisons.", low=1)
     known_users: int | None = key(
-        None, "Only the n users with most training comparisons are known, all others are user 0; null: all.", low=1
+        None, "Only the n users with most comparisons in data.train are known, all others are user 0; null: all.", low=1
     )
     template: str = key(
         "auto",
@@ -110,6 +110,7 @@ class LossConfig:
     alpha: float = key(0.5, "Weight of the user branch; the generic branch has 1 - alpha.", low=0, high=1)
     beta: float = key(0.1, "Strength of the KL constraint (ORPO: weight of the odds-ratio term).", above=0)
     label_smoothing: float = key(0.0, "Assumed share of flipped labels (sigmoid, robust).", low=0, high=0.499)
+    nll: float = key(0.0, "Weight of an added NLL(y1) per token, which keeps the chosen responses likely (RPO).", low=0)
     gamma: float = key(0.5, "SimPO's target margin.", low=0)
 
 
@@ -141,7 +142,7 @@ class LoRAConfig:
 class TrainConfig:
     log_every: int = key(10, "Updates between records in metrics.jsonl.", low=1)
     eval_every: int | None = key(None, "Updates between evaluations; null: only at the end.", low=1)
-    save_every: int | None = key(None, "Updates between checkpoints; null: only at the end.", low=1)
+    save_every: int | None = key(100, "Updates between checkpoints; null: only at the end.", low=1)
     keep_checkpoints: int = key(1, "Newest checkpoints to keep, beside the best.", low=1)
     final: str = key("last", "Which weights become RUN_DIR/final.", choices=("last", "best"))
     tensorboard: bool = key(False, "Also write TensorBoard events to RUN_DIR/tensorboard.")
@@ -151,15 +152,16 @@ class TrainConfig:
 class EvaluateConfig:
     batch_size: int = key(16, "Comparisons per forward pass.", low=1)
     bootstrap: int = key(2000, "Bootstrap samples (of users) behind each 95% interval.", low=100)
-    seed: int = key(0, "Seed of the bootstrap and of the shuffled user ids.", low=0)
+    seed: int = key(0, "Seed of the bootstrap and of the shuffled user ids.", low=0, high=2**32 - 1)
 
 
 @dataclass(frozen=True)
 class Config:
     method: str = key("pdpo", "pdpo: personalised direct preference optimisation.", choices=("pdpo",))
     run_dir: str | None = key(None, "Where the run lives; null: runs/NAME of the config.")
-    seed: int = key(0, "Seed of everything random.", low=0)
+    seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)
     device: str = key("auto", "auto is cuda where there is one, else cpu.", choices=("auto", "cpu", "cuda"))
+    deterministic: bool = key(True, "On a GPU, deterministic kernels: resuming is exact, at some cost in speed.")
     model: ModelConfig = ModelConfig()
     user_model: UserModelConfig = UserModelConfig()
     data: DataConfig = DataConfig()
@@ -240,7 +242,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
             continue
         try:
             values[name.strip()] = (yaml.safe_load(value), f"--set {text}")
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             faults.append(f"--set {text}: {value!r} is not a YAML value")
 
     good: dict[str, Any] = {}
@@ -313,7 +315,10 @@ def _read_yaml(path: Path, faults: list[str]) -> dict[str, tuple[Any, str]]:
                 else:
                     visit(value_node, f"{name}.")
             else:
-                values[name] = (constructor.construct_object(value_node, deep=True), where)
+                try:
+                    values[name] = (constructor.construct_object(value_node, deep=True), where)
+                except (yaml.YAMLError, ValueError):
+                    faults.append(f"{where}: {getattr(value_node, 'value', '')!r} is not a plain YAML value")
 
     visit(root, "")
     return values
@@ -357,13 +362,10 @@ def _checked(name: str, value: Any) -> Any:
 def _coerced(value: Any, options: Sequence[Any]) -> Any:
     """YAML's near misses: 1 for 1.0, '5e-5' (a string to YAML 1.1), a list of names for a tuple."""
     if float in options and not isinstance(value, bool):
-        if isinstance(value, int):
+        try:
             return float(value)
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                return value
+        except (TypeError, ValueError, OverflowError):
+            return value
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     return value
@@ -380,6 +382,14 @@ def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
         fault("model.name", "expected either model.name (a folder or hub name) or model.family (random weights)")
     if config.model.family and config.model.width % (2 * config.model.heads):
         fault("model.width", f"found {config.model.width}, expected a multiple of 2 * model.heads")
+    if config.model.dtype != "float32" and config.lora.rank == 0:
+        fault(
+            "model.dtype",
+            f"found {config.model.dtype!r}, in which the small updates of full fine-tuning round to "
+            "nothing; expected float32, or lora.rank > 0",
+        )
+    if config.lora.targets == ():
+        fault("lora.targets", "found no names, expected some, or null for all of the family's")
     if config.user_model.tokens == 0 and config.user_model.kind != "uniform":
         fault("user_model.tokens", f"found 0, expected at least 1 for user_model.kind {config.user_model.kind!r}")
     if config.user_model.tokens == 0 and config.user_model.aggregator == "linear":

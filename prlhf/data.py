@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import zlib
 from collections import Counter
@@ -35,6 +36,10 @@ class ComparisonFile(NamedTuple):
     comparisons: list[Comparison]
     equal_responses: int
 
+    def sample(self, limit: int | None, seed: int) -> "ComparisonFile":
+        """The file with a seeded sample of `limit` of its comparisons, in their order; whole where limit is None."""
+        return self._replace(comparisons=sample(self.comparisons, limit, seed))
+
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number and object of each line of a JSON Lines file, plain or .gz.
@@ -53,10 +58,16 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not text:
                     continue
                 record = json.loads(text)
+                if "\\ud" in text:
+                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
                 if not isinstance(record, dict):
                     raise UserError(f"{path}, line {number}: expected a JSON object, found {text[:60]!r}")
                 found = True
                 yield number, record
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{path}, line {number}: half of a surrogate pair (\\ud...), expected whole characters"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}, line {number}: expected UTF-8, found byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
@@ -67,6 +78,18 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}, after line {number}: truncated or damaged gzip file ({error})") from None
     if not found:
         raise UserError(f"{path}: empty, expected one JSON object a line")
+
+
+def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write a JSON Lines file, its folder where needed; gzipped where the name ends in .gz. Complete or not there."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    with (
+        gzip.open(aside, "wt", encoding="utf-8") if path.suffix == ".gz" else open(aside, "w", encoding="utf-8") as file
+    ):
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    os.replace(aside, path)
 
 
 def read_comparisons(path: str | Path) -> ComparisonFile:
@@ -115,6 +138,33 @@ def parse_user_text(record: dict[str, Any], where: str) -> str | None:
     return text or None
 
 
+class Prompt(NamedTuple):
+    """A line of a prompts file: what to answer, a name for it, and optional text about whoever asks."""
+
+    id: str
+    text: str | Messages
+    user_text: str | None
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts of a JSON Lines file: {"prompt", "id"?, "user_text"?}, the id being the line's number by default.
+
+    UserError, with file and line: no prompt in a line, or an id that was there before.
+    """
+    prompts: list[Prompt] = []
+    lines: dict[str, int] = {}
+    for number, record in read_json_lines(path):
+        where = f"{path}, line {number}"
+        if "prompt" not in record:
+            raise UserError(f"{where}: no field 'prompt'{did_you_mean('prompt', record)}")
+        name = str(record.get("id", number))
+        if name in lines:
+            raise UserError(f"{where}: id {name!r} was given in line {lines[name]} already; expected each once")
+        lines[name] = number
+        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), parse_user_text(record, where)))
+    return prompts
+
+
 def _parse_response(response: Any, where: str) -> str:
     if isinstance(response, str):
         return response
@@ -156,6 +206,11 @@ class UserIndex:
         counts = Counter(c.user for c in comparisons if c.user is not None)
         names = sorted(counts, key=lambda name: (-counts[name], name))
         return cls(names[:known_users])
+
+    def with_data(self, comparisons: Iterable[Comparison]) -> "UserIndex":
+        """The users of this index, in its order, who have a comparison among these: what has no data is not known."""
+        there = {c.user for c in comparisons}
+        return UserIndex([name for name in self.names if name in there])
 
     def __len__(self) -> int:
         """m, the number of known users."""

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prlhf.config import DataConfig
-from prlhf.data import Comparison, ComparisonFile, Messages, UserIndex, sample
+from prlhf.data import Comparison, ComparisonFile, Messages, UserIndex
 from prlhf.errors import UserError
 
 
@@ -113,6 +113,18 @@ class Encoder:
         kept = ids[-room:] if room > 0 else []
         return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(ids) - len(kept))
 
+    def prefix_to_answer(self, prompt: str | Messages, user_text: str | None, where: str) -> EncodedPrompt:
+        """A prefix for generation. UserError naming `where` for a prompt of which too little is left to be answered."""
+        prefix = self.prefix(prompt, user_text)
+        if not (self.bos or prefix.prompt) or (
+            prefix.prompt_cut and len(prefix.prompt) < self.config.min_prompt_tokens
+        ):
+            raise UserError(
+                f"{where}: {len(prefix.prompt)} tokens are left of the prompt within data.max_tokens and "
+                f"data.max_prompt_tokens; expected at least {self.config.min_prompt_tokens}"
+            )
+        return prefix
+
     def encode(self, comparison: Comparison, users: UserIndex, report: EncodingReport) -> EncodedComparison | None:
         """The comparison's token ids, or None where its responses leave too little room for the prompt."""
         chosen = self._ids(comparison.chosen) + [self.eos]
@@ -122,7 +134,7 @@ class Encoder:
         if prefix.prompt_cut and len(prefix.prompt) < self.config.min_prompt_tokens:
             report.too_long_dropped += 1
             return None
-        if not prefix.bos and not prefix.prompt:
+        if not self.bos and not prefix.prompt:
             raise UserError(f"comparison {comparison.id}: the prompt has no tokens, and the tokenizer no BOS")
         reference = prefix if self.config.user_text_in_reference else prefix._replace(user_text=[])
         encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, users.number(comparison.user))
@@ -141,12 +153,10 @@ class Dataset(NamedTuple):
     report: EncodingReport
 
 
-def encode_file(
-    file: ComparisonFile, encoder: Encoder, users: UserIndex, limit: int | None = None, seed: int = 0
-) -> Dataset:
-    """All comparisons of a file, or a seeded sample of `limit`, as tokens. UserError where none fits."""
+def encode_file(file: ComparisonFile, encoder: Encoder, users: UserIndex) -> Dataset:
+    """All comparisons of a file as tokens. UserError where none fits."""
     report = EncodingReport(equal_responses_dropped=file.equal_responses)
-    kept = [(encoder.encode(c, users, report), c.user) for c in sample(file.comparisons, limit, seed)]
+    kept = [(encoder.encode(c, users, report), c.user) for c in file.comparisons]
     comparisons = [encoded for encoded, _ in kept if encoded is not None]
     if not comparisons:
         raise UserError(

@@ -54,10 +54,13 @@ def score_users(
 ) -> Scores:
     """Score all comparisons; nothing is computed twice (an unknown user's three scores are one).
 
+    With a uniform user model, and with alpha = 0, which trains no user's own vectors, known users are scored as user 0.
+
     controls=False leaves `shuffled_users` as `true_user` and saves a pass.
     """
     users = [c.user for c in comparisons]
-    rows = [i for i, user in enumerate(users) if user > 0 and not isinstance(model.user_model, UniformUsers)]
+    personal = config.loss.alpha > 0 and not isinstance(model.user_model, UniformUsers)
+    rows = [i for i, user in enumerate(users) if user > 0 and personal]
 
     def scored(rows: Sequence[int], as_users: Sequence[int]) -> ResponseLogProbs:
         return score(

@@ -29,6 +29,7 @@ def log_probs(
 
 
 def _log_probs(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
-    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)  # half-precision logits would be off by percents
+    bias_V = None if bias_V is None else bias_V.to(dtype)
+    logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V)
     return logits_NV.gather(1, targets_N[:, None])[:, 0] - logits_NV.logsumexp(dim=1)

@@ -18,12 +18,13 @@ from torch import Tensor
 from prlhf import checkpoint
 from prlhf.batching import collate, length_bucketed_updates, micro_batches
 from prlhf.config import Config, OptimConfig
+from prlhf.data import UserIndex
 from prlhf.encoding import Dataset, EncodedComparison
 from prlhf.errors import TrainingError, UserError
 from prlhf.evaluation import mixed_loss, score_users, summarize
 from prlhf.losses import ResponseLogProbs, branch_weights, preference_loss, reward_margin
 from prlhf.personalized import PersonalizedLM
-from prlhf.reference import data_fingerprint
+from prlhf.reference import fingerprint_of
 from prlhf.runs import Run, prune_checkpoints
 from prlhf.scoring import select
 from prlhf.training_log import Sums, TrainingLog
@@ -120,17 +121,19 @@ def make_optimizer(config: Config, model: PersonalizedLM) -> torch.optim.AdamW:
 class Progress:
     """Where training is: what a checkpoint's state.json holds."""
 
-    data: str  # fingerprint of the training data
+    started_from: str  # fingerprint of base weights, users and training data
     step: int = 0
     skipped: int = 0  # updates refused in a row
     best: dict[str, float] | None = None  # step and loss
     sums: Sums = field(default_factory=Sums)  # since the last record of metrics.jsonl
 
 
-def train(config: Config, run: Run, model: PersonalizedLM, training: Split, valid: Split | None) -> None:
+def train(
+    config: Config, run: Run, model: PersonalizedLM, users: UserIndex, base: str, training: Split, valid: Split | None
+) -> None:
     """Train `model` in place, from the newest checkpoint of the run or from the start, to the weights for final/.
 
-    TrainingError after config.optim.max_skipped_steps updates in a row whose loss or gradient is not finite; such an
+    base: the fingerprint of the weights that training starts from. TrainingError after config.optim.max_skipped_steps updates in a row whose loss or gradient is not finite; such an
     update never reaches the weights.
     """
     comparisons = training.data.comparisons
@@ -139,7 +142,7 @@ def train(config: Config, run: Run, model: PersonalizedLM, training: Split, vali
     total = min(per_epoch * config.optim.epochs, config.optim.max_steps or sys.maxsize)
     optimizer = make_optimizer(config, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    progress = resume(run, model, optimizer, data_fingerprint(comparisons))
+    progress = resume(run, model, optimizer, fingerprint_of(base, users.names, comparisons))
     log = TrainingLog(config, run, progress.step, total)
     model.train()
 
@@ -171,24 +174,31 @@ def train(config: Config, run: Run, model: PersonalizedLM, training: Split, vali
                 where = {"step": progress.step, "epoch": epoch, "lr": lr, "user_lr": user_lr, "grad_norm": norm}
                 log.write({**where, **progress.sums.record()})
                 progress.sums = Sums()
-            evaluate_and_save(config, run, log, model, optimizer, progress, valid, last=progress.step == total)
+            evaluate_and_save(config, run, log, model, users, optimizer, progress, valid, last=progress.step == total)
     log.close()
     if config.train.final == "best" and progress.best is not None:
         checkpoint.load_step(run.checkpoints / f"step_{progress.best['step']}", model)
 
 
-def resume(run: Run, model: PersonalizedLM, optimizer: torch.optim.Optimizer, data: str) -> Progress:
-    """Load the newest checkpoint, if any, and drop metrics of later updates. UserError where the data changed."""
+def resume(run: Run, model: PersonalizedLM, optimizer: torch.optim.Optimizer, started_from: str) -> Progress:
+    """Load the newest checkpoint, if any, and drop metrics of later updates.
+
+    UserError where it started from other base weights, users or data than those at hand.
+    """
     found = checkpoint.steps(run.checkpoints)
     if not found:
         run.forget_after(0)
-        return Progress(data)
+        return Progress(started_from)
     path = found[max(found)]
     state = checkpoint.load_step(path, model, optimizer)
-    progress = Progress(**{**state, "sums": Sums(**state["sums"])})
-    if progress.data != data:
+    try:
+        progress = Progress(**{**state, "sums": Sums(**state["sums"])})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path / 'state.json'}: damaged checkpoint ({error}); remove {path.name}") from None
+    if progress.started_from != started_from:
         raise UserError(
-            f"data.train: the data are not those that {path} was trained on; restore them or use --overwrite"
+            f"data.train: the comparisons, users or base model are not those that {path} was trained with; "
+            "restore them or use --overwrite"
         )
     run.forget_after(progress.step)
     print(f"resuming after update {progress.step}", file=sys.stderr)
@@ -212,6 +222,7 @@ def evaluate_and_save(
     run: Run,
     log: TrainingLog,
     model: PersonalizedLM,
+    users: UserIndex,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     valid: Split | None,
@@ -230,7 +241,7 @@ def evaluate_and_save(
         if improved:
             progress.best = {"step": progress.step, "loss": record["loss"]}
     if improved or due(config.train.save_every):
-        checkpoint.save_step(run.checkpoints, model, optimizer, asdict(progress))
+        checkpoint.save_step(run.checkpoints, model, optimizer, users, asdict(progress))
         prune_checkpoints(run, config.train.keep_checkpoints, int(progress.best["step"]) if progress.best else None)
 
 

@@ -43,7 +43,7 @@ def branch_weights(users_B: Tensor, alpha: float, personal: bool = True) -> Bran
 
     personal=False (a uniform user model, for which all users are one): 0 and 1 for everybody.
     """
-    user_B = torch.where((users_B > 0) & personal, alpha, 0.0)
+    user_B = alpha * ((users_B > 0) & personal).double()
     return BranchWeights(user_B, 1.0 - user_B)
 
 
@@ -92,7 +92,12 @@ def orpo_loss(policy: ResponseLogProbs, beta: float) -> Tensor:
     chosen = policy.chosen / policy.chosen_length
     rejected = policy.rejected / policy.rejected_length
     log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
-    return -chosen - beta * logsigmoid(log_odds)
+    return chosen_nll(policy) - beta * logsigmoid(log_odds)
+
+
+def chosen_nll(policy: ResponseLogProbs) -> Tensor:
+    """-log p(y1|x) / |y1|, the term that RPO adds to DPO against sinking likelihoods (Pang et al. 2024, 2404.19733)."""
+    return -policy.chosen / policy.chosen_length
 
 
 def average_margin(policy: ResponseLogProbs) -> Tensor:
@@ -109,7 +114,12 @@ def reward_margin(config: LossConfig, policy: ResponseLogProbs, reference: Respo
 
 
 def preference_loss(config: LossConfig, policy: ResponseLogProbs, reference: ResponseLogProbs | None) -> Tensor:
-    """The loss config.kind of each comparison, (B,). The reference-free kinds take reference=None."""
+    """The loss config.kind plus config.nll NLL(y1), (B,). The reference-free kinds take reference=None."""
+    loss_B = _pair_loss(config, policy, reference)
+    return loss_B + config.nll * chosen_nll(policy) if config.nll else loss_B
+
+
+def _pair_loss(config: LossConfig, policy: ResponseLogProbs, reference: ResponseLogProbs | None) -> Tensor:
     if config.kind == "simpo":
         return simpo_loss(policy, config.beta, config.gamma)
     if config.kind == "orpo":

@@ -8,17 +8,17 @@ Shape suffixes: B comparisons, R rows, T positions, U user vectors, D width, N r
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from prlhf.backbones import head, hidden_states, load_backbone, lora_targets
+from prlhf.backbones import check_positions, head, hidden_states, load_backbone, lora_targets
 from prlhf.batching import PREFIX, PreferenceBatch, tree_mask
 from prlhf.config import Config
-from prlhf.encoding import bos_ids
+from prlhf.encoding import EncodedComparison, bos_ids
 from prlhf.logprobs import log_probs
 from prlhf.lora import adapters_off, add_lora
 from prlhf.losses import ResponseLogProbs
@@ -69,6 +69,16 @@ class PersonalizedLM(nn.Module):
         """The weights with the user model's learning rate: the user model and the linear aggregator."""
         parts = [self.user_model] + ([self.aggregator] if self.aggregator is not None else [])
         return [p for part in parts for p in part.parameters()]
+
+    @property
+    def vectors(self) -> int:
+        """T_u where they take positions before the prompt, 0 with the linear aggregator."""
+        return 0 if self.aggregator is not None else self.user_model.tokens
+
+    def check_lengths(self, comparisons: Sequence[EncodedComparison]) -> None:
+        """UserError where a comparison has more positions than the backbone reads."""
+        longest = max(len(c.prefix) + max(len(c.chosen), len(c.rejected)) for c in comparisons)
+        check_positions(self.backbone, longest + self.vectors)
 
     def soft_prompt(self, user_BUD: Tensor | None) -> Tensor | None:
         """The user vectors that go before the prompt: all of them, or None with the linear aggregator."""

@@ -1,7 +1,7 @@
 """Reference log-probs, computed once before training and kept on disk under a fingerprint.
 
-The fingerprint covers the reference's weights and type and every token it sees (so tokenizer, template, truncation
-and data). A cache file is written aside and renamed, and carries a checksum: it is right, or it is not used.
+The fingerprint covers the reference's architecture, weights and type, the kind of device, and every token it sees (so
+tokenizer, template, truncation and data). A cache file is written aside and renamed, and carries a checksum: it is right, or it is not used.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,9 @@ from prlhf.losses import ResponseLogProbs
 from prlhf.personalized import PersonalizedLM
 from prlhf.scoring import score
 
+# What a model's config says beside how it computes.
+NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+
 
 def cache_dir() -> Path:
     """$PRLHF_CACHE, or ~/.cache/prlhf."""
@@ -28,20 +32,19 @@ def cache_dir() -> Path:
 
 
 def weights_fingerprint(backbone: nn.Module) -> str:
-    """A hash of all the backbone's weights, adapters left out (so the same before and after LoRA is added)."""
+    """A hash of the backbone's architecture and all its weights, adapters left out (LoRA does not change it)."""
     digest = hashlib.blake2b(digest_size=16)
+    shape = {k: v for k, v in backbone.config.to_dict().items() if k not in NOT_ARCHITECTURE}
+    digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
     for name, weight in _base_parameters(backbone):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(_bytes(weight))
     return digest.hexdigest()
 
 
-def data_fingerprint(comparisons: Sequence[EncodedComparison]) -> str:
-    """A hash of all that the reference reads: its prefixes and both responses, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for c in comparisons:
-        digest.update(json.dumps([c.reference_prefix, c.chosen, c.rejected]).encode())
-    return digest.hexdigest()
+def fingerprint_of(*parts: Any) -> str:
+    """A hash of plain values, in order."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def reference_log_probs(
@@ -49,15 +52,18 @@ def reference_log_probs(
     comparisons: Sequence[EncodedComparison],
     batch_size: int,
     weights: str,
+    device: str,
     folder: Path | None = None,
 ) -> ResponseLogProbs:
     """log pi_SFT(y|x) of both responses, each (N,) on the CPU; from the cache where it holds exactly these.
 
     reference: gives the model, asked for only where the cache does not hold what is needed.
     weights: its `weights_fingerprint`, taken while the weights still are the reference's.
+    device: what it computes on; another kind of device rounds differently.
     """
     folder = folder or cache_dir() / "reference"
-    fingerprint = hashlib.blake2b(f"{weights} {data_fingerprint(comparisons)}".encode(), digest_size=16).hexdigest()
+    seen = [[c.reference_prefix, c.chosen, c.rejected] for c in comparisons]
+    fingerprint = fingerprint_of(weights, device, seen)
     path = folder / f"{fingerprint}.safetensors"
     cached = _read(path, fingerprint, len(comparisons))
     if cached is None:

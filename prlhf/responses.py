@@ -23,31 +23,36 @@ class ResponseFile:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             beside.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            self._keys = set()
+            self._keys = {}
 
     def has(self, record: dict[str, Any]) -> bool:
-        """Whether the response to record["id"] for record["user"] is there."""
-        return (record["id"], record["user"]) in self._keys
+        """Whether the response to record["id"] for record["user"] is there. UserError if to another prefix."""
+        known = self._keys.get((record["id"], record["user"]))
+        if known not in (None, record["prefix"]):
+            raise UserError(
+                f"{self.path}: holds a response to another prompt {record['id']!r}; expected another --out or --overwrite"
+            )
+        return known is not None
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one record, at once."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._keys.add((record["id"], record["user"]))
+        self._keys[record["id"], record["user"]] = record["prefix"]
 
-    def _keep_complete_lines(self) -> set[tuple[str, str]]:
-        """The keys of the records there; a last line that a kill cut short is removed."""
+    def _keep_complete_lines(self) -> dict[tuple[str, str], str]:
+        """(id, user) -> prefix of the records there; a last line that a kill cut short is removed."""
         content = self.path.read_bytes()
         complete = content[: content.rfind(b"\n") + 1]
         if len(complete) < len(content):
             with open(self.path, "r+b") as file:
                 file.truncate(len(complete))
                 os.fsync(file.fileno())
-        keys = set()
+        keys = {}
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 record = json.loads(line)
-                keys.add((record["id"], record["user"]))
+                keys[record["id"], record["user"]] = record["prefix"]
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{self.path}, line {number}: not a response; expected another --out or --overwrite"

@@ -15,6 +15,8 @@ from prlhf import config as config_module
 from prlhf.config import Config
 from prlhf.errors import UserError
 
+WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "final", "eval", "tensorboard")  # what --overwrite removes
+
 
 class Run(NamedTuple):
     """An opened run directory; `lock` is held while it lives."""
@@ -37,6 +39,18 @@ class Run(NamedTuple):
         """metrics.jsonl."""
         return self.path / "metrics.jsonl"
 
+    def begin(self, config: Config, overwrite: bool) -> None:
+        """Write config.yaml, after removing what an earlier run left where `overwrite`."""
+        if overwrite:
+            for entry in (self.path / name for name in WRITTEN):
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink(missing_ok=True)
+        aside = self.path / ".config.yaml.partial"
+        aside.write_text(config_module.dump(config), encoding="utf-8")
+        os.replace(aside, self.path / "config.yaml")
+
     @property
     def finished(self) -> bool:
         """Whether training ended and the model for use is there."""
@@ -52,11 +66,11 @@ class Run(NamedTuple):
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue
         aside = self.metrics.with_suffix(".partial")
         aside.write_text("".join(kept), encoding="utf-8")
@@ -64,40 +78,40 @@ class Run(NamedTuple):
 
 
 def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
-    """Open config.run_dir (or runs/`name`) for this config, creating it, or emptied where `overwrite`.
+    """Open config.run_dir (or runs/`name`) for this config, and hold it; nothing in it is changed until `begin`.
 
-    UserError where it belongs to another config (with the keys that differ), to another program's files, or to a
-    process that is still running.
+    UserError where it belongs to another config (with the keys that differ, unless `overwrite`), holds other files, or
+    is in use by another process.
     """
     path = Path(config.run_dir or Path("runs") / name).expanduser()
-    saved = path / "config.yaml"
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir: {path} is a file, expected a folder")
-    if path.is_dir() and any(path.iterdir()) and not saved.exists() and not (path / ".lock").exists():
+    if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists() and not _is_run(path):
         raise UserError(f"run_dir: {path} holds files that are not a run's; expected an empty or new folder")
     path.mkdir(parents=True, exist_ok=True)
-    lock = open(path / ".lock", "w")
+    run = Run(path, open(path / ".lock", "w"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"run_dir: {path} is in use by another process") from None
-    if overwrite:
-        for entry in path.iterdir():
-            if entry.name != ".lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    elif saved.exists():
-        differing = config_module.differing_keys(config_module.load(saved), config)
+    begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
+    if begun and not overwrite:
+        differing = config_module.differing_keys(config_module.load(path / "config.yaml"), config)
         if differing:
             raise UserError(
                 f"run_dir: {path} belongs to a run with another config:\n"
                 + "\n".join(f"  {line}" for line in differing)
                 + "\nexpected the same config, another run_dir, or --overwrite"
             )
-    if not saved.exists():
-        aside = path / ".config.yaml.partial"
-        aside.write_text(config_module.dump(config), encoding="utf-8")
-        os.replace(aside, saved)
-    return Run(path, lock)
+    return run
+
+
+def _is_run(path: Path) -> bool:
+    try:
+        config_module.load(path / "config.yaml")
+    except UserError:
+        return False
+    return True
 
 
 def prune_checkpoints(run: Run, keep: int, best: int | None) -> None:

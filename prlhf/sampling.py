@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from prlhf.backbones import head
+from prlhf.backbones import check_positions, head
 from prlhf.personalized import PersonalizedLM
 
 
@@ -64,7 +64,9 @@ class Decoder:
         self.embeddings_BTD = torch.stack([torch.nn.functional.pad(row, (0, 0, T - len(row), 0)) for row in rows])
         self.padding_B = torch.tensor([T - len(row) for row in rows], device=device)
         self.columns = T  # columns of the batch so far, padding included
-        self.cache = DynamicCache(config=model.backbone.config)
+        self.cache = (
+            DynamicCache()
+        )  # every position, also for models with a sliding window: check_positions sees to that
 
     def prefill(self) -> Tensor:
         """Read the prompts; logits (B, V) of each row's first response token, in float32."""
@@ -93,6 +95,7 @@ class Decoder:
 @torch.inference_mode()
 def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
     """One response a request, in their order. The model should be in eval mode."""
+    check_positions(model.backbone, max(len(r.ids) for r in requests) + model.vectors + decoding.max_new_tokens)
     decoder = Decoder(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
     responses: list[list[int]] = [[] for _ in requests]

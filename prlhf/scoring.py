@@ -23,6 +23,7 @@ def score(
 
     users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix.
     """
+    model.check_lengths(comparisons)
     sums: list[ResponseLogProbs] = []
     order: list[int] = []
     training = model.training

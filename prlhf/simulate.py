@@ -9,7 +9,6 @@ at random, evenly, which is how a file without users becomes one with users.
 """
 
 import argparse
-import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from prlhf.data import Comparison, UserIndex, parse_comparison, read_json_lines
+from prlhf.data import Comparison, UserIndex, parse_comparison, read_json_lines, write_json_lines
 from prlhf.errors import UserError, run_command
 
 
@@ -81,6 +80,8 @@ def main() -> None:
     args = parser.parse_args()
     if not 0 <= args.shorter <= 1:
         raise UserError(f"--shorter: found {args.shorter}, expected a probability")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed: found {args.seed}, expected 0 to 2**32 - 1")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers: found {args.workers}, expected at least 1")
 
@@ -90,9 +91,7 @@ def main() -> None:
         for number, record in read_json_lines(args.file)
     ]
     kept, prefers_shorter, ties = simulate(records, args.workers, args.shorter, args.seed)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    with open(args.out, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
+    write_json_lines(args.out, kept)
     counts = Counter(record["user"] for record in kept)
     for user, shorter in prefers_shorter.items():
         print(f"{user}: {counts[user]} comparisons, prefers {'shorter' if shorter else 'longer'}")

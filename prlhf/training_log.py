@@ -73,7 +73,7 @@ class TrainingLog:
 
     def __init__(self, config: Config, run: Run, first: int, total: int):
         self.run = run
-        self.writer = _tensorboard(run) if config.train.tensorboard else None
+        self.writer = _tensorboard(run, first) if config.train.tensorboard else None
         self.bar = tqdm(total=total, initial=first, desc="training", unit="update", disable=None)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -95,9 +95,9 @@ class TrainingLog:
             self.writer.close()
 
 
-def _tensorboard(run: Run):
+def _tensorboard(run: Run, first: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("train.tensorboard: TensorBoard is not installed: pip install 'prlhf[tensorboard]'") from None
-    return SummaryWriter(str(run.path / "tensorboard"))
+    return SummaryWriter(str(run.path / "tensorboard"), purge_step=first + 1)

@@ -20,6 +20,11 @@ class UniformUsers(nn.Module):
         super().__init__()
         self.e_UD = nn.Parameter(e_UD)
 
+    @property
+    def tokens(self) -> int:
+        """T_u."""
+        return self.e_UD.shape[0]
+
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers -> (B, U, D)."""
         return self.e_UD.expand(len(users_B), -1, -1)
@@ -32,6 +37,11 @@ class IndividualUsers(nn.Module):
         super().__init__()
         self.e_UD = nn.Parameter(e_UD)
         self.offsets_MUD = nn.Parameter(offsets_MUD)
+
+    @property
+    def tokens(self) -> int:
+        """T_u."""
+        return self.e_UD.shape[0]
 
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers, 0 for unknown -> (B, U, D)."""
@@ -52,6 +62,11 @@ class ClusterUsers(nn.Module):
         self.V_KUD = nn.Parameter(V_KUD)
         self.w_MK = nn.Parameter(w_MK)  # M + 1 rows: row 0 is the unknown user
         self.softmax = softmax
+
+    @property
+    def tokens(self) -> int:
+        """T_u."""
+        return self.V_KUD.shape[1]
 
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers, 0 for unknown -> (B, U, D)."""

@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; no test needs the network
 
 import pytest
 import torch

@@ -107,6 +107,10 @@ def test_generation_goes_on_where_it_stopped(call, finished, tmp_path):
     status, said, _ = call(generate.main, *arguments)
     assert (status, out.read_text()) == (0, whole) and "5 new responses, 8 in all" in said
     refused(call(generate.main, *arguments, "--seed", 9), str(out), "seed: 0 -> 9", "--overwrite")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(Path("examples/tiny/prompts.jsonl").read_text().replace("apples", "pears"))
+    changed = [prompts if a == "examples/tiny/prompts.jsonl" else a for a in arguments]
+    refused(call(generate.main, *changed), "another prompt")
     assert out.read_text() == whole
 
 
@@ -124,15 +128,20 @@ def test_the_saved_lora_and_user_model_are_those_trained(finished):
         (["--config", "tiny", "--set", "loss.bta=1", "optim.lr=fast"], ["2 faults", "'loss.beta'", "found 'fast', expected number"]),
         (["--config", "tiny", "--set", "data.train=examples/tiny/trian.jsonl"], ["trian.jsonl: no such file", "train.jsonl"]),
         (["--config", "tiny", "--set", "data.train=null"], ["data.train is not set"]),
-        (["--config", "tiny", "--set", "model.family=null", "model.name=no/such"], ["model.name 'no/such'", "safetensors"]),
+        (["--config", "tiny", "--set", "model.family=null", "model.name=no/such"], ["model 'no/such'", "safetensors"]),
         (["--config", "tiny", "--set", "data.max_tokens=20"], ["data.max_tokens: found 20", "none of"]),
         (["--config", "tiny", "--set", "run_dir=README.md"], ["README.md is a file"]),
+        (["--config", "tiny", "--set", "device=cuda"], ["device: found 'cuda'"]),
+        (["--config", "tiny", "--set", "lora.targets=[]"], ["lora.targets: found no names"]),
+        (["--config", "tiny", "--set", "run_dir=2024-13-45"], ["run_dir=2024-13-45", "not a YAML value"]),
+        (["--config", "tiny", "--set", "model.dtype=bfloat16"], ["model.dtype", "full fine-tuning"]),
         (["--config", "tiny", "--set", "lora.rank=2", "lora.targets=[q]"], ["no linear layer 'q'", "q_proj"]),
     ],
 )  # fmt: skip
 def test_bad_input_to_train(call, tmp_path, monkeypatch, arguments, parts):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    extra = [] if "run_dir=README.md" in arguments else [f"run_dir={tmp_path / 'run'}"]
+    if "device=cuda" in arguments:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    extra = [] if any(text.startswith("run_dir") for text in arguments) else [f"run_dir={tmp_path / 'run'}"]
     refused(call(train.main, *arguments[:2], "--set", *arguments[3:], *extra), *parts)
     assert not (tmp_path / "run" / "final").exists()
 
@@ -144,6 +153,7 @@ def test_bad_input_to_train(call, tmp_path, monkeypatch, arguments, parts):
         (b'{"prompt": "a", "chosen": "b"}', "line 1: no field 'rejected'"),
         (b'{"prompt": "a", "cho', "line 1, column"),
         (b"\xff\xfe", "line 1: expected UTF-8"),
+        (b'{"prompt": "a", "chosen": "b", "rejected": "c", "user": "\\ud800"}', "line 1: half of a surrogate pair"),
     ],
 )
 def test_bad_data_files(call, finished, tmp_path, content, part):
@@ -177,6 +187,35 @@ def test_damaged_models(call, copied, file, damage):
     refused(call(evaluate.main, "--checkpoint", copied), str(copied / "final"))
 
 
+def test_a_damaged_fully_fine_tuned_model(call, tmp_path):
+    run = tmp_path / "run"
+    full = [*SMALL, "lora.rank=0"]
+    assert call(train.main, "--config", "tiny", "--set", f"run_dir={run}", *full)[0] == 0
+    path = run / "final" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-30])
+    refused(call(evaluate.main, "--checkpoint", run), str(run / "final"))
+
+
+def test_no_user_at_all_is_no_personal_model(call, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "usr": "alice"}\n' * 9)
+    refused(
+        call(train.main, "--config", "tiny", "--set", f"data.train={path}", f"run_dir={tmp_path / 'r'}"),
+        "no comparison has a user",
+    )
+
+
+def test_a_report_cannot_replace_a_file(call, finished, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    refused(call(evaluate.main, "--checkpoint", finished, "--out", tmp_path / "notes"), str(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_sequence_beyond_the_models_positions(call, finished, tmp_path):
+    arguments = ["--checkpoint", finished, "--prompts", "examples/tiny/prompts.jsonl", "--users", "alice"]
+    refused(call(generate.main, *arguments, "--out", tmp_path / "o", "--max-new-tokens", 5000), "the model reads 4096")
+
+
 def test_another_base_model_is_noticed(call, copied):
     base = json.loads((copied / "final" / "base.json").read_text())
     (copied / "final" / "base.json").write_text(json.dumps({**base, "fingerprint": "0" * 32}))
@@ -195,7 +234,13 @@ def test_bad_input_to_generate(call, finished, tmp_path):
     common = ["--checkpoint", finished, "--out", out]
     good = [*common, "--prompts", "examples/tiny/prompts.jsonl"]
     refused(call(generate.main, *good, "--users", "alcie"), "'alcie' is not known", "'alice'")
-    refused(call(generate.main, *common, "--prompts", prompts, "--users", "alice"), f"{prompts}, line 2", "'prompt'")
+    out.write_text("kept")
+    bad = [*common, "--prompts", prompts, "--users", "alice", "--overwrite"]
+    refused(call(generate.main, *bad), f"{prompts}, line 2", "'prompt'")
+    prompts.write_text('{"prompt": "hi", "id": 1}\n{"prompt": "ho", "id": "1"}\n')
+    refused(call(generate.main, *bad), f"{prompts}, line 2", "'1' was given in line 1")
+    assert out.read_text() == "kept"  # --overwrite has not begun
+    out.unlink()
     refused(call(generate.main, *good, "--users", "alice", "--top-p", "2"), "--top-p: found 2, expected")
     refused(call(generate.main, *good, "--users", "alice", "--max-new-tokens", "0"), "--max-new-tokens: found 0")
     assert not out.exists()

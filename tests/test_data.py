@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from prlhf.data import UserIndex, parse_comparison, read_comparisons, sample
+from prlhf.data import UserIndex, parse_comparison, read_comparisons, sample, write_json_lines
 from prlhf.errors import UserError
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b", "user": "u"}
@@ -104,6 +104,17 @@ def test_users_rank_by_comparisons_then_name():
     index = UserIndex.from_comparisons(comparisons("c", "b", "a", "b", None, "c", "d"), known_users=3)
     assert index.names == ("b", "c", "a")
     assert [index.number(u) for u in ("b", "c", "a", "d", None, "")] == [1, 2, 3, 0, 0, 0]
+
+
+def test_users_without_data_are_not_known():
+    index = UserIndex(["a", "b", "c"]).with_data(comparisons("c", "a", None, "x"))
+    assert index.names == ("a", "c") and index.number("b") == 0
+
+
+def test_written_lines_read_back_plain_and_gzipped(tmp_path):
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        write_json_lines(tmp_path / "new" / name, [GOOD, GOOD])
+        assert len(read_comparisons(tmp_path / "new" / name).comparisons) == 2
 
 
 def test_user_index_survives_the_disk(tmp_path):

@@ -105,6 +105,9 @@ def test_nothing_fits_is_an_error_and_the_report_says_what_was_dropped():
     file = ComparisonFile([comparison(chosen="y" * 99)], equal_responses=4)
     with pytest.raises(UserError, match="data.max_tokens: found 30"):
         encode_file(file, encoder("data.max_tokens=30"), UserIndex([]))
+    with pytest.raises(UserError, match="f.jsonl: 0 tokens are left of the prompt"):
+        tight = encoder("data.max_tokens=10", "data.max_user_text_tokens=10")
+        tight.prefix_to_answer("hi", "a long text about me", "f.jsonl")
     data = encode_file(ComparisonFile([comparison()], 4), encoder(), UserIndex([]))
     assert "4 equal responses dropped" in data.report.lines()
 

@@ -108,3 +108,10 @@ def test_reward_margin_is_scaled_by_beta():
     assert reward_margin(config, POLICY, REFERENCE).tolist() == pytest.approx([0.45, -0.45])
     simpo = config_module.load(None, ("model.family=llama", "loss.beta=0.3", "loss.kind=simpo")).loss
     assert reward_margin(simpo, POLICY, None).tolist() == pytest.approx([0.3 * (-1 + 2), 0.3 * (-2 + 1.5)])
+
+
+def test_an_added_nll_is_per_token():
+    plain = config_module.load(None, ("model.family=llama",)).loss
+    added = config_module.load(None, ("model.family=llama", "loss.nll=0.5")).loss
+    difference = preference_loss(added, POLICY, REFERENCE) - preference_loss(plain, POLICY, REFERENCE)
+    assert difference.tolist() == pytest.approx([0.5 * 4 / 4, 0.5 * 10 / 5])

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import random_comparisons, tiny_config, tiny_model
 
-from prlhf.evaluation import Scores, shuffled, summarize
+from prlhf.evaluation import Scores, score_users, shuffled, summarize
 from prlhf.losses import ResponseLogProbs
 from prlhf.metrics import by_user, correct, pooled, pooled_interval, worst_user_interval
 
@@ -88,3 +88,12 @@ def test_shuffled_ids_are_other_known_users_uniformly():
         for o in {1, 2, 3} - {u}:
             assert drawn.count(o) / len(drawn) == pytest.approx(0.5, abs=0.03)
     assert shuffled([1, 1, 0], known=1, seed=0) == [1, 1, 0]
+
+
+def test_without_a_user_branch_known_users_are_scored_as_the_generic_user():
+    """alpha = 0 leaves the offsets at their random start: they must not count against the vanilla arm."""
+    comparisons = [c._replace(user=1 + i % 4) for i, c in enumerate(random_comparisons(4))]
+    for alpha, same in ((0.0, True), (0.5, False)):
+        config = tiny_config(f"loss.alpha={alpha}")
+        scores = score_users(config, tiny_model(config), comparisons)
+        assert torch.equal(scores.true_user.chosen, scores.generic_user.chosen) == same

@@ -7,6 +7,7 @@ import torch
 from helpers import assert_same, gradients, plain_backbone, plain_log_prob, random_comparisons, tiny_config, tiny_model
 
 from prlhf.batching import collate
+from prlhf.logprobs import CHUNK, log_probs
 from prlhf.loop import accumulate_gradients, branches
 from prlhf.losses import branch_weights
 from prlhf.scoring import score
@@ -83,6 +84,59 @@ def test_any_order_micro_batch_and_layout_give_the_same_update(aggregator):
         loss, found = run(config, comparisons, order)
         assert loss == pytest.approx(expected_loss, abs=1e-10)
         assert_same(found, expected)
+
+
+def test_a_mixed_update_from_plain_branch_losses():
+    """alpha = 0.3: 0.3 of the users' loss and 0.7 of the generic loss, each a plain loop over single sequences."""
+    config = tiny_config("loss.alpha=0.3", "loss.beta=0.2")
+    comparisons = [c._replace(user=1 + i % 4) for i, c in enumerate(random_comparisons(6))]
+    model, twin, backbone = tiny_model(config), tiny_model(config), plain_backbone(config)
+    losses = {"user": 0.0, "generic": 0.0}
+    for c in comparisons:
+        for branch, user in (("user", c.user), ("generic", 0)):
+            vectors = twin.user_model(torch.tensor([user]))[0]
+            h = 0.0
+            for sign, y in ((1, c.chosen), (-1, c.rejected)):
+                with torch.no_grad():
+                    log_ref = plain_log_prob(backbone, c.reference_prefix, y, None)
+                h = h + sign * (plain_log_prob(backbone, c.prefix, y, vectors) - log_ref)
+            losses[branch] = losses[branch] - torch.log(torch.sigmoid(0.2 * h)) / 6
+    expected = 0.3 * losses["user"] + 0.7 * losses["generic"]
+    expected.backward()
+    loss, found = run(config, comparisons, model=model)
+    assert loss == pytest.approx(expected.item(), abs=1e-10)
+    assert_same(found, {f"backbone.{name}": g for name, g in gradients(backbone).items()} | gradients(twin))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunked_log_probs_equal_all_at_once(bias):
+    """Over several chunks with a ragged last one, in value and in every gradient."""
+    generator = torch.Generator().manual_seed(0)
+    N, D, V = 2 * CHUNK + 37, 6, 11
+    targets = torch.randint(V, (N,), generator=generator)
+    results = []
+    for impl in ("torch", "chunked"):
+        generator.manual_seed(1)
+        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (V, D), (V,))]
+        leaves = [t.requires_grad_() for t in tensors]
+        found = log_probs(leaves[0], leaves[1], leaves[2] if bias else None, targets, impl)
+        (found * torch.arange(N)).sum().backward()
+        results.append([found, *(t.grad for t in (leaves if bias else leaves[:2]))])
+    logits = leaves[0] @ leaves[1].T + (leaves[2] if bias else 0)
+    assert torch.allclose(results[0][0], torch.log_softmax(logits, -1)[torch.arange(N), targets], atol=1e-12)
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_half_precision_weights_do_not_round_the_logits():
+    """bf16 inputs: as near to float64 on the same inputs as float32 arithmetic is."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = (5 * torch.randn(64, 32, generator=generator)).bfloat16()
+    weight = torch.randn(50, 32, generator=generator).bfloat16()
+    targets = torch.randint(50, (64,), generator=generator)
+    found = log_probs(hidden, weight, None, targets)
+    exact = log_probs(hidden.double(), weight.double(), None, targets)
+    assert (found - exact).abs().max() / exact.abs().max() < 1e-6
 
 
 def test_unknown_users_count_once_with_weight_one():

@@ -18,7 +18,7 @@ def counted(tmp_path):
             return model
 
         weights = weights_fingerprint(model.backbone)
-        found = reference_log_probs(give, comparisons, 4, weights, tmp_path)
+        found = reference_log_probs(give, comparisons, 4, weights, "cpu", tmp_path)
         return found, len(calls)
 
     return compute
@@ -90,6 +90,12 @@ def test_a_kill_while_writing_leaves_no_cache(counted, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         counted(model_of(), comparisons)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_what_changes_the_function_and_not_the_weights_changes_the_fingerprint():
+    """Two and four heads have the same weights and other log-probs."""
+    prints = {weights_fingerprint(model_of(f"model.heads={heads}", "model.width=64").backbone) for heads in (2, 4)}
+    assert len(prints) == 2
 
 
 def test_the_fingerprint_is_the_same_with_adapters():

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
-from helpers import TOKENIZER, tiny_config, tiny_model
+import transformers
+from helpers import TOKENIZER, VOCABULARY, tiny_config, tiny_model
 
+from prlhf.errors import UserError
+from prlhf.personalized import build_model
 from prlhf.sampling import Decoder, Decoding, Request, choose, generate
 
 
@@ -89,3 +92,19 @@ def test_sampling_follows_the_softmax():
     draws = torch.cat([choose(logits, Decoding(temperature=2.0), [generator]) for _ in range(4000)])
     expected = torch.softmax(logits[0] / 2, dim=0)
     assert torch.allclose(draws.bincount(minlength=3) / 4000, expected, atol=0.03)
+
+
+def test_generation_for_a_model_with_a_sliding_window_is_right_or_refused():
+    config = transformers.MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=20,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    backbone = transformers.MistralForCausalLM(config).eval()
+    model = build_model(tiny_config("user_model.kind=uniform", "user_model.tokens=0"), TOKENIZER, 0, backbone)
+    request = Request([1, 5, 6, 7], 0, "x")
+    (found,) = generate(model, [request], -1, Decoding(max_new_tokens=12))
+    expected = backbone.generate(torch.tensor([request.ids]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert found.ids == expected[0, 4:].tolist()
+    with pytest.raises(UserError, match="takes 24 positions.*reads 20"):
+        generate(model, [request], -1, Decoding(max_new_tokens=20))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train as train_script
 from prlhf import checkpoint, loop
+from prlhf.data import UserIndex, read_comparisons
 from prlhf.encoding import Dataset, EncodingReport
 from prlhf.errors import TrainingError, UserError
 from prlhf.runs import open_run
@@ -82,15 +83,20 @@ def test_newest_and_best_checkpoints_stay(monkeypatch, tmp_path):
     assert torch.equal(kept["user_model.e_UD"], load_file(tmp_path / "a/final/users.safetensors")["user_model.e_UD"])
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "full", "mixed"])
 def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_path, mode):
-    more = () if mode == "lora" else ("lora.rank=0",)
+    more = {
+        "lora": (),
+        "full": ("lora.rank=0",),
+        "mixed": ("model.gradient_checkpointing=true", "user_model.kind=cluster", "user_model.aggregator=linear",
+                  "model.family=gptj", "train.final=best", "model.dtype=bfloat16"),
+    }[mode]  # fmt: skip
     run(monkeypatch, tmp_path / "whole", *more)
     save = checkpoint.save_step
     for stop in (2, 6, 10):
 
-        def stop_after(folder, model, optimizer, state, stop=stop):
-            path = save(folder, model, optimizer, state)
+        def stop_after(folder, model, optimizer, users, state, stop=stop):
+            path = save(folder, model, optimizer, users, state)
             if state["step"] == stop:
                 raise KeyboardInterrupt
             return path
@@ -140,11 +146,44 @@ def test_a_finished_run_is_left_as_it_is_another_config_is_refused_and_overwrite
     assert "beta: 0.9" in (tmp_path / "a" / "final" / "config.yaml").read_text()
 
 
+def test_overwrite_loses_nothing_before_training_can_begin(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path / "a")
+    before = weights(tmp_path / "a")
+    for fault in ("lora.targets=[nothing]", "data.max_tokens=20"):
+        with pytest.raises(UserError):
+            run(monkeypatch, tmp_path / "a", fault, flags=["--overwrite"])
+        assert same(weights(tmp_path / "a"), before)
+
+
+def test_a_config_that_never_began_does_not_stand_in_the_way(monkeypatch, tmp_path):
+    with pytest.raises(UserError):
+        run(monkeypatch, tmp_path / "a", "lora.targets=[nothing]")
+    run(monkeypatch, tmp_path / "a")
+    assert (tmp_path / "a" / "final").exists()
+
+
 def test_a_folder_of_other_files_is_never_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not a run's"):
-        open_run(tiny_config(f"run_dir={tmp_path}"), "x", overwrite=True)
+    for config_of_another_program in (None, "theme: dark\n"):
+        if config_of_another_program:
+            (tmp_path / "config.yaml").write_text(config_of_another_program)
+        with pytest.raises(UserError, match="not a run's"):
+            open_run(tiny_config(f"run_dir={tmp_path}"), "x", overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path):
+    config = tiny_config(f"run_dir={tmp_path / 'a'}")
+    opened = open_run(config, "x")
+    opened.begin(config, overwrite=False)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "kept").touch()
+    (opened.path / "final").symlink_to(tmp_path / "elsewhere")
+    (opened.path / "notes.txt").touch()
+    (opened.path / "checkpoints").mkdir()
+    opened.begin(config, overwrite=True)
+    assert {p.name for p in opened.path.iterdir()} == {".lock", "config.yaml", "notes.txt"}
+    assert (tmp_path / "elsewhere" / "kept").exists()
 
 
 def test_a_run_in_use_is_refused(tmp_path):
@@ -162,11 +201,15 @@ def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path
         (tmp_path / name / "final").rmdir()
         return tmp_path / name / "checkpoints" / "step_12"
 
-    step = unfinished("a")
-    state = json.loads((step / "state.json").read_text())
-    (step / "state.json").write_text(json.dumps({**state, "data": "other"}))
-    with pytest.raises(UserError, match="data are not those"):
-        run(monkeypatch, tmp_path / "a")
+    source = ROOT / "examples" / "tiny" / "train.jsonl"
+    for number, (old, new) in enumerate((("alice", "zoe"), ('"bob"', "null"), ("Certainly", "Sure"))):
+        unfinished(f"a{number}")
+        changed = tmp_path / "train.jsonl"
+        changed.write_text(source.read_text().replace(old, new))
+        monkeypatch.setattr(train_script, "read_comparisons", lambda path, changed=changed: read_comparisons(changed))
+        with pytest.raises(UserError, match="users or base model are not those"):
+            run(monkeypatch, tmp_path / f"a{number}")
+        monkeypatch.setattr(train_script, "read_comparisons", read_comparisons)
     for name in ("weights.safetensors", "optimizer.pt", "state.json"):
         step = unfinished(name)
         (step / name).write_bytes((step / name).read_bytes()[:-100])
@@ -189,7 +232,7 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
     split.reference.chosen.fill_(math.nan)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(TrainingError, match="3 updates in a row"):
-        loop.train(config, open_run(config, "x"), model, split, None)
+        loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, None)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [r["skipped"] for r in log] == [True] * 3
@@ -200,7 +243,7 @@ def test_one_bad_step_is_skipped_and_training_goes_on(tmp_path):
     model = tiny_model(config)
     split = toy_split(model)
     split.reference.chosen[3] = math.inf
-    loop.train(config, open_run(config, "x"), model, split, None)
+    loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, None)
     assert all(torch.isfinite(v).all() for v in model.state_dict().values())
     text = (tmp_path / "a" / "metrics.jsonl").read_text()
     log = [json.loads(line) for line in text.splitlines()]
@@ -219,7 +262,7 @@ def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
     grads = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum((g**2).sum().item() for g in grads.values()))
     assert norm > 0.01
-    loop.train(config, open_run(config, "x"), model, split, None)
+    loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, None)
     after = dict(model.named_parameters())
     for name, p in twin.named_parameters():
         g = grads[name] * 0.01 / (norm + 1e-6)  # clip_grad_norm_'s documented epsilon
