@@ -34,6 +34,8 @@ def key(
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The backbone."""
+
     name: str | None = key(None, "Folder or hub name of a Hugging Face causal LM (safetensors).")
     family: str | None = key(
         None, "With no `model.name`: a small random-weight model of this family.", choices=("llama", "gptj")
@@ -56,6 +58,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class UserModelConfig:
+    """Who users are to the model, and how that meets the language model."""
+
     kind: str = key(
         "individual",
         "f_im: uniform (vanilla, user-blind), individual e_0 + o_i, or cluster V w_i.",
@@ -79,6 +83,8 @@ class UserModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and how much of it becomes tokens."""
+
     train: str | None = key(None, "Comparisons to learn from.")
     valid: str | None = key(None, "Held-out comparisons, for evaluation.")
     format: str = key("jsonl", "File format: canonical JSON Lines, plain or .gz.", choices=("jsonl",))
@@ -102,6 +108,8 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    """The preference loss and its two branches."""
+
     kind: str = key(
         "sigmoid",
         "Preference loss on the log-probs, applied to both branches.",
@@ -116,6 +124,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """Updates: how many, of how many comparisons, how large."""
+
     lr: float = key(1e-6, "Learning rate of the backbone or its LoRA.", above=0)
     batch_size: int = key(32, "Comparisons per update, over all ranks.", low=1)
     micro_batch_size: int = key(8, "Comparisons per forward pass; never changes the update.", low=1)
@@ -132,6 +142,8 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
+    """Low-rank adapters, or none."""
+
     rank: int = key(0, "Rank; 0 is full fine-tuning.", low=0)
     alpha: float = key(16.0, "Scale: the update is alpha / rank * B A x.", above=0)
     dropout: float = key(0.0, "Dropout on the adapter's input.", low=0, high=0.99)
@@ -140,6 +152,8 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """What a training run writes, and when."""
+
     log_every: int = key(10, "Updates between records in metrics.jsonl.", low=1)
     eval_every: int | None = key(None, "Updates between evaluations; null: only at the end.", low=1)
     save_every: int | None = key(100, "Updates between checkpoints; null: only at the end.", low=1)
@@ -150,6 +164,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """How an evaluation is computed."""
+
     batch_size: int = key(16, "Comparisons per forward pass.", low=1)
     bootstrap: int = key(2000, "Bootstrap samples (of users) behind each 95% interval.", low=100)
     seed: int = key(0, "Seed of the bootstrap and of the shuffled user ids.", low=0, high=2**32 - 1)
@@ -157,6 +173,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """Everything a run is determined by, beside the data and the base model."""
+
     method: str = key("pdpo", "pdpo: personalised direct preference optimisation.", choices=("pdpo",))
     run_dir: str | None = key(None, "Where the run lives; null: runs/NAME of the config.")
     seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)

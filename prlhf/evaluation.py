@@ -129,26 +129,32 @@ def summarize(
         "generic": pooled_interval(strangers, samples, rng),
         "worst_user": worst_user_interval(true, samples, rng),
     }
-    controls = {
-        "generic_user": {"accuracy": pooled(generic), "interval": pooled_interval(generic, samples, rng)},
-        "shuffled_users": {"accuracy": pooled(other), "interval": pooled_interval(other, samples, rng)},
-    }
-    for name, control in (("gain_over_generic", generic), ("gain_over_shuffled", other)):
-        gain = pooled(true) - pooled(control) if known else None
-        controls[name] = {"accuracy": gain, "interval": difference_interval(true, control, samples, rng)}
-    table = {
-        user: {
-            "n": int(true.n[i]),
-            "accuracy": float(per_user[i]),
-            "generic_user": float(generic.accuracy()[i]),
-            "shuffled_users": float(other.accuracy()[i]),
-        }
-        for i, user in enumerate(true.users)
-    }
     return {
         "comparisons": {"known_users": len(known), "unknown_users": len(unknown)},
         "accuracy": accuracy,
         "interval": interval,
-        "controls": controls,
-        "per_user": table,
+        "controls": _controls(true, generic, other, samples, rng),
+        "per_user": _per_user(true, generic, other),
+    }
+
+
+def _controls(
+    true: UserCounts, generic: UserCounts, other: UserCounts, samples: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Known users' accuracy under the generic and a random other user, and what the true user gains over either."""
+    found: dict[str, Any] = {}
+    for name, control in (("generic_user", generic), ("shuffled_users", other)):
+        found[name] = {"accuracy": pooled(control), "interval": pooled_interval(control, samples, rng)}
+    for name, control in (("gain_over_generic", generic), ("gain_over_shuffled", other)):
+        gain = pooled(true) - pooled(control) if true.users else None
+        found[name] = {"accuracy": gain, "interval": difference_interval(true, control, samples, rng)}
+    return found
+
+
+def _per_user(true: UserCounts, generic: UserCounts, other: UserCounts) -> dict[str, Any]:
+    """The table of known users (the paper's Tables 3 and 4): n, and accuracy as themselves and under both controls."""
+    columns = zip(true.users, true.n, true.accuracy(), generic.accuracy(), other.accuracy())
+    return {
+        user: {"n": int(n), "accuracy": float(a), "generic_user": float(g), "shuffled_users": float(o)}
+        for user, n, a, g, o in columns
     }
