@@ -83,14 +83,21 @@ def save_step(
     return path
 
 
-def load_step(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """Put a step's weights (and, where given, the optimiser's and the random state) back; returns its `state`."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The `state` that `save_step` wrote. UserError where it is damaged."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def load_step(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put a step's weights (and, where an optimiser is given, its and the random state) back. UserError if damaged."""
+    try:
         weights = load_file(path / "weights.safetensors")
         saved = torch.load(path / "optimizer.pt", weights_only=True) if optimizer else None
     except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before") from None
+        raise _damaged(path, error) from None
     parameters = trained_parameters(model)
     if weights.keys() != parameters.keys():
         raise UserError(f"{path}: weights of another model (e.g. {sorted(weights.keys() ^ parameters.keys())[0]})")
@@ -102,7 +109,10 @@ def load_step(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | N
         torch.set_rng_state(saved["random"]["cpu"])
         if torch.cuda.is_available() and "cuda" in saved["random"]:
             torch.cuda.set_rng_state(saved["random"]["cuda"])
-    return state
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before")
 
 
 def steps(folder: Path) -> dict[int, Path]:

@@ -190,7 +190,7 @@ def resume(run: Run, model: PersonalizedLM, optimizer: torch.optim.Optimizer, st
         run.forget_after(0)
         return Progress(started_from)
     path = found[max(found)]
-    state = checkpoint.load_step(path, model, optimizer)
+    state = checkpoint.read_state(path)
     try:
         progress = Progress(**{**state, "sums": Sums(**state["sums"])})
     except (KeyError, TypeError) as error:
@@ -200,6 +200,7 @@ def resume(run: Run, model: PersonalizedLM, optimizer: torch.optim.Optimizer, st
             f"data.train: the comparisons, users or base model are not those that {path} was trained with; "
             "restore them or use --overwrite"
         )
+    checkpoint.load_step(path, model, optimizer)
     run.forget_after(progress.step)
     print(f"resuming after update {progress.step}", file=sys.stderr)
     return progress
