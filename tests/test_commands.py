@@ -132,7 +132,7 @@ def test_the_saved_lora_and_user_model_are_those_trained(finished):
         (["--config", "tiny", "--set", "data.max_tokens=20"], ["data.max_tokens: found 20", "none of"]),
         (["--config", "tiny", "--set", "run_dir=README.md"], ["README.md is a file"]),
         (["--config", "tiny", "--set", "device=cuda"], ["device: found 'cuda'"]),
-        (["--config", "tiny", "--set", "lora.targets=[]"], ["lora.targets: found no names"]),
+        (["--config", "tiny", "--set", "lora.targets=[]"], ["lora.targets=[]: found no names"]),
         (["--config", "tiny", "--set", "run_dir=2024-13-45"], ["run_dir=2024-13-45", "not a YAML value"]),
         (["--config", "tiny", "--set", "model.dtype=bfloat16"], ["model.dtype", "full fine-tuning"]),
         (["--config", "tiny", "--set", "lora.rank=2", "lora.targets=[q]"], ["no linear layer 'q'", "q_proj"]),
