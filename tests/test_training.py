@@ -316,8 +316,9 @@ def test_tensorboard_is_written_where_it_is_installed_and_asked_for_where_not(mo
     written = []
 
     class Writer:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             written.append(folder)
+            assert purge_step == 1  # nothing was trained before
 
         def add_scalar(self, name, value, step):
             written.append((name, step))
