@@ -59,6 +59,7 @@ def figure(pyplot: Any, table: dict[str, Length], path: Path) -> None:
 
 
 def main() -> None:
+    """Write the length report of a file of responses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("responses", help="what generate.py wrote")
     parser.add_argument("--out", required=True, help="a folder")

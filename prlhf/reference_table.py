@@ -40,6 +40,7 @@ def with_table(text: str) -> str:
 
 
 def main() -> None:
+    """Write the table into the file named on the command line."""
     path = Path(sys.argv[1])
     path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -71,6 +71,7 @@ def simulate(
 
 
 def main() -> None:
+    """Relabel a file of comparisons, and say who prefers what."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="comparisons, with or without users")
     parser.add_argument("--out", required=True)
