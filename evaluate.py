@@ -1,6 +1,6 @@
 """Evaluate a model: python evaluate.py --checkpoint DIR [--data PATH] [--out DIR] [--set key.sub=value ...]
 
-Writes report.json, report.md and a figure to the run's eval/ (or --out), and prints report.md.
+Writes report.json, report.md, margins.jsonl and figures to the run's eval/ (or --out), and prints report.md.
 """
 
 import argparse
@@ -9,13 +9,15 @@ from pathlib import Path
 
 from prlhf.backbones import choose_device
 from prlhf.checkpoint import base_fingerprint, load_final, reference_model
+from prlhf.config import Config
 from prlhf.data import read_comparisons
 from prlhf.encoding import Encoder, encode_file
 from prlhf.errors import UserError, run_command
-from prlhf.evaluation import score_users, summarize
-from prlhf.losses import REFERENCE_FREE
-from prlhf.reference import reference_log_probs
-from prlhf.report import markdown, write_report
+from prlhf.evaluation import reward_margins, score_users, summarize
+from prlhf.losses import needs_reference
+from prlhf.reference import reference_log_probs, remember_states
+from prlhf.report import accuracy_curve, markdown, write_margins, write_report
+from prlhf.rules import FittedRules, fit
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def main() -> None:
     run_dir = loaded.path.parent if loaded.path.name == "final" else loaded.path
     out = Path(args.out) if args.out else run_dir / "eval"
     out.mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(loaded.tokenizer, config.data)
+    encoder = Encoder(loaded.tokenizer, config.data, config.method)
     limited = args.data is None or any(text.startswith("data.valid_limit=") for text in args.set)
     file = read_comparisons(source).sample(config.data.valid_limit if limited else None, config.seed)
     data = encode_file(file, encoder, loaded.users)
@@ -42,23 +44,38 @@ def main() -> None:
 
     device = choose_device(config.device)
     loaded.model.to(device)
+    base = base_fingerprint(loaded.path)
+    remember_states(loaded.model, data.comparisons, config.evaluate.batch_size, base)
     reference = None
-    if config.loss.kind not in REFERENCE_FREE:
+    if needs_reference(config):
         reference = reference_log_probs(
             lambda: reference_model(loaded), data.comparisons,
-            config.evaluate.batch_size, base_fingerprint(loaded.path), device,
+            config.evaluate.batch_size, base, device,
         )  # fmt: skip
     scores = score_users(config, loaded.model, data.comparisons)
     users = [c.user for c in data.comparisons]
+    rules = fit_rules(config).right(data.raw)
     report = {
         "checkpoint": str(loaded.path),
         "data": str(source),
         "encoding": asdict(data.report),
-        **summarize(config, scores, reference, users, data.names),
+        **summarize(config, scores, reference, users, data.names, rules),
     }
     write_report(report, out)
+    margins = reward_margins(config.loss, scores, reference)
+    write_margins(out, [c.id for c in data.raw], data.names, [user > 0 for user in users], margins)
+    if (run_dir / "metrics.jsonl").exists():
+        accuracy_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
     print(markdown(report))
     print(f"written to {out}")
+
+
+def fit_rules(config: Config) -> FittedRules:
+    """The trivial rules, fitted to the training comparisons where these are still there."""
+    if config.data.train is None or not Path(config.data.train).expanduser().is_file():
+        print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
+        return fit([])
+    return fit(read_comparisons(config.data.train).sample(config.data.limit, config.seed).comparisons)
 
 
 if __name__ == "__main__":

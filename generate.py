@@ -3,6 +3,9 @@
 
 A line of --prompts is {"prompt": text or messages, "id"?, "user_text"?}; a line of --out is {"id", "user", "prompt",
 "response", "tokens", "finished", ...}. The same command again goes on where it stopped.
+
+Score responses with a reward model: python generate.py --checkpoint DIR --score FILE.jsonl --out rewards.jsonl
+A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --out, {"id", "user", "known", "reward"}.
 """
 
 import argparse
@@ -12,20 +15,23 @@ from pathlib import Path
 from tqdm import tqdm
 
 from prlhf.backbones import choose_device
-from prlhf.checkpoint import load_final, weights_checksum
+from prlhf.checkpoint import Loaded, load_final, weights_checksum
 from prlhf.data import read_prompts
 from prlhf.encoding import Encoder
 from prlhf.errors import UserError, run_command
 from prlhf.reference import fingerprint_of
 from prlhf.responses import ResponseFile
+from prlhf.rewards import score_file
 from prlhf.sampling import Decoding, Request, generate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run's directory or its final/")
-    parser.add_argument("--prompts", required=True)
-    parser.add_argument("--users", required=True, help="names with commas between; generic is the unknown user")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--prompts", help="what to answer")
+    task.add_argument("--score", metavar="FILE", help="responses to score")
+    parser.add_argument("--users", help="with --prompts: names with commas between; generic is the unknown user")
     parser.add_argument("--out", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -41,9 +47,20 @@ def main() -> None:
     check_range("--top-p", args.top_p, low=1e-6, high=1)
     check_range("--batch-size", args.batch_size, low=1)
     check_range("--limit", 1 if args.limit is None else args.limit, low=1)
-
-    prompts = read_prompts(args.prompts)[: args.limit]
     loaded = load_final(args.checkpoint, tuple(args.set))
+    if args.score:
+        print(score_file(loaded, args.score, args.out, args.batch_size, args.overwrite))
+    elif args.users is None:
+        raise UserError("--users: expected names with commas between, e.g. --users generic")
+    else:
+        answer(args, loaded)
+
+
+def answer(args: argparse.Namespace, loaded: Loaded) -> None:
+    """Write the responses to --prompts for each of --users."""
+    prompts = read_prompts(args.prompts)[: args.limit]
+    if loaded.config.method != "pdpo":
+        raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
     users = {name: loaded.users.required_number(name) for name in args.users.split(",")}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
@@ -58,7 +75,7 @@ def main() -> None:
             if not out.has(record):
                 requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
                 records.append(record)
-    cut = sum(prefix.prompt_cut > 0 or prefix.user_text_cut > 0 for prefix in prefixes)
+    cut = sum(p.prompt_cut > 0 or p.user_text_cut > 0 for p in prefixes)
     print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for {len(users)} users")
 
     for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):

@@ -1,4 +1,4 @@
-"""Train a personalised language model: python train.py --config NAME.yaml [--set key.sub=value ...]
+"""Train a personalised language or reward model: python train.py --config NAME.yaml [--set key.sub=value ...]
 
 The same command again resumes an unfinished run, and leaves a finished one as it is.
 """
@@ -16,9 +16,9 @@ from prlhf.data import UserIndex, read_comparisons
 from prlhf.encoding import Dataset, Encoder, encode_file
 from prlhf.errors import UserError, run_command
 from prlhf.loop import Split, train
-from prlhf.losses import REFERENCE_FREE
-from prlhf.personalized import PersonalizedLM, build_model
-from prlhf.reference import reference_log_probs, weights_fingerprint
+from prlhf.losses import needs_reference
+from prlhf.personalized import PersonalizedModel, build_model
+from prlhf.reference import reference_log_probs, remember_states, weights_fingerprint
 from prlhf.runs import open_run
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         print(f"{run.final} is finished; --overwrite trains anew")
         return
     tokenizer = load_tokenizer(config.model)
-    encoder = Encoder(tokenizer, config.data)
+    encoder = Encoder(tokenizer, config.data, config.method)
     most_active = UserIndex.from_comparisons(train_file.comparisons, config.data.known_users)
     train_file = train_file.sample(config.data.limit, config.seed)
     users = most_active.with_data(train_file.comparisons)
@@ -79,11 +79,12 @@ def reproducible(config: Config, device: str) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def with_reference(config: Config, model: PersonalizedLM, data: Dataset, base: str) -> Split:
-    """The data with its reference log-probs, which the reference-free losses do without."""
-    if config.loss.kind in REFERENCE_FREE:
-        return Split(data, None)
+def with_reference(config: Config, model: PersonalizedModel, data: Dataset, base: str) -> Split:
+    """The data with its reference log-probs, which reward models and the reference-free losses do without."""
     batch_size = config.evaluate.batch_size
+    remember_states(model, data.comparisons, batch_size, base)
+    if not needs_reference(config):
+        return Split(data, None)
     return Split(data, reference_log_probs(lambda: model, data.comparisons, batch_size, base, model.device.type))
 
 

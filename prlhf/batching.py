@@ -7,12 +7,13 @@ The chosen and the rejected response share the prefix, which is computed once. y
 ids go on from the prefix. The user vectors e_u are not tokens: the model puts them after BOS. The plain layout
 ("rows") holds [prefix y1] and [prefix y2] in two rows of the same structure; it is the readable reference.
 
-Shape suffixes: B comparisons, R rows, T positions in a row, N response tokens.
+Shape suffixes: B comparisons, M = 2 B responses, R rows, T positions in a row, N response tokens.
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from prlhf.encoding import EncodedComparison
 
 PAD, PREFIX, CHOSEN, REJECTED = 0, 1, 2, 3
+SHAPES = ("_RT", "_R", "_N", "_M", "_B")
 
 
 @dataclass
@@ -37,56 +39,113 @@ class PreferenceBatch:
     predicted_at_N: Tensor  # flat position whose hidden state predicts response token n
     targets_N: Tensor  # that token's id
     response_N: Tensor  # its response: 2 b for chosen, 2 b + 1 for rejected
+    last_at_M: Tensor  # flat position of each response's last token (EOS), in order of the responses
+    margin_B: Tensor  # what reward models may require of the margin, 1 by default
     size: int  # B
 
     def to(self, device: torch.device | str) -> "PreferenceBatch":
         """The same batch with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name.endswith(("_RT", "_R", "_N"))}
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name.endswith(SHAPES)}
         return replace(self, **moved)
+
+
+class Row(NamedTuple):
+    """One tensor row before it is one: a prefix and the responses that go on from it, each with its number."""
+
+    comparison: int
+    prefix: Sequence[int]
+    responses: list[tuple[int, Sequence[int]]]
 
 
 def collate(comparisons: Sequence[EncodedComparison], layout: str = "tree", reference: bool = False) -> PreferenceBatch:
     """Lay out comparisons as trees (one row each) or plain rows (two each); `reference` takes the reference's prefix."""
-    rows: list[tuple[int, list[int], list[tuple[int, list[int]]]]] = []  # comparison, prefix, its (segment, response)s
+    rows: list[Row] = []
     for b, comparison in enumerate(comparisons):
         prefix = comparison.reference_prefix if reference else comparison.prefix
-        branches = [(CHOSEN, comparison.chosen), (REJECTED, comparison.rejected)]
+        responses = [(2 * b, comparison.chosen), (2 * b + 1, comparison.rejected)]
         if layout == "tree":
-            rows.append((b, prefix, branches))
+            rows.append(Row(b, prefix, responses))
         else:
-            rows.extend((b, prefix, [branch]) for branch in branches)
+            rows.extend(Row(b, prefix, [response]) for response in responses)
+    return lay_out(rows, [c.margin for c in comparisons])
 
-    width = max(len(prefix) + sum(len(ids) for _, ids in branches) for _, prefix, branches in rows)
+
+def lay_out(rows: Sequence[Row], margins: Sequence[float]) -> PreferenceBatch:
+    """Rows of one prefix and any number of responses as tensors; a row's first response has segment CHOSEN, the next ones follow."""
+    width = max(len(row.prefix) + sum(len(ids) for _, ids in row.responses) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     segments = torch.full((len(rows), width), PAD)
     positions = torch.zeros(len(rows), width, dtype=torch.long)
     predicted_at: list[int] = []
     targets: list[int] = []
-    response: list[int] = []
-    for r, (b, prefix, branches) in enumerate(rows):
+    response_of: list[int] = []
+    last_at: dict[int, int] = {}
+    for r, (_, prefix, responses) in enumerate(rows):
         start = len(prefix)
         input_ids[r, :start] = torch.tensor(prefix)
         segments[r, :start] = PREFIX
         positions[r, :start] = torch.arange(start)
-        for segment, ids in branches:
+        for branch, (number, ids) in enumerate(responses):
             end = start + len(ids)
             input_ids[r, start:end] = torch.tensor(ids)
-            segments[r, start:end] = segment
+            segments[r, start:end] = CHOSEN + branch
             positions[r, start:end] = torch.arange(len(prefix), len(prefix) + len(ids))
             predicted_at += [r * width + len(prefix) - 1, *range(r * width + start, r * width + end - 1)]
             targets += ids
-            response += [2 * b + (segment == REJECTED)] * len(ids)
+            response_of += [number] * len(ids)
+            last_at[number] = r * width + end - 1
             start = end
     return PreferenceBatch(
         input_ids,
         segments,
         positions,
-        torch.tensor([b for b, _, _ in rows]),
+        torch.tensor([row.comparison for row in rows]),
         torch.tensor(predicted_at),
         torch.tensor(targets),
-        torch.tensor(response),
-        len(comparisons),
+        torch.tensor(response_of),
+        torch.tensor([last_at[number] for number in sorted(last_at)]),
+        torch.tensor(margins),
+        len(margins),
     )
+
+
+Response = tuple[tuple[int, ...], tuple[int, ...]]  # a prefix and a response to it
+
+
+class DistinctResponses(NamedTuple):
+    """B comparisons as indices into the distinct responses among them: what is in several is computed once."""
+
+    responses: list[Response]
+    index_B2: Tensor  # of the chosen and the rejected one
+    margin_B: Tensor
+
+    def to(self, device: torch.device | str) -> "DistinctResponses":
+        """The same with its tensors on `device`."""
+        return self._replace(index_B2=self.index_B2.to(device), margin_B=self.margin_B.to(device))
+
+
+def distinct_responses(comparisons: Sequence[EncodedComparison]) -> DistinctResponses:
+    """The responses of some comparisons, each once. A response to another prompt or user text is another one."""
+    number: dict[Response, int] = {}
+    index = []
+    for c in comparisons:
+        prefix = tuple(c.prefix)
+        index.append([number.setdefault((prefix, tuple(ids)), len(number)) for ids in (c.chosen, c.rejected)])
+    return DistinctResponses(list(number), torch.tensor(index), torch.tensor([c.margin for c in comparisons]))
+
+
+def collate_responses(responses: Sequence[Response], row_tokens: int = 256) -> PreferenceBatch:
+    """Lay out responses (numbered in their order), those to one prefix side by side in rows of some `row_tokens`."""
+    rows: list[Row] = []
+    used = 0
+    for number in sorted(range(len(responses)), key=lambda i: (responses[i][0], len(responses[i][1]))):
+        prefix, ids = responses[number]
+        if not rows or rows[-1].prefix != prefix or used + len(ids) > row_tokens:
+            rows.append(Row(0, prefix, []))
+            used = len(prefix)
+        rows[-1].responses.append((number, ids))
+        used += len(ids)
+    return lay_out(rows, [1.0] * len(responses))
 
 
 def tree_mask(segments_RT: Tensor) -> Tensor:

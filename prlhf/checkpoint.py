@@ -1,7 +1,7 @@
 """What a run leaves on disk. A directory is complete or it is not there: written aside, synced, then renamed.
 
 checkpoints/step_N/   weights.safetensors (all trained weights), optimizer.pt, users.json, state.json
-final/                for use: model.safetensors or adapter_model.safetensors, users.safetensors, users.json,
+final/                for use: model.safetensors or adapter_model.safetensors (none if frozen), users.safetensors, users.json,
                       config.yaml, base.json, tokenizer
 """
 
@@ -28,7 +28,7 @@ from prlhf.config import Config
 from prlhf.data import UserIndex
 from prlhf.errors import UserError, did_you_mean
 from prlhf.lora import load_lora, save_lora
-from prlhf.personalized import PersonalizedLM, build_model
+from prlhf.personalized import PersonalizedLM, PersonalizedModel, build_model
 from prlhf.reference import weights_fingerprint
 from prlhf.user_models import UniformUsers
 
@@ -122,13 +122,18 @@ def steps(folder: Path) -> dict[int, Path]:
 
 
 def save_final(
-    path: Path, model: PersonalizedLM, config: Config, tokenizer: PreTrainedTokenizerBase, users: UserIndex, base: str
+    path: Path,
+    model: PersonalizedModel,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    users: UserIndex,
+    base: str,
 ) -> None:
     """Write the model for use; `base` is the fingerprint of the weights that training started from."""
     with written_aside(path) as aside:
         if config.lora.rank:
             save_lora(model.backbone, config.lora, config.model.name, aside)
-        else:
+        elif not config.model.frozen:
             model.backbone.save_pretrained(aside)
         save_file(_user_state(model), aside / "users.safetensors")
         users.save(aside / "users.json")
@@ -145,7 +150,7 @@ class Loaded(NamedTuple):
     config: Config
     tokenizer: PreTrainedTokenizerBase
     users: UserIndex
-    model: PersonalizedLM
+    model: PersonalizedModel
 
 
 def find_final(checkpoint: str | Path) -> Path:
@@ -168,7 +173,7 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
     config = config_module.load(path / "config.yaml", overrides)
     users = UserIndex.load(path / "users.json")
     tokenizer = load_tokenizer(config.model, path)
-    if config.lora.rank:
+    if config.lora.rank or config.model.frozen:
         backbone = load_backbone(config.model, tokenizer, config.seed)
         _check_base(path, config, weights_fingerprint(backbone))
     else:
@@ -187,8 +192,8 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
 
 
 def reference_model(loaded: Loaded) -> PersonalizedLM:
-    """pi_SFT of a loaded model: itself under LoRA (adapters off), else the base model loaded again."""
-    if loaded.config.lora.rank:
+    """pi_SFT of a loaded model: itself where its backbone is the base's (adapters off), else the base loaded again."""
+    if loaded.config.lora.rank or loaded.config.model.frozen:
         return loaded.model
     backbone = load_backbone(loaded.config.model, loaded.tokenizer, loaded.config.seed)
     _check_base(loaded.path, loaded.config, weights_fingerprint(backbone))
@@ -225,12 +230,12 @@ def _check_base(path: Path, config: Config, fingerprint: str) -> None:
         raise UserError(f"{path}: the base model's weights are not those that this model was trained from")
 
 
-def _user_modules(model: PersonalizedLM) -> dict[str, nn.Module]:
-    parts = {"user_model": model.user_model, "aggregator": model.aggregator}
+def _user_modules(model: PersonalizedModel) -> dict[str, nn.Module]:
+    parts = {name: getattr(model, name, None) for name in ("user_model", "aggregator", "value_head")}
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def _user_state(model: PersonalizedLM) -> dict[str, torch.Tensor]:
+def _user_state(model: PersonalizedModel) -> dict[str, torch.Tensor]:
     return {
         f"{part}.{name}": tensor.detach().cpu().contiguous()
         for part, module in _user_modules(model).items()

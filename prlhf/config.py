@@ -7,7 +7,7 @@ from these declarations.
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class ModelConfig:
         choices=("tree", "rows"),
     )
     gradient_checkpointing: bool = key(False, "Recompute each block in the backward pass to save memory.")
+    frozen: bool = key(False, "Leave the backbone as it is: the user model and the reward head alone are trained.")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class UserModelConfig:
     tokens: int = key(10, "T_u, vectors per user; 0 only with `uniform` (plain DPO).", low=0)
     clusters: int = key(5, "K, for `cluster`.", low=1)
     softmax: bool = key(False, "For `cluster`: use softmax(w_i) as the weights.")
+    shared: bool = key(True, "For `individual`: f(i) = e_0 + o_i; false: f(i) = o_i, without a shared component.")
     init: str = key(
         "vocabulary",
         "Start from sampled word embeddings (paper, A.3), from no differences between users, or from noise.",
@@ -75,10 +77,12 @@ class UserModelConfig:
     )
     aggregator: str = key(
         "soft_prompt",
-        "How e_u meets the LM: vectors before the prompt, or a linear layer over [last hidden state; e_u].",
+        "How e_u meets the LM: vectors before the prompt; or `linear`, behind the backbone: a linear layer over "
+        "[last hidden state; e_u] (pdpo), the inner product of e_u and the last token's hidden state (prm).",
         choices=("soft_prompt", "linear"),
     )
     lr: float = key(1e-3, "Learning rate of the user model and of a linear aggregator.", above=0)
+    weight_decay: float = key(0.0, "AdamW's decay of the user model.", low=0)
 
 
 @dataclass(frozen=True)
@@ -112,14 +116,18 @@ class LossConfig:
 
     kind: str = key(
         "sigmoid",
-        "Preference loss on the log-probs, applied to both branches.",
+        "Preference loss on the log-probs, applied to both branches (reward models: sigmoid).",
         choices=("sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"),
     )
     alpha: float = key(0.5, "Weight of the user branch; the generic branch has 1 - alpha.", low=0, high=1)
-    beta: float = key(0.1, "Strength of the KL constraint (ORPO: weight of the odds-ratio term).", above=0)
+    beta: float = key(
+        0.1, "Strength of the KL constraint (ORPO: weight of the odds-ratio term); no part of reward models.", above=0
+    )
     label_smoothing: float = key(0.0, "Assumed share of flipped labels (sigmoid, robust).", low=0, high=0.499)
     nll: float = key(0.0, "Weight of an added NLL(y1) per token, which keeps the chosen responses likely (RPO).", low=0)
     gamma: float = key(0.5, "SimPO's target margin.", low=0)
+    margin: float = key(0.0, "Reward models: y1 must win by this times the comparison's `margin` (1 if none).", low=0)
+    center: float = key(0.0, "Reward models: weight of (r1 + r2)^2, which keeps rewards around zero.", low=0)
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class OptimConfig:
     max_steps: int | None = key(None, "Stop after this many updates.", low=1)
     warmup_steps: int = key(0, "Updates of linear warm-up.", low=0)
     schedule: str = key("linear", "Learning rate after the warm-up.", choices=("linear", "cosine", "constant"))
-    weight_decay: float = key(0.0, "AdamW's decay of the backbone or its LoRA (the user model has none).", low=0)
+    weight_decay: float = key(0.0, "AdamW's decay of the backbone or its LoRA, and of a scalar reward head.", low=0)
     beta1: float = key(0.9, "AdamW's first-moment decay.", low=0, high=0.9999)
     beta2: float = key(0.999, "AdamW's second-moment decay.", low=0, high=0.99999)
     max_grad_norm: float | None = key(1.0, "Clip the gradient of all trained weights to this norm.", above=0)
@@ -175,7 +183,12 @@ class EvaluateConfig:
 class Config:
     """Everything a run is determined by, beside the data and the base model."""
 
-    method: str = key("pdpo", "pdpo: personalised direct preference optimisation.", choices=("pdpo",))
+    method: str = key(
+        "pdpo",
+        "pdpo: a personalised language model; prm: a personalised reward model (Bradley-Terry); "
+        "pairwise: a preference model that reads both responses and answers A or B.",
+        choices=("pdpo", "prm", "pairwise"),
+    )
     run_dir: str | None = key(None, "Where the run lives; null: runs/NAME of the config.")
     seed: int = key(0, "Seed of everything random.", low=0, high=2**32 - 1)
     device: str = key("auto", "auto is cuda where there is one, else cpu.", choices=("auto", "cpu", "cuda"))
@@ -414,8 +427,31 @@ def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
         fault("user_model.tokens", "found 0, expected at least 1 for user_model.aggregator 'linear'")
     if config.loss.label_smoothing and config.loss.kind not in ("sigmoid", "robust"):
         fault("loss.label_smoothing", f"not part of loss.kind {config.loss.kind!r}, expected 0")
+    if config.model.frozen and config.lora.rank:
+        fault("lora.rank", f"found {config.lora.rank}, expected 0 with model.frozen")
+    if config.model.frozen and config.method != "prm" and config.user_model.tokens == 0:
+        fault("user_model.tokens", "found 0, with which a frozen model has nothing to train; expected at least 1")
+    _method_faults(config, fault)
     if config.data.min_prompt_tokens > config.data.max_prompt_tokens:
         fault("data.min_prompt_tokens", "expected at most data.max_prompt_tokens")
     if config.train.final == "best" and config.data.valid is None:
         fault("train.final", "'best' needs data.valid")
     return faults
+
+
+def _method_faults(config: Config, fault: Callable[[str, str], None]) -> None:
+    """Faults of keys that the method has no use for."""
+    method, loss, user_model = config.method, config.loss, config.user_model
+    if method == "pdpo":
+        for name, value in (("margin", loss.margin), ("center", loss.center)):
+            if value:
+                fault(f"loss.{name}", f"found {value:g}, expected 0: it is part of reward models (method prm)")
+        return
+    if loss.kind != "sigmoid":
+        fault("loss.kind", f"found {loss.kind!r}, expected 'sigmoid' (Bradley-Terry) for method {method}")
+    if loss.nll:
+        fault("loss.nll", f"found {loss.nll:g}, expected 0: method {method} has no likelihood of responses")
+    if method == "prm" and user_model.aggregator == "linear" and user_model.tokens != 1:
+        fault("user_model.tokens", f"found {user_model.tokens}, expected 1: the linear reward head is one vector e_u")
+    if method == "pairwise" and user_model.aggregator == "linear":
+        fault("user_model.aggregator", "found 'linear', expected 'soft_prompt' for method pairwise")

@@ -4,6 +4,8 @@
 
 BOS is put first, once, where the tokenizer itself begins a text with it. Responses are never cut, so EOS ends each.
 A prompt that is too long loses its oldest tokens, so the assistant header or `TL;DR:` at its end stays.
+
+For a pairwise preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
 """
 
 from dataclasses import dataclass, fields
@@ -16,6 +18,10 @@ from prlhf.config import DataConfig
 from prlhf.data import Comparison, ComparisonFile, Messages, UserIndex
 from prlhf.errors import UserError
 
+# What a pairwise preference model reads after the prompt, and the two words it may answer.
+QUESTION = ("\n\nResponse A:\n", "\n\nResponse B:\n", "\n\nThe better response is Response")
+ANSWERS = (" A", " B")
+
 
 class EncodedComparison(NamedTuple):
     """A comparison as token ids: `prefix` is [BOS] u_t x; both responses end in EOS; user 0 is unknown."""
@@ -25,6 +31,7 @@ class EncodedComparison(NamedTuple):
     chosen: list[int]
     rejected: list[int]
     user: int
+    margin: float = 1.0
 
     @property
     def length(self) -> int:
@@ -71,16 +78,41 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-class Encoder:
-    """Token ids of prompts and comparisons for one tokenizer and one `data` group of the config."""
+class PairQuestion(NamedTuple):
+    """The pieces of "Response A: ... Response B: ... The better response is Response", and the tokens of A and B."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
+    before_a: list[int]
+    before_b: list[int]
+    end: list[int]
+    answer_a: int
+    answer_b: int
+
+    def ask(self, a: list[int], b: list[int]) -> list[int]:
+        """The question's tokens, whose last one predicts the answer."""
+        return self.before_a + a + self.before_b + b + self.end
+
+
+def pair_question(tokenizer: PreTrainedTokenizerBase) -> PairQuestion:
+    """QUESTION and ANSWERS as tokens. UserError where the two answers do not differ in one last token."""
+    before_a, before_b, end, a, b = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (*QUESTION, *ANSWERS)
+    )
+    if a[:-1] != b[:-1] or a[-1] == b[-1]:
+        raise UserError(f"method pairwise: the tokenizer does not tell {ANSWERS[0]!r} from {ANSWERS[1]!r} by one token")
+    return PairQuestion(before_a, before_b, end + a[:-1], a[-1], b[-1])
+
+
+class Encoder:
+    """Token ids of prompts and comparisons for one tokenizer, one `data` group of the config, and one method."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, method: str = "pdpo"):
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token, which must end every response")
         self.tokenizer = tokenizer
         self.config = config
         self.eos = tokenizer.eos_token_id
         self.bos = bos_ids(tokenizer)
+        self.question = pair_question(tokenizer) if method == "pairwise" else None
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -113,9 +145,11 @@ class Encoder:
         kept = ids[-room:] if room > 0 else []
         return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(ids) - len(kept))
 
-    def prefix_to_answer(self, prompt: str | Messages, user_text: str | None, where: str) -> EncodedPrompt:
-        """A prefix for generation. UserError naming `where` for a prompt of which too little is left to be answered."""
-        prefix = self.prefix(prompt, user_text)
+    def prefix_to_answer(
+        self, prompt: str | Messages, user_text: str | None, where: str, room: int | None = None
+    ) -> EncodedPrompt:
+        """As `prefix`, but UserError naming `where` for a prompt of which too little is left to be answered."""
+        prefix = self.prefix(prompt, user_text, room)
         if not (self.bos or prefix.prompt) or (
             prefix.prompt_cut and len(prefix.prompt) < self.config.min_prompt_tokens
         ):
@@ -127,8 +161,7 @@ class Encoder:
 
     def encode(self, comparison: Comparison, users: UserIndex, report: EncodingReport) -> EncodedComparison | None:
         """The comparison's token ids, or None where its responses leave too little room for the prompt."""
-        chosen = self._ids(comparison.chosen) + [self.eos]
-        rejected = self._ids(comparison.rejected) + [self.eos]
+        chosen, rejected = self._responses(comparison)
         room = self.config.max_tokens - max(len(chosen), len(rejected))
         prefix = self.prefix(comparison.prompt, comparison.user_text, room)
         if prefix.prompt_cut and len(prefix.prompt) < self.config.min_prompt_tokens:
@@ -137,29 +170,48 @@ class Encoder:
         if not self.bos and not prefix.prompt:
             raise UserError(f"comparison {comparison.id}: the prompt has no tokens, and the tokenizer no BOS")
         reference = prefix if self.config.user_text_in_reference else prefix._replace(user_text=[])
-        encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, users.number(comparison.user))
+        encoded = EncodedComparison(
+            prefix.ids, reference.ids, chosen, rejected, users.number(comparison.user),
+            comparison.margin,
+        )  # fmt: skip
         report.comparisons += 1
         report.prompts_truncated += prefix.prompt_cut > 0
         report.user_texts_truncated += prefix.user_text_cut > 0
         report.tokens += encoded.length
         return encoded
 
+    def response_ids(self, response: str) -> list[int]:
+        """Tokens of y, EOS included."""
+        return self._ids(response) + [self.eos]
+
+    def _responses(self, comparison: Comparison) -> tuple[list[int], list[int]]:
+        """What follows the prefix: both responses; for a pairwise model the question with y1 first, and second."""
+        if self.question is None:
+            return self.response_ids(comparison.chosen), self.response_ids(comparison.rejected)
+        chosen, rejected = self._ids(comparison.chosen), self._ids(comparison.rejected)
+        return self.question.ask(chosen, rejected), self.question.ask(rejected, chosen)
+
 
 class Dataset(NamedTuple):
-    """The comparisons of a file as tokens, who chose (names as in the file), and what was dropped or cut."""
+    """The comparisons of a file as tokens, the raw ones beside them, and what was dropped or cut."""
 
     comparisons: list[EncodedComparison]
-    names: list[str | None]
+    raw: list[Comparison]
     report: EncodingReport
+
+    @property
+    def names(self) -> list[str | None]:
+        """Who chose, by the names in the file."""
+        return [c.user for c in self.raw]
 
 
 def encode_file(file: ComparisonFile, encoder: Encoder, users: UserIndex) -> Dataset:
     """All comparisons of a file as tokens. UserError where none fits."""
     report = EncodingReport(equal_responses_dropped=file.equal_responses)
-    kept = [(encoder.encode(c, users, report), c.user) for c in file.comparisons]
-    comparisons = [encoded for encoded, _ in kept if encoded is not None]
-    if not comparisons:
+    pairs = [(encoder.encode(c, users, report), c) for c in file.comparisons]
+    kept = [(encoded, c) for encoded, c in pairs if encoded is not None]
+    if not kept:
         raise UserError(
-            f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(kept)} comparisons fits; expected more"
+            f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(pairs)} comparisons fits; expected more"
         )
-    return Dataset(comparisons, [name for encoded, name in kept if encoded is not None], report)
+    return Dataset([encoded for encoded, _ in kept], [c for _, c in kept], report)

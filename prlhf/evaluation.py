@@ -15,28 +15,30 @@ import torch
 from prlhf.config import Config, LossConfig
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import UserError
-from prlhf.losses import ResponseLogProbs, branch_weights, preference_loss, reward_margin
+from prlhf.intervals import std_interval, worst_user_interval
+from prlhf.losses import Outputs, ResponseLogProbs, branch_weights, preference_loss, reward_margin
 from prlhf.metrics import (
     UserCounts,
+    accuracies,
     by_user,
-    difference_interval,
+    expected_calibration_error,
     mean_interval,
     pooled,
+    pooled_difference_interval,
     pooled_interval,
-    std_interval,
-    worst_user_interval,
+    user_labels,
 )
-from prlhf.personalized import PersonalizedLM
+from prlhf.personalized import PersonalizedModel
 from prlhf.scoring import score
 from prlhf.user_models import UniformUsers
 
 
 class Scores(NamedTuple):
-    """log p(y|x, u) of the same comparisons under the true, the generic and a random other user."""
+    """What the model says of the same comparisons under the true, the generic and a random other user."""
 
-    true_user: ResponseLogProbs
-    generic_user: ResponseLogProbs
-    shuffled_users: ResponseLogProbs
+    true_user: Outputs
+    generic_user: Outputs
+    shuffled_users: Outputs
 
 
 def shuffled(users: Sequence[int], known: int, seed: int) -> list[int]:
@@ -48,7 +50,7 @@ def shuffled(users: Sequence[int], known: int, seed: int) -> list[int]:
 
 def score_users(
     config: Config,
-    model: PersonalizedLM,
+    model: PersonalizedModel,
     comparisons: Sequence[EncodedComparison],
     controls: bool = True,
 ) -> Scores:
@@ -62,23 +64,23 @@ def score_users(
     personal = config.loss.alpha > 0 and not isinstance(model.user_model, UniformUsers)
     rows = [i for i, user in enumerate(users) if user > 0 and personal]
 
-    def scored(rows: Sequence[int], as_users: Sequence[int]) -> ResponseLogProbs:
+    def scored(rows: Sequence[int], as_users: Sequence[int]) -> Outputs:
         return score(
             model, [comparisons[i] for i in rows], [as_users[i] for i in rows],
             config.evaluate.batch_size, config.model.layout, title="evaluation",
         )  # fmt: skip
 
-    generic = scored(range(len(users)), [0] * len(users))
-
-    def with_rows(as_users: Sequence[int]) -> ResponseLogProbs:
+    def with_rows(generic: Outputs, as_users: Sequence[int]) -> Outputs:
         if not rows:
             return generic
-        return ResponseLogProbs(
-            *(g.index_copy(0, torch.tensor(rows), r) for g, r in zip(generic, scored(rows, as_users)))
-        )
+        replaced = (g.index_copy(0, torch.tensor(rows), r) for g, r in zip(generic, scored(rows, as_users)))
+        return type(generic)(*replaced)
 
-    true = with_rows(users)
-    return Scores(true, generic, with_rows(shuffled(users, model.users, config.evaluate.seed)) if controls else true)
+    with model.states_shared():
+        generic = scored(range(len(users)), [0] * len(users))
+        true = with_rows(generic, users)
+        others = shuffled(users, model.users, config.evaluate.seed)
+        return Scores(true, generic, with_rows(generic, others) if controls else true)
 
 
 def mixed_loss(config: LossConfig, scores: Scores, reference: ResponseLogProbs | None, users: Sequence[int]) -> float:
@@ -88,67 +90,88 @@ def mixed_loss(config: LossConfig, scores: Scores, reference: ResponseLogProbs |
     return (weights.user * losses_B[0] + weights.generic * losses_B[1]).mean().item()
 
 
+def reward_margins(config: LossConfig, scores: Scores, reference: ResponseLogProbs | None) -> np.ndarray:
+    """(3, B): every comparison's reward margin, chosen minus rejected, under the true, generic and shuffled users.
+
+    UserError where one is not finite.
+    """
+    margins = np.stack([reward_margin(config, branch, reference).numpy() for branch in scores])
+    bad = ~np.isfinite(margins).all(axis=0)
+    if bad.any():
+        raise UserError(
+            f"{bad.sum()} of {margins.shape[1]} comparisons have reward margins that are not finite: a broken model?"
+        )
+    return margins
+
+
 def summarize(
     config: Config,
     scores: Scores,
     reference: ResponseLogProbs | None,
     users: Sequence[int],
     names: Sequence[str | None],
+    rules: dict[str, Sequence[float]] | None = None,
 ) -> dict[str, Any]:
-    """The numbers of report.json: accuracies, intervals, controls and the table of known users.
+    """The numbers of report.json: accuracies, intervals, calibration, controls, rules and the table of known users.
 
-    users: user numbers (0 unknown); names: the users' names in the data, by which unknown users are resampled.
+    users: user numbers (0 unknown); names: the users' names in the data, by which unknown users are resampled; rules:
+    what each trivial rule gets right of every comparison (1, 0, or 0.5).
     """
-    margins = [reward_margin(config.loss, branch, reference).numpy() for branch in scores]
-    bad = ~np.isfinite(margins).all(axis=0)
-    if bad.any():
-        raise UserError(
-            f"{bad.sum()} of {len(users)} comparisons have reward margins that are not finite: a broken model?"
-        )
+    margins = reward_margins(config.loss, scores, reference)
     samples, rng = config.evaluate.bootstrap, np.random.default_rng(config.evaluate.seed)
-    known = [i for i, user in enumerate(users) if user > 0]
-    unknown = [i for i, user in enumerate(users) if user == 0]
-
-    def counts(rows: list[int], values: np.ndarray) -> UserCounts:
-        return by_user([names[i] or f"unnamed {i}" for i in rows], values[rows])
-
-    true, generic, other = (counts(known, values) for values in margins)
-    strangers = counts(unknown, margins[1])
-    per_user = true.accuracy()
-    accuracy = {
-        "top": pooled(true),
-        "average_mean": float(per_user.mean()) if known else None,
-        "average_std": float(per_user.std()) if known else None,
-        "generic": pooled(strangers),
-        "worst_user": float(per_user.min()) if known else None,
-    }
-    interval = {
-        "top": pooled_interval(true, samples, rng),
-        "average_mean": mean_interval(per_user, samples, rng),
-        "average_std": std_interval(per_user, samples, rng),
-        "generic": pooled_interval(strangers, samples, rng),
-        "worst_user": worst_user_interval(true, samples, rng),
-    }
-    return {
-        "comparisons": {"known_users": len(known), "unknown_users": len(unknown)},
-        "accuracy": accuracy,
-        "interval": interval,
+    known, labels = np.asarray(users) > 0, np.asarray(user_labels(names), dtype=object)
+    true, generic, other = (by_user(labels[known], values[known]) for values in margins)
+    strangers = by_user(labels[~known], margins[1][~known])
+    report = {
+        "comparisons": {"known_users": int(known.sum()), "unknown_users": int((~known).sum())},
+        "accuracy": accuracies(true, strangers),
+        "interval": {
+            "top": pooled_interval(true, samples, rng),
+            "average_mean": mean_interval(true, samples, rng),
+            "average_std": std_interval(true.accuracy()),
+            "generic": pooled_interval(strangers, samples, rng),
+            "worst_user": worst_user_interval(true.correct, true.n),
+        },
+        "calibration": {
+            "top": expected_calibration_error(margins[0][known]),
+            "generic": expected_calibration_error(margins[1][~known]),
+        },
         "controls": _controls(true, generic, other, samples, rng),
         "per_user": _per_user(true, generic, other),
     }
+    return report if rules is None else {**report, "rules": _rules(rules, known)}
 
 
 def _controls(
     true: UserCounts, generic: UserCounts, other: UserCounts, samples: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Known users' accuracy under the generic and a random other user, and what the true user gains over either."""
+    """Known users' accuracy under the generic and a random other user, and what knowing the true user gains.
+
+    personalisation_gain = gain_over_generic - placebo_gain = (true - generic) - (shuffled - generic), which is true -
+    shuffled: what any user's vectors gain over none is not personal.
+    """
     found: dict[str, Any] = {}
     for name, control in (("generic_user", generic), ("shuffled_users", other)):
         found[name] = {"accuracy": pooled(control), "interval": pooled_interval(control, samples, rng)}
-    for name, control in (("gain_over_generic", generic), ("gain_over_shuffled", other)):
-        gain = pooled(true) - pooled(control) if true.users else None
-        found[name] = {"accuracy": gain, "interval": difference_interval(true, control, samples, rng)}
+    gains = {
+        "gain_over_generic": (true, generic), "placebo_gain": (other, generic), "personalisation_gain": (true, other)
+    }  # fmt: skip
+    for name, (a, b) in gains.items():
+        gain = pooled(a) - pooled(b) if true.users else None
+        found[name] = {"accuracy": gain, "interval": pooled_difference_interval(a, b, samples, rng)}
     return found
+
+
+def _rules(rules: dict[str, Sequence[float]], known: np.ndarray) -> dict[str, Any]:
+    """What each rule gets right of known and of unknown users' comparisons; None where there are none."""
+
+    def share(right: Sequence[float], rows: np.ndarray) -> float | None:
+        return float(np.asarray(right)[rows].mean()) if rows.any() else None
+
+    return {
+        name: {"known_users": share(right, known), "unknown_users": share(right, ~known)}
+        for name, right in rules.items()
+    }
 
 
 def _per_user(true: UserCounts, generic: UserCounts, other: UserCounts) -> dict[str, Any]:

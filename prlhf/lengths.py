@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prlhf.data import GENERIC, read_json_lines
+from prlhf.data import GENERIC, read_json_lines, words
 from prlhf.errors import UserError, run_command
 from prlhf.report import optional_pyplot
-from prlhf.simulate import words
 
 
 class Length(NamedTuple):

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from prlhf import checkpoint
-from prlhf.batching import collate, length_bucketed_updates, micro_batches
+from prlhf.batching import length_bucketed_updates, micro_batches
 from prlhf.config import Config, OptimConfig
 from prlhf.data import UserIndex
 from prlhf.encoding import Dataset, EncodedComparison
 from prlhf.errors import TrainingError, UserError
 from prlhf.evaluation import mixed_loss, score_users, summarize
 from prlhf.losses import ResponseLogProbs, branch_weights, preference_loss, reward_margin
-from prlhf.personalized import PersonalizedLM
+from prlhf.personalized import PersonalizedModel
 from prlhf.reference import fingerprint_of
 from prlhf.runs import Run, prune_checkpoints
 from prlhf.scoring import select
@@ -67,7 +67,7 @@ def branches(indices: Sequence[int], users: Sequence[int], alpha: float, persona
 
 def accumulate_gradients(
     config: Config,
-    model: PersonalizedLM,
+    model: PersonalizedModel,
     comparisons: Sequence[EncodedComparison],
     reference: ResponseLogProbs | None,
     update: Sequence[int],
@@ -78,16 +78,23 @@ def accumulate_gradients(
     """
     sums = Sums(updates=1, comparisons=len(update), tokens=sum(comparisons[i].length for i in update))
     personal = not isinstance(model.user_model, UniformUsers)
+
+    def branch_loss(branch: Branch) -> Tensor:
+        batch = model.collate([comparisons[i] for i in branch.indices], config.model.layout).to(model.device)
+        outputs = model(batch, branch.users_B.to(model.device))
+        branch_reference = select(reference, branch.indices, model.device)
+        losses_B = preference_loss(config.loss, outputs, branch_reference)
+        sums.add_branch(branch.name, reward_margin(config.loss, outputs, branch_reference).detach())
+        return (branch.weights_B.to(losses_B) * losses_B).sum() / len(update)
+
     for indices in micro_batches(update, comparisons, config.optim.micro_batch_size):
-        for branch in branches(indices, [comparisons[i].user for i in indices], config.loss.alpha, personal):
-            batch = collate([comparisons[i] for i in branch.indices], config.model.layout).to(model.device)
-            policy = model(batch, branch.users_B.to(model.device))
-            branch_reference = select(reference, branch.indices, model.device)
-            losses_B = preference_loss(config.loss, policy, branch_reference)
-            loss = (branch.weights_B.to(losses_B) * losses_B).sum() / len(update)
+        plan = branches(indices, [comparisons[i].user for i in indices], config.loss.alpha, personal)
+        # One backward pass a branch where each has its own forward pass, one for both where they share the backbone's.
+        for together in [plan] if model.shares_states else [[branch] for branch in plan]:
+            with model.states_shared():
+                loss = torch.stack([branch_loss(branch) for branch in together]).sum()
             loss.backward()
             sums.loss += loss.item()
-            sums.add_branch(branch.name, reward_margin(config.loss, policy, branch_reference).detach())
     return sums
 
 
@@ -104,14 +111,18 @@ def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
     return 1.0
 
 
-def make_optimizer(config: Config, model: PersonalizedLM) -> torch.optim.AdamW:
-    """AdamW with two groups: the backbone or its LoRA at optim.lr, and the user model at user_model.lr, undecayed."""
+def make_optimizer(config: Config, model: PersonalizedModel) -> torch.optim.AdamW:
+    """AdamW with two groups: the backbone or its LoRA at optim.lr, and the user model at user_model.lr."""
     user = model.user_parameters()
     user_ids = {id(p) for p in user}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in user_ids]
     groups = [
         {"params": rest, "base_lr": config.optim.lr, "weight_decay": config.optim.weight_decay},
-        {"params": [p for p in user if p.numel()], "base_lr": config.user_model.lr, "weight_decay": 0.0},
+        {
+            "params": [p for p in user if p.numel()],
+            "base_lr": config.user_model.lr,
+            "weight_decay": config.user_model.weight_decay,
+        },
     ]
     betas = (config.optim.beta1, config.optim.beta2)
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.optim.lr, betas=betas)
@@ -129,7 +140,13 @@ class Progress:
 
 
 def train(
-    config: Config, run: Run, model: PersonalizedLM, users: UserIndex, base: str, training: Split, valid: Split | None
+    config: Config,
+    run: Run,
+    model: PersonalizedModel,
+    users: UserIndex,
+    base: str,
+    training: Split,
+    valid: Split | None,
 ) -> None:
     """Train `model` in place, from the newest checkpoint of the run or from the start, to the weights for final/.
 
@@ -180,7 +197,7 @@ def train(
         checkpoint.load_step(run.checkpoints / f"step_{progress.best['step']}", model)
 
 
-def resume(run: Run, model: PersonalizedLM, optimizer: torch.optim.Optimizer, started_from: str) -> Progress:
+def resume(run: Run, model: PersonalizedModel, optimizer: torch.optim.Optimizer, started_from: str) -> Progress:
     """Load the newest checkpoint, if any, and drop metrics of later updates.
 
     UserError where it started from other base weights, users or data than those at hand.
@@ -222,7 +239,7 @@ def evaluate_and_save(
     config: Config,
     run: Run,
     log: TrainingLog,
-    model: PersonalizedLM,
+    model: PersonalizedModel,
     users: UserIndex,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
@@ -246,7 +263,7 @@ def evaluate_and_save(
         prune_checkpoints(run, config.train.keep_checkpoints, int(progress.best["step"]) if progress.best else None)
 
 
-def evaluate(config: Config, model: PersonalizedLM, valid: Split, step: int) -> dict[str, Any]:
+def evaluate(config: Config, model: PersonalizedModel, valid: Split, step: int) -> dict[str, Any]:
     """The eval record of metrics.jsonl: the training loss and the accuracies on held-out comparisons."""
     comparisons = valid.data.comparisons
     users = [c.user for c in comparisons]

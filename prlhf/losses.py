@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prlhf.config import LossConfig
+from prlhf.config import Config, LossConfig
 
-REFERENCE_FREE = ("simpo", "orpo")
+REFERENCE_FREE = ("simpo", "orpo")  # of method pdpo; reward models have no reference either
 
 
 class ResponseLogProbs(NamedTuple):
@@ -29,6 +29,17 @@ class ResponseLogProbs(NamedTuple):
     rejected: Tensor
     chosen_length: Tensor
     rejected_length: Tensor
+
+
+class Rewards(NamedTuple):
+    """What a reward model says of both responses, and by how much the chosen one must win, all (B,)."""
+
+    chosen: Tensor
+    rejected: Tensor
+    required: Tensor  # 1 where the comparison has no `margin` of its own
+
+
+Outputs = ResponseLogProbs | Rewards
 
 
 class BranchWeights(NamedTuple):
@@ -95,6 +106,30 @@ def orpo_loss(policy: ResponseLogProbs, beta: float) -> Tensor:
     return chosen_nll(policy) - beta * logsigmoid(log_odds)
 
 
+def bradley_terry_loss(rewards: Rewards, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigma(r1 - r2 - m), m = margin times what each comparison requires (Touvron et al. 2023, Llama 2, eq. 2);
+
+    with label smoothing e, -(1-e) log sigma(z) - e log sigma(-z) of the same z.
+    """
+    return sigmoid_loss(rewards.chosen - rewards.rejected - margin * rewards.required, 1.0, label_smoothing)
+
+
+def centering(rewards: Rewards) -> Tensor:
+    """(r1 + r2)^2, which fixes the constant that Bradley-Terry leaves open (Eisenstein et al. 2023, 2312.09244)."""
+    return (rewards.chosen + rewards.rejected) ** 2
+
+
+def pairwise_margin(a_is_chosen: Tensor, b_is_chosen: Tensor) -> Tensor:
+    """logit of P(y1 over y2) = [sigma(a_is_chosen) + sigma(b_is_chosen)] / 2, from the logit that a preference model
+
+    gives y1 when it reads y1 first (as A) and when it reads it second (as B). Swapping the responses negates both and
+    exchanges them, which negates the result exactly: P(y1 over y2) + P(y2 over y1) = 1.
+    """
+    win = torch.logaddexp(logsigmoid(a_is_chosen), logsigmoid(b_is_chosen))
+    lose = torch.logaddexp(logsigmoid(-a_is_chosen), logsigmoid(-b_is_chosen))
+    return win - lose
+
+
 def chosen_nll(policy: ResponseLogProbs) -> Tensor:
     """-log p(y1|x) / |y1|, the term that RPO adds to DPO against sinking likelihoods (Pang et al. 2024, 2404.19733)."""
     return -policy.chosen / policy.chosen_length
@@ -105,18 +140,34 @@ def average_margin(policy: ResponseLogProbs) -> Tensor:
     return policy.chosen / policy.chosen_length - policy.rejected / policy.rejected_length
 
 
-def reward_margin(config: LossConfig, policy: ResponseLogProbs, reference: ResponseLogProbs | None) -> Tensor:
-    """How much more implicit reward y1 has than y2: beta h, or beta times the average margin without a reference."""
+def needs_reference(config: Config) -> bool:
+    """Whether the loss is made of log-ratios to a reference model."""
+    return config.method == "pdpo" and config.loss.kind not in REFERENCE_FREE
+
+
+def reward_margin(config: LossConfig, outputs: Outputs, reference: ResponseLogProbs | None) -> Tensor:
+    """How much more reward y1 has than y2: r1 - r2 of a reward model; of a language model the implicit reward, beta h,
+
+    or beta times the average margin without a reference.
+    """
+    if isinstance(outputs, Rewards):
+        return outputs.chosen - outputs.rejected
     if config.kind in REFERENCE_FREE:
-        return config.beta * average_margin(policy)
+        return config.beta * average_margin(outputs)
     assert reference is not None
-    return config.beta * log_ratio_margin(policy, reference)
+    return config.beta * log_ratio_margin(outputs, reference)
 
 
-def preference_loss(config: LossConfig, policy: ResponseLogProbs, reference: ResponseLogProbs | None) -> Tensor:
-    """The loss config.kind plus config.nll NLL(y1), (B,). The reference-free kinds take reference=None."""
-    loss_B = _pair_loss(config, policy, reference)
-    return loss_B + config.nll * chosen_nll(policy) if config.nll else loss_B
+def preference_loss(config: LossConfig, outputs: Outputs, reference: ResponseLogProbs | None) -> Tensor:
+    """One value a comparison, (B,): Bradley-Terry for a reward model, config.kind plus config.nll NLL(y1) for a
+
+    language model, of which the reference-free kinds take reference=None.
+    """
+    if isinstance(outputs, Rewards):
+        loss_B = bradley_terry_loss(outputs, config.margin, config.label_smoothing)
+        return loss_B + config.center * centering(outputs) if config.center else loss_B
+    loss_B = _pair_loss(config, outputs, reference)
+    return loss_B + config.nll * chosen_nll(outputs) if config.nll else loss_B
 
 
 def _pair_loss(config: LossConfig, policy: ResponseLogProbs, reference: ResponseLogProbs | None) -> Tensor:

@@ -1,21 +1,16 @@
-"""The statistics of an evaluation: accuracies per user and over users, with bootstrap intervals.
+"""The statistics of an evaluation: accuracies per user and over users, calibration, and tests of differences.
 
 Definitions after the paper (section 5): Accuracy-top is the accuracy on all comparisons of known users, each with
 their own user vectors; Accuracy-average is the mean (and standard deviation) over known users of each one's accuracy;
 Accuracy-generic is the accuracy on comparisons of unknown users, with user 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-
-class Interval(NamedTuple):
-    """The 2.5th and 97.5th percentile of a bootstrap distribution."""
-
-    low: float
-    high: float
+from prlhf.intervals import MISSED, Interval, exact_bound, ratio_interval
 
 
 class UserCounts(NamedTuple):
@@ -35,11 +30,21 @@ def correct(margins: np.ndarray) -> np.ndarray:
     return (margins > 0) + 0.5 * (margins == 0)
 
 
+def user_labels(names: Sequence[str | None]) -> list[str]:
+    """The users' names; a comparison of nobody in particular is a user of its own."""
+    return [name or f"unnamed {i}" for i, name in enumerate(names)]
+
+
 def by_user(users: Sequence[str], margins: np.ndarray) -> UserCounts:
     """Group margins by user, users in order of name."""
+    return right_by_user(users, correct(margins))
+
+
+def right_by_user(users: Sequence[str], right: np.ndarray) -> UserCounts:
+    """As `by_user`, from what is `correct` of each comparison (or the mean of that over seeds)."""
     names, index = np.unique(np.asarray(users, dtype=object).astype(str), return_inverse=True)
-    right = np.bincount(index, weights=correct(margins), minlength=len(names))
-    return UserCounts([str(name) for name in names], right, np.bincount(index, minlength=len(names)))
+    sums = np.bincount(index, weights=right, minlength=len(names))
+    return UserCounts([str(name) for name in names], sums, np.bincount(index, minlength=len(names)))
 
 
 def pooled(counts: UserCounts) -> float | None:
@@ -47,56 +52,87 @@ def pooled(counts: UserCounts) -> float | None:
     return float(counts.correct.sum() / counts.n.sum()) if len(counts.users) else None
 
 
-def bootstrap_over_users(
-    statistic: Callable[[np.ndarray], np.ndarray], users: int, samples: int, rng: np.random.Generator
-) -> Interval | None:
-    """Percentile interval of a statistic when users are drawn with replacement; None for fewer than two users.
+def mean(counts: UserCounts) -> float | None:
+    """Mean over users of each one's accuracy; None where there is none."""
+    return float(counts.accuracy().mean()) if len(counts.users) else None
 
-    statistic: (samples, users) counts of how often each user was drawn -> (samples,) values.
+
+def accuracies(known: UserCounts, unknown: UserCounts) -> dict[str, float | None]:
+    """The headline numbers of known users with their own vectors, and of unknown users; None for nobody.
+
+    average_std divides by the number of users; worst_user is the lowest accuracy of a known user.
     """
-    if users < 2:
-        return None
-    drawn = rng.multinomial(users, np.full(users, 1 / users), size=samples)
-    return _interval(statistic(drawn))
+    of_users = known.accuracy()
+    return {
+        "top": pooled(known),
+        "average_mean": mean(known),
+        "average_std": float(of_users.std()) if len(of_users) else None,
+        "generic": pooled(unknown),
+        "worst_user": float(of_users.min()) if len(of_users) else None,
+    }
 
 
 def pooled_interval(counts: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
-    """Interval of `pooled`, users resampled with all their comparisons."""
-    return bootstrap_over_users(
-        lambda drawn: (drawn @ counts.correct) / (drawn @ counts.n), len(counts.users), samples, rng
-    )
+    """Interval of `pooled` over the users there could have been: E[correct] / E[n]. None for fewer than two users."""
+    return _exact(counts) or ratio_interval(counts.correct, counts.n, samples, rng, accuracy=True)
 
 
-def mean_interval(values: np.ndarray, samples: int, rng: np.random.Generator) -> Interval | None:
-    """Interval of a mean over users."""
-    return bootstrap_over_users(lambda drawn: (drawn @ values) / len(values), len(values), samples, rng)
+def mean_interval(counts: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
+    """Interval of `mean` over the users there could have been: E[accuracy]. None for fewer than two users."""
+    return _exact(counts) or ratio_interval(counts.accuracy(), np.ones(len(counts.n)), samples, rng, accuracy=True)
 
 
-def std_interval(values: np.ndarray, samples: int, rng: np.random.Generator) -> Interval | None:
-    """Interval of the (population) standard deviation over users."""
-
-    def std(drawn: np.ndarray) -> np.ndarray:
-        mean = (drawn @ values) / len(values)
-        return np.sqrt(np.maximum((drawn @ values**2) / len(values) - mean**2, 0))
-
-    return bootstrap_over_users(std, len(values), samples, rng)
+def pooled_difference_interval(a: UserCounts, b: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
+    """Interval of pooled(a) - pooled(b) for two scorings of the same comparisons, users resampled with both."""
+    return ratio_interval(a.correct - b.correct, a.n, samples, rng, accuracy=False)
 
 
-def worst_user_interval(counts: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
-    """Interval of the lowest accuracy among users, each user's comparisons resampled (ties kept at one half)."""
-    if not len(counts.users):
+def mean_difference_interval(a: UserCounts, b: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
+    """Interval of mean(a) - mean(b) for two scorings of the same comparisons, users resampled with both."""
+    return ratio_interval(a.accuracy() - b.accuracy(), np.ones(len(a.n)), samples, rng, accuracy=False)
+
+
+def expected_calibration_error(margins: np.ndarray, bins: int = 15) -> float | None:
+    """ECE = sum over bins of |bin| / n * |accuracy - mean confidence| (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+
+    The model says that the chosen response wins with p = sigma(margin): confidence max(p, 1 - p), in `bins` bins of equal
+    width on [1/2, 1], open to the left; right where p > 1/2, one half for a tie. None for no comparisons.
+    """
+    if not len(margins):
         return None
-    drawn = rng.binomial(counts.n, counts.accuracy(), size=(samples, len(counts.users))) / counts.n
-    return _interval(drawn.min(axis=1))
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    index = np.clip(np.ceil((confidence - 0.5) * 2 * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(index, weights=correct(margins) - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(margins))
 
 
-def difference_interval(a: UserCounts, b: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
-    """Interval of pooled(a) - pooled(b) for two scorings of the same comparisons, users resampled together."""
-    return bootstrap_over_users(
-        lambda drawn: (drawn @ (a.correct - b.correct)) / (drawn @ a.n), len(a.users), samples, rng
-    )
+def sign_flip_test(differences: np.ndarray, samples: int, rng: np.random.Generator) -> float:
+    """P-value of a paired permutation test: (1 + #{|T*| >= |T|}) / (1 + samples), T the sum of the differences.
+
+    Under the null hypothesis either model could have been either, so T* flips each difference's sign at random (Good
+    2005, Permutation, Parametric and Bootstrap Tests of Hypotheses). Equal sizes v, k of them, are flipped at once:
+    v (2 Binomial(k, 1/2) - k).
+    """
+    sizes, counts = np.unique(np.round(np.abs(differences[differences != 0]), 9), return_counts=True)
+    flipped = (2 * rng.binomial(counts, 0.5, size=(samples, len(sizes))) - counts) @ sizes
+    return float((1 + (np.abs(flipped) >= abs(differences.sum()) - 1e-6).sum()) / (1 + samples))
 
 
-def _interval(values: np.ndarray) -> Interval:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return Interval(float(low), float(high))
+def holm(p_values: np.ndarray) -> np.ndarray:
+    """P-values adjusted for there being m of them: the j-th smallest becomes max over i <= j of min(1, (m - i + 1) p_(i)).
+
+    Keeps the probability of any false rejection at the level, whatever the dependence (Holm 1979, Scandinavian Journal
+    of Statistics 6).
+    """
+    order = np.argsort(p_values)
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)))
+    return adjusted
+
+
+def _exact(counts: UserCounts) -> Interval | None:
+    """Where all users are all right or all wrong, no resampling varies: Clopper and Pearson's, of independent comparisons."""
+    n, right = int(counts.n.sum()), counts.correct.sum()
+    if len(counts.users) < 2 or 0 < right < n:
+        return None
+    return Interval(exact_bound(right, n, MISSED / 2), 1 - exact_bound(n - right, n, MISSED / 2))

@@ -1,7 +1,9 @@
-"""Reference log-probs, computed once before training and kept on disk under a fingerprint.
+"""What a model that training does not change says of the data, computed once and kept on disk under a fingerprint:
+the reference's log-probs, and the hidden states of a frozen backbone.
 
-The fingerprint covers the reference's architecture, weights and type, the kind of device, and every token it sees (so
-tokenizer, template, truncation and data). A cache file is written aside and renamed, and carries a checksum: it is right, or it is not used.
+The fingerprint covers the model's architecture, weights and type, the kind of device, and every token it sees (so
+tokenizer, template, truncation and data). A cache file is written aside and renamed, and carries a checksum: it is
+right, or it is not used.
 """
 
 import hashlib
@@ -16,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prlhf.batching import distinct_responses
 from prlhf.encoding import EncodedComparison
 from prlhf.lora import LoRALinear
 from prlhf.losses import ResponseLogProbs
-from prlhf.personalized import PersonalizedLM
+from prlhf.personalized import PersonalizedLM, PersonalizedModel, PersonalizedRewardModel
 from prlhf.scoring import score
 
 # What a model's config says beside how it computes.
@@ -61,17 +64,38 @@ def reference_log_probs(
     weights: its `weights_fingerprint`, taken while the weights still are the reference's.
     device: what it computes on; another kind of device rounds differently.
     """
-    folder = folder or cache_dir() / "reference"
-    seen = [[c.reference_prefix, c.chosen, c.rejected] for c in comparisons]
-    fingerprint = fingerprint_of(weights, device, seen)
-    path = folder / f"{fingerprint}.safetensors"
-    cached = _read(path, fingerprint, len(comparisons))
-    if cached is None:
+
+    def compute() -> Tensor:
         scored = score(reference(), comparisons, None, batch_size, title="reference")
-        cached = torch.stack([scored.chosen, scored.rejected])
-        _write(path, fingerprint, cached)
+        return torch.stack([scored.chosen, scored.rejected])
+
+    seen = [[c.reference_prefix, c.chosen, c.rejected] for c in comparisons]
+    path = (folder or cache_dir() / "reference") / f"{fingerprint_of(weights, device, seen)}.safetensors"
+    cached = _cached(path, len(comparisons), compute)
     lengths = [torch.tensor([len(ids) for ids in side]) for side in zip(*((c.chosen, c.rejected) for c in comparisons))]
     return ResponseLogProbs(cached[0], cached[1], lengths[0], lengths[1])
+
+
+def remember_states(
+    model: PersonalizedModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
+) -> None:
+    """Give a reward model with a frozen backbone and a linear head the hidden states of all responses, from the cache
+    where it holds exactly these. Other models need none. Arguments as of `reference_log_probs`."""
+    if not isinstance(model, PersonalizedRewardModel) or not model.frozen or not model.shares_states:
+        return
+    responses = distinct_responses(comparisons).responses
+    path = cache_dir() / "states" / f"{fingerprint_of(weights, model.device.type, responses)}.safetensors"
+    states = _cached(path, len(responses), lambda: model.states_of(responses, batch_size).T)
+    model.known_states.update(zip(responses, states.T.contiguous().to(model.device).unbind()))
+
+
+def _cached(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
+    """The tensor (_, count) in a cache file that is named by its fingerprint; computed and written where it is not."""
+    cached = _read(path, path.stem, count)
+    if cached is None:
+        cached = compute()
+        _write(path, path.stem, cached)
+    return cached
 
 
 def _base_parameters(backbone: nn.Module) -> list[tuple[str, Tensor]]:
@@ -91,19 +115,19 @@ def _checksum(fingerprint: str, values: Tensor) -> str:
 def _write(path: Path, fingerprint: str, values: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".partial-{os.getpid()}")
-    save_file({"log_probs": values.contiguous()}, aside, metadata={"checksum": _checksum(fingerprint, values)})
+    save_file({"values": values.contiguous()}, aside, metadata={"checksum": _checksum(fingerprint, values)})
     os.replace(aside, path)
 
 
 def _read(path: Path, fingerprint: str, count: int) -> Tensor | None:
-    """The cached (2, count) log-probs, or None where the file is absent, damaged or of something else."""
+    """The cached (_, count) values, or None where the file is absent, damaged or of something else."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            values, checksum = file.get_tensor("log_probs"), (file.metadata() or {}).get("checksum")
+            values, checksum = file.get_tensor("values"), (file.metadata() or {}).get("checksum")
     except (SafetensorError, OSError):
         return None
-    if values.shape != (2, count) or checksum != _checksum(fingerprint, values):
+    if values.shape[1:] != (count,) or checksum != _checksum(fingerprint, values):
         return None
     return values

@@ -1,9 +1,17 @@
-"""An evaluation as files for people: report.json, report.md and a figure."""
+"""An evaluation as files: report.json, report.md, margins.jsonl, and figures where matplotlib is installed."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from prlhf.data import read_json_lines, write_json_lines
+from prlhf.rules import RULES
+
+MARGINS = "margins.jsonl"
+BRANCHES = ("true", "generic", "shuffled")  # the users under whom margins are computed
 HEADLINES = {
     "top": "Accuracy-top (known users, own vectors)",
     "average_mean": "Accuracy-average, mean over known users",
@@ -15,8 +23,17 @@ CONTROLS = {
     "generic_user": "Known users as the generic user",
     "shuffled_users": "Known users as another, random user",
     "gain_over_generic": "Gain of the true over the generic user",
-    "gain_over_shuffled": "Gain of the true over a random user",
+    "placebo_gain": "Placebo: gain of another, random over the generic user",
+    "personalisation_gain": "Personalisation gain: the first less the placebo",
 }
+CALIBRATION = {"top": "known users, own vectors", "generic": "unknown users"}
+CURVES = (  # in metrics.jsonl: is it of an eval record, field; title, and style of line
+    (False, "user_accuracy", "training, true user", "C0-"),
+    (False, "generic_accuracy", "training, generic user", "C1-"),
+    (True, "accuracy_top", "held out, Accuracy-top", "C0o--"),
+    (True, "accuracy_generic", "held out, Accuracy-generic", "C1o--"),
+)
+INTERVALS = ["| | accuracy, % | 95% interval |", "|---|---|---|"]
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
@@ -29,17 +46,39 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
         _per_user_figure(pyplot, report, folder / "per_user.png")
 
 
+def write_margins(
+    folder: Path, ids: Sequence[str], names: Sequence[str | None], known: Sequence[bool], margins: np.ndarray
+) -> None:
+    """Write margins.jsonl, which `prlhf.compare` reads: each comparison's id, user, whether the model knows the user.
+
+    margins: (3, B) reward margins, chosen minus rejected, as the true, generic and shuffled user (BRANCHES).
+    """
+    write_json_lines(
+        folder / MARGINS,
+        (
+            {"id": i, "user": name, "known": bool(k), **dict(zip(BRANCHES, map(float, values)))}
+            for i, name, k, values in zip(ids, names, known, margins.T)
+        ),
+    )
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as text, in the order of the paper's tables."""
     lines = ["# Evaluation", "", f"Checkpoint `{report['checkpoint']}` on `{report['data']}`.", ""]
-    lines += ["| | accuracy | 95% interval |", "|---|---|---|"]
-    lines += [_row(HEADLINES[k], report["accuracy"][k], report["interval"][k]) for k in HEADLINES]
-    lines += ["", "Controls: where personalisation is real, these lie below Accuracy-top.", ""]
-    lines += ["| | accuracy | 95% interval |", "|---|---|---|"]
-    lines += [_row(CONTROLS[k], c["accuracy"], c["interval"]) for k, c in report["controls"].items()]
+    lines += INTERVALS + [interval_row(HEADLINES[k], report["accuracy"][k], report["interval"][k]) for k in HEADLINES]
+    ece = (f"{title} {percent(report['calibration'][name])}" for name, title in CALIBRATION.items())
+    lines += ["", "Expected calibration error, %: " + ", ".join(ece) + ".", ""]
+    lines += ["Where personalisation is real, the first two controls lie below Accuracy-top, its gain above 0.", ""]
+    controls = report["controls"].items()
+    lines += INTERVALS + [interval_row(CONTROLS[k], c["accuracy"], c["interval"]) for k, c in controls]
+    if "rules" in report:
+        lines += ["", "What trivial rules reach:", "", "| | known users | unknown users |", "|---|---|---|"]
+        model = {"known_users": report["accuracy"]["top"], "unknown_users": report["accuracy"]["generic"]}
+        for title, right in {"this model": model, **{RULES[k]: r for k, r in report["rules"].items()}}.items():
+            lines.append(f"| {title} | {percent(right['known_users'])} | {percent(right['unknown_users'])} |")
     lines += ["", "| user | comparisons | accuracy | as generic user | as another user |", "|---|---|---|---|---|"]
     for user, row in report["per_user"].items():
-        cells = [_percent(row[k]) for k in ("accuracy", "generic_user", "shuffled_users")]
+        cells = [percent(row[k]) for k in ("accuracy", "generic_user", "shuffled_users")]
         lines.append(f"| {user} | {row['n']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -56,13 +95,46 @@ def optional_pyplot():
     return pyplot
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share as text, in percent."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _row(title: str, value: float | None, interval: Any) -> str:
-    between = "-" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}"
-    return f"| {title} | {_percent(value)} | {between} |"
+def interval_text(interval: Sequence[float] | None) -> str:
+    """An interval of shares as text, in percent."""
+    return "-" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
+
+
+def interval_row(title: str, value: float | None, interval: Sequence[float] | None) -> str:
+    """A row of a table of values with their intervals."""
+    return f"| {title} | {percent(value)} | {interval_text(interval)} |"
+
+
+def accuracy_curve(metrics: str | Path, path: Path) -> bool:
+    """Draw accuracy against step from a run's metrics.jsonl: in training, and of the evaluations on held-out data.
+
+    False where matplotlib is not installed or there is nothing to draw. UserError where the file is missing or damaged.
+    """
+    records = [record for _, record in read_json_lines(metrics)]
+    curves = []
+    for held_out, field, title, style in CURVES:
+        points = [(r.get("step"), r.get(field)) for r in records if bool(r.get("eval")) == held_out]
+        numbers = [point for point in points if all(isinstance(value, (int, float)) for value in point)]
+        if numbers:
+            curves.append((numbers, title, style))
+    pyplot = optional_pyplot()
+    if pyplot is None or not curves:
+        return False
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for numbers, title, style in curves:
+        axes.plot(*zip(*numbers), style, label=title, alpha=1 if "o" in style else 0.5)
+    axes.set_xlabel("update")
+    axes.set_ylabel("accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return True
 
 
 def _per_user_figure(pyplot, report: dict[str, Any], path: Path) -> None:

@@ -1,30 +1,30 @@
-"""Response log-probs of many comparisons, without gradients: the reference's, and the policy's for any users."""
+"""What a model says of many comparisons, without gradients: the reference's log-probs, and any model's for any users."""
 
 from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 
-from prlhf.batching import collate, micro_batches
+from prlhf.batching import micro_batches
 from prlhf.encoding import EncodedComparison
-from prlhf.losses import ResponseLogProbs
-from prlhf.personalized import PersonalizedLM
+from prlhf.losses import Outputs, ResponseLogProbs
+from prlhf.personalized import PersonalizedModel
 
 
 def score(
-    model: PersonalizedLM,
+    model: PersonalizedModel,
     comparisons: Sequence[EncodedComparison],
     users: Sequence[int] | None,
     batch_size: int,
     layout: str = "tree",
     title: str | None = None,
-) -> ResponseLogProbs:
-    """log p(y|x, u) of both responses of each comparison, on the CPU in the comparisons' order.
+) -> Outputs:
+    """log p(y|x, u), or r(x, y, u), of both responses of each comparison, on the CPU in the comparisons' order.
 
     users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix.
     """
     model.check_lengths(comparisons)
-    sums: list[ResponseLogProbs] = []
+    outputs: list[Outputs] = []
     order: list[int] = []
     training = model.training
     model.eval()
@@ -32,19 +32,19 @@ def score(
     with torch.no_grad():
         for indices in micro_batches(range(len(comparisons)), comparisons, batch_size):
             chosen = [comparisons[i] for i in indices]
-            batch = collate(chosen, layout, reference=users is None).to(model.device)
+            batch = model.collate(chosen, layout, reference=users is None).to(model.device)
             if users is None:
                 with model.as_reference():
                     scored = model(batch, None)
             else:
                 scored = model(batch, torch.tensor([users[i] for i in indices], device=model.device))
-            sums.append(ResponseLogProbs(*(t.cpu() for t in scored)))
+            outputs.append(type(scored)(*(t.cpu() for t in scored)))
             order += indices
             bar.update(len(indices))
     bar.close()
     model.train(training)
     back = torch.tensor(order).argsort()
-    return ResponseLogProbs(*(torch.cat(parts)[back] for parts in zip(*sums)))
+    return type(outputs[0])(*(torch.cat(parts)[back] for parts in zip(*outputs)))
 
 
 def select(log_probs: ResponseLogProbs | None, indices: Sequence[int], device: torch.device) -> ResponseLogProbs | None:

@@ -16,13 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from prlhf.data import Comparison, UserIndex, parse_comparison, read_json_lines, write_json_lines
+from prlhf.data import Comparison, UserIndex, parse_comparison, read_json_lines, words, write_json_lines
 from prlhf.errors import UserError, run_command
-
-
-def words(text: str) -> int:
-    """The number of words: what white space separates."""
-    return len(text.split())
 
 
 def preferences(users: int, shorter: float, seed: int) -> list[bool]:
@@ -66,8 +61,18 @@ def simulate(
         if labelled is None:
             ties += 1
         else:
-            kept.append({**record, "chosen": labelled[0], "rejected": labelled[1], "user": name})
+            kept.append({**record, **_labelled(comparison, labelled), "user": name})
     return kept, prefers_shorter, ties
+
+
+def _labelled(comparison: Comparison, labelled: tuple[str, str]) -> dict[str, str]:
+    """The responses in their new order; which one was shown first moves with them."""
+    fields = {"chosen": labelled[0], "rejected": labelled[1]}
+    if comparison.first is not None:
+        swapped = labelled[0] != comparison.chosen
+        other = {"chosen": "rejected", "rejected": "chosen"}
+        fields["first"] = other[comparison.first] if swapped else comparison.first
+    return fields
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """f_im, the implicit user model: user number u_p -> T_u vectors of the backbone's width (paper, section 4.1).
 
     uniform      f(u) = e                      the same for all: vanilla (T_u may be 0)
-    individual   f(0) = e_0,  f(i) = e_0 + o_i
+    individual   f(0) = e_0,  f(i) = e_0 + o_i           (without a shared component: f(i) = o_i)
     cluster      f(u) = V w_u,  V of shape (K, T_u, D), w_u in R^K or, with softmax, on the simplex
 
 Shape suffixes: B users asked for, M users known, U = T_u vectors a user, D width, K clusters, V vocabulary.
@@ -31,12 +31,13 @@ class UniformUsers(nn.Module):
 
 
 class IndividualUsers(nn.Module):
-    """f(0) = e_0 and f(i) = e_0 + o_i: what users share, and how each one differs."""
+    """f(0) = e_0 and f(i) = e_0 + o_i: what users share, and how each one differs; not `shared`: f(i) = o_i."""
 
-    def __init__(self, e_UD: Tensor, offsets_MUD: Tensor):
+    def __init__(self, e_UD: Tensor, offsets_MUD: Tensor, shared: bool = True):
         super().__init__()
         self.e_UD = nn.Parameter(e_UD)
         self.offsets_MUD = nn.Parameter(offsets_MUD)
+        self.shared = shared
 
     @property
     def tokens(self) -> int:
@@ -51,6 +52,8 @@ class IndividualUsers(nn.Module):
         offsets_BUD = nn.functional.embedding(
             (users_B - 1).clamp(min=0), self.offsets_MUD.flatten(1)
         ).view(len(users_B), *self.e_UD.shape)  # fmt: skip
+        if not self.shared:
+            return torch.where(known_B, offsets_BUD, self.e_UD)
         return self.e_UD + torch.where(known_B, offsets_BUD, 0.0)
 
 
@@ -77,13 +80,14 @@ class ClusterUsers(nn.Module):
 
 
 def build_user_model(
-    config: UserModelConfig, users: int, vocabulary_VD: Tensor, generator: torch.Generator
+    config: UserModelConfig, users: int, vocabulary_VD: Tensor, generator: torch.Generator, reward_head: bool = False
 ) -> nn.Module:
     """The user model for `users` known users, in float32 at least, initialised by config.init:
 
     vocabulary: every vector is a word embedding drawn at random (paper, A.3); zero: the shared vectors are, and the
     differences between users start at zero; random: Gaussian noise of the embeddings' standard deviation.
-    Cluster weights start at 1/K, with noise of that size unless init is zero.
+    Cluster weights start at 1/K, with noise of that size unless init is zero. As a `reward_head` (e_u is what hidden
+    states are multiplied with) zero is all zero, so that every reward starts at 0, and cluster weights are noisy.
     """
     V, D = vocabulary_VD.shape
     dtype = torch.promote_types(vocabulary_VD.dtype, torch.float32)
@@ -91,6 +95,8 @@ def build_user_model(
     def vectors(*shape: int) -> Tensor:
         if config.init == "random":
             return torch.randn(*shape, D, generator=generator, dtype=dtype) * vocabulary_VD.detach().std().cpu()
+        if config.init == "zero" and reward_head:
+            return torch.zeros(*shape, D, dtype=dtype)
         drawn = torch.randint(V, shape, generator=generator)
         return vocabulary_VD.detach()[drawn.to(vocabulary_VD.device)].to("cpu", dtype)
 
@@ -100,9 +106,9 @@ def build_user_model(
     if config.kind == "individual":
         e_UD = vectors(U)
         offsets = torch.zeros(users, U, D, dtype=dtype) if config.init == "zero" else vectors(users, U)
-        return IndividualUsers(e_UD, offsets)
+        return IndividualUsers(e_UD, offsets, config.shared)
     K = config.clusters
     w_MK = torch.full((users + 1, K), 1.0 / K, dtype=dtype)
-    if config.init != "zero":
+    if config.init != "zero" or reward_head:
         w_MK += torch.randn(users + 1, K, generator=generator, dtype=dtype) / K
     return ClusterUsers(vectors(K, U), w_MK, config.softmax)

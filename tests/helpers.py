@@ -10,7 +10,7 @@ from prlhf import config as config_module
 from prlhf.backbones import byte_tokenizer, random_backbone, use_sdpa
 from prlhf.config import Config
 from prlhf.encoding import EncodedComparison
-from prlhf.personalized import PersonalizedLM, build_model
+from prlhf.personalized import PersonalizedModel, build_model
 
 TOKENIZER = byte_tokenizer()
 VOCABULARY = len(TOKENIZER)
@@ -51,7 +51,7 @@ def plain_backbone(config: Config):
     return backbone
 
 
-def tiny_model(config: Config, noise: float = 0.0) -> PersonalizedLM:
+def tiny_model(config: Config, noise: float = 0.0) -> PersonalizedModel:
     """A float64 model; `noise` moves every trained weight, so that nothing is zero or an identity by initialisation."""
     model = build_model(config, TOKENIZER, USERS, use_sdpa(plain_backbone(config)))
     model.user_slot = 1  # the comparisons here begin with a BOS

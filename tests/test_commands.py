@@ -96,6 +96,76 @@ def test_train_evaluate_generate(call, tmp_path, family, tuning):
     assert [(r["id"], r["user"]) for r in found] == [(f"p{i}", u) for i in range(4) for u in ("alice", "generic")]
 
 
+LINEAR = ("user_model.aggregator=linear", "user_model.tokens=1")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("method=prm",),
+        ("method=prm", "lora.rank=0", "model.family=gptj"),
+        ("method=prm", *LINEAR),
+        ("method=prm", *LINEAR, "lora.rank=0", "model.frozen=true"),
+        ("method=pairwise",),
+    ],
+)
+def test_reward_models_through_the_same_commands(call, tmp_path, overrides):
+    run = tmp_path / "run"
+    status, _, err = call(train.main, "--config", "tiny", "--set", f"run_dir={run}", *SMALL, *overrides)
+    assert status == 0, err
+    assert call(evaluate.main, "--checkpoint", run)[0] == 0
+    report = json.loads((run / "eval" / "report.json").read_text())
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["eval"] and last["accuracy_top"] == report["accuracy"]["top"]
+    assert {"longer", "own_length", "pair_majority", "response_share"} <= set(report["rules"])
+    margins = [json.loads(line) for line in (run / "eval" / "margins.jsonl").read_text().splitlines()]
+    known = [m for m in margins if m["known"]]
+    assert sum(m["true"] > 0 for m in known) / len(known) == pytest.approx(report["accuracy"]["top"])
+
+    # The rewards of single responses have the margins of the evaluation.
+    records = [json.loads(line) for line in Path("examples/tiny/valid.jsonl").read_text().splitlines()]
+    chosen = {r["id"]: r for r in records if r["id"] in {m["id"] for m in margins}}
+    responses, out = tmp_path / "responses.jsonl", tmp_path / "rewards.jsonl"
+    lines = [
+        {**r, "id": f"{name} {side}", "response": r[side]}
+        for name, r in chosen.items()
+        for side in ("chosen", "rejected")
+    ]
+    responses.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = call(generate.main, "--checkpoint", run, "--score", responses, "--out", out)
+    if overrides[0] == "method=pairwise":
+        return refused(result, "method pairwise, expected prm")
+    assert result[0] == 0 and lines
+    rewards = {r["id"]: r["reward"] for r in map(json.loads, out.read_text().splitlines())}
+    for m in margins:
+        assert rewards[f"{m['id']} chosen"] - rewards[f"{m['id']} rejected"] == pytest.approx(m["true"], abs=1e-5)
+    refused(call(generate.main, "--checkpoint", run, "--score", responses, "--out", out), str(out), "--overwrite")
+    prompts = ("--prompts", "examples/tiny/prompts.jsonl", "--users", "alice", "--out", tmp_path / "o")
+    refused(call(generate.main, "--checkpoint", run, *prompts), "does not generate")
+
+
+def test_bad_lines_to_score(call, tmp_path, finished):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n')
+    arguments = ["--checkpoint", finished, "--score", path, "--out", tmp_path / "o.jsonl"]
+    refused(call(generate.main, *arguments), "method pdpo, expected prm")
+    run = tmp_path / "run"
+    assert call(train.main, "--config", "tiny", "--set", f"run_dir={run}", *SMALL, "method=prm")[0] == 0
+    arguments[1] = run
+    for line, parts in (
+        ('{"prompt": "a", "respnse": "b"}', ["line 2: no field 'response'", "did you mean 'respnse'"]),
+        ('{"prompt": "a", "response": 3}', ["line 2, response"]),
+        ('{"prompt": "a", "response": "b", "user": 7}', ["line 2, user"]),
+    ):
+        path.write_text('{"prompt": "a", "response": "b", "user": "nobody knows"}\n' + line + "\n")
+        refused(call(generate.main, *arguments), str(path), *parts)
+    assert not (tmp_path / "o.jsonl").exists()
+    path.write_text('{"prompt": "a", "response": "b", "user": "nobody knows"}\n')
+    status, said, _ = call(generate.main, *arguments)
+    assert status == 0 and "1 of users who are not known" in said
+    assert json.loads((tmp_path / "o.jsonl").read_text())["known"] is False
+
+
 def test_generation_goes_on_where_it_stopped(call, finished, tmp_path):
     out = tmp_path / "r.jsonl"
     arguments = ["--checkpoint", finished, "--prompts", "examples/tiny/prompts.jsonl", "--users", "alice,bob",
@@ -135,6 +205,10 @@ def test_the_saved_lora_and_user_model_are_those_trained(finished):
         (["--config", "tiny", "--set", "lora.targets=[]"], ["lora.targets=[]: found no names"]),
         (["--config", "tiny", "--set", "run_dir=2024-13-45"], ["run_dir=2024-13-45", "not a YAML value"]),
         (["--config", "tiny", "--set", "model.dtype=bfloat16"], ["model.dtype", "full fine-tuning"]),
+        (["--config", "tiny", "--set", "method=prm", "loss.kind=ipo", "loss.nll=1"], ["2 faults", "'ipo'", "loss.nll"]),
+        (["--config", "tiny", "--set", "loss.margin=1"], ["loss.margin", "part of reward models"]),
+        (["--config", "tiny", "--set", "method=prm", "user_model.aggregator=linear"], ["user_model.tokens", "expected 1"]),
+        (["--config", "tiny", "--set", "model.frozen=true", "lora.rank=2"], ["lora.rank", "expected 0 with model.frozen"]),
         (["--config", "tiny", "--set", "lora.rank=2", "lora.targets=[q]"], ["no linear layer 'q'", "q_proj"]),
     ],
 )  # fmt: skip

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from prlhf.data import UserIndex, parse_comparison, read_comparisons, sample, write_json_lines
+from prlhf.data import UserIndex, parse_comparison, read_comparisons, sample, words, write_json_lines
 from prlhf.errors import UserError
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b", "user": "u"}
@@ -49,6 +49,15 @@ def test_conversational_records(tmp_path):
     assert c.prompt == ({"role": "user", "content": "hi"},) and (c.chosen, c.rejected) == ("yes", "no")
 
 
+def test_which_response_came_first_is_kept_where_it_is_known(tmp_path):
+    found = read(tmp_path, lines(*[{**GOOD, "first": f} for f in ("chosen", "rejected", None)], GOOD)).comparisons
+    assert [c.first for c in found] == ["chosen", "rejected", None, None]
+
+
+def test_words_are_what_white_space_separates():
+    assert [words(text) for text in ("", " a\n b-c\td ", "one")] == [0, 3, 1]
+
+
 def test_equal_responses_are_counted_not_kept(tmp_path):
     file = read(tmp_path, lines(GOOD, {**GOOD, "rejected": "a"}))
     assert (len(file.comparisons), file.equal_responses) == (1, 1)
@@ -70,6 +79,8 @@ def test_equal_responses_are_counted_not_kept(tmp_path):
         (lines({**GOOD, "user": 7}), ["line 1, user", "expected a string or null, found 7"]),
         (lines({**GOOD, "user": "generic"}), ["line 1, user", "unknown user"]),
         (lines({**GOOD, "user_text": ["x"]}), ["line 1, user_text"]),
+        (lines({**GOOD, "first": "left"}), ["line 1, first", "'chosen', 'rejected' or null", 'found "left"']),
+        (lines({**GOOD, "first": ["chosen"]}), ["line 1, first", 'found ["chosen"]']),
         (lines({**GOOD, "rejected": "a"}), ["two different responses"]),
     ],
 )

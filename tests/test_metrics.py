@@ -1,11 +1,25 @@
+import itertools
+import json
+
 import numpy as np
 import pytest
 import torch
 from helpers import random_comparisons, tiny_config, tiny_model
 
 from prlhf.evaluation import Scores, score_users, shuffled, summarize
+from prlhf.intervals import std_interval, worst_user_interval
 from prlhf.losses import ResponseLogProbs
-from prlhf.metrics import by_user, correct, pooled, pooled_interval, worst_user_interval
+from prlhf.metrics import (
+    by_user,
+    correct,
+    expected_calibration_error,
+    holm,
+    mean_interval,
+    pooled,
+    pooled_interval,
+    sign_flip_test,
+)
+from prlhf.report import accuracy_curve, markdown, write_margins
 
 
 def test_a_tie_counts_one_half():
@@ -26,10 +40,10 @@ def log_probs(margins):
     return ResponseLogProbs(m, zeros, ones, ones)
 
 
-def summary(true, generic, other, users, names):
+def summary(true, generic, other, users, names, rules=None):
     reference = log_probs([0.0] * len(true))
     scores = Scores(log_probs(true), log_probs(generic), log_probs(other))
-    return summarize(tiny_config("evaluate.bootstrap=500"), scores, reference, users, names)
+    return summarize(tiny_config("evaluate.bootstrap=500"), scores, reference, users, names, rules)
 
 
 def test_report_by_hand():
@@ -39,7 +53,8 @@ def test_report_by_hand():
     true = [1, 1, 1, -1, -1, -1, 1, 1, -1]
     generic = [1, -1, 1, -1, -1, 1, 1, 1, -1]
     other = [-1, -1, -1, -1, -1, 0, 1, 1, -1]
-    report = summary(true, generic, other, users, names)
+    rules = {"longer": [1, 1, 0.5, 0, 0, 0, 1, 0, 0]}
+    report = summary(true, generic, other, users, names, rules)
     assert report["accuracy"]["top"] == 3 / 6
     assert report["accuracy"]["average_mean"] == pytest.approx((1 + 0.25) / 2)
     assert report["accuracy"]["average_std"] == pytest.approx(0.375)
@@ -47,9 +62,20 @@ def test_report_by_hand():
     assert report["accuracy"]["generic"] == pytest.approx(2 / 3)
     assert report["controls"]["generic_user"]["accuracy"] == 3 / 6
     assert report["controls"]["shuffled_users"]["accuracy"] == pytest.approx(0.5 / 6)
-    assert report["controls"]["gain_over_shuffled"]["accuracy"] == pytest.approx(2.5 / 6)
+    gains = [report["controls"][k]["accuracy"] for k in ("gain_over_generic", "placebo_gain", "personalisation_gain")]
+    assert gains == pytest.approx([0, -2.5 / 6, 2.5 / 6])
+    assert report["rules"] == {"longer": {"known_users": 2.5 / 6, "unknown_users": pytest.approx(1 / 3)}}
     assert report["per_user"]["b"] == {"n": 4, "accuracy": 0.25, "generic_user": 0.5, "shuffled_users": 0.125}
     assert set(report["interval"]) == set(report["accuracy"])
+    for name, value in report["accuracy"].items():
+        low, high = report["interval"][name]
+        assert 0 <= low <= value <= high <= 1, name
+    text = markdown({"checkpoint": "c", "data": "d", **report})
+    assert "| Personalisation gain: the first less the placebo | 41.67 |" in text
+    assert "| this model | 50.00 | 66.67 |" in text
+    assert "| the response with more words wins | 41.67 | 33.33 |" in text
+    without_rules = markdown({"checkpoint": "c", "data": "d", **summary(true, generic, other, users, names)})
+    assert "trivial rules" not in without_rules
 
 
 def test_nothing_to_count_is_null():
@@ -61,22 +87,121 @@ def test_nothing_to_count_is_null():
     assert summary([1.0], [1.0], [1.0], [1], ["a"])["accuracy"]["generic"] is None
 
 
-def test_pooled_interval_contains_the_truth_as_often_as_it_says():
-    """40 users whose accuracies vary: the 95% interval of pooled accuracy covers the mean in about 95 of 100 draws."""
+def counts(correct_of_n):
+    """by_user of users 0, 1, ... who are right in `correct` of `n` comparisons."""
+    users = [str(i) for i, (_, n) in enumerate(correct_of_n) for _ in range(n)]
+    return by_user(users, np.concatenate([np.repeat([1.0, -1.0], [k, n - k]) for k, n in correct_of_n]))
+
+
+def test_interval_of_a_mean_of_two_users_by_hand():
+    """Users at 1/2 and 1. arcsin(sqrt): pi/4 and pi/2, and asin(sqrt(3/4)) = pi/3 where both are drawn.
+
+    The bootstrap draws these with 1/4, 1/4, 1/2; its standard deviation, sqrt(2) for two users and t_1 = 12.7 give an
+    interval wider than [0, 1].
+    """
     rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(400):
-        p = rng.beta(14, 6, size=40)
-        n = np.full(40, 25)
-        margins = np.concatenate([np.where(rng.random(25) < q, 1.0, -1.0) for q in p])
-        interval = pooled_interval(by_user(np.repeat(np.arange(40), n).astype(str), margins), 400, rng)
-        covered += interval.low <= 0.7 <= interval.high
-    assert 0.91 <= covered / 400 <= 0.98
+    assert mean_interval(counts([(1, 2), (2, 2)]), 1000, rng) == pytest.approx((0, 1))
 
 
-def test_worst_user_interval_of_perfect_users_is_one():
-    counts = by_user(["a", "b"], np.array([1.0, 1.0]))
-    assert worst_user_interval(counts, 100, np.random.default_rng(0)) == (1.0, 1.0)
+def test_interval_of_a_mean_is_students_on_the_arcsine_scale():
+    """20 users, ten at 0.5 and ten at 0.7: the standard error of the mean 0.6 is 0.1 / sqrt(19), t_19 = 2.093."""
+    interval = mean_interval(counts([(5, 10)] * 10 + [(7, 10)] * 10), 20_000, np.random.default_rng(0))
+    half = 2.093 * 0.1 / np.sqrt(19)
+    assert interval == pytest.approx((0.6 - half, 0.6 + half), abs=0.002)
+
+
+def test_interval_holds_the_estimate_where_users_are_equal():
+    for k in range(1, 10):
+        low, high = mean_interval(counts([(k, 10)] * 3), 100, np.random.default_rng(0))
+        assert low <= k / 10 <= high
+
+
+def test_intervals_where_everything_is_right():
+    """Clopper and Pearson's: with nothing wrong in n comparisons the lower bound is 0.025^(1/n)."""
+    perfect, rng = counts([(3, 3), (5, 5)]), np.random.default_rng(0)
+    assert pooled_interval(perfect, 100, rng) == pytest.approx((0.025 ** (1 / 8), 1))
+    assert mean_interval(perfect, 100, rng) == pytest.approx((0.025 ** (1 / 8), 1))
+    assert std_interval(perfect.accuracy()) is None
+    assert pooled_interval(counts([(3, 3)]), 100, rng) is None
+    low, high = worst_user_interval(perfect.correct, perfect.n)
+    assert low == pytest.approx(0.025 ** (1 / 3)) and high == 1
+
+
+def test_worst_user_interval_by_hand():
+    """Two users, 0 of 1 and 1 of 1. Low: 0. High: 1 - miss^(1/1) of the first, miss = 1 - sqrt(0.975)."""
+    assert worst_user_interval(np.array([0.0, 1.0]), np.array([1, 1])) == pytest.approx((0, np.sqrt(0.975)))
+
+
+def test_std_interval_by_hand():
+    """Accuracies 0.2, 0.4, 0.6, 0.8: s^2 = 1/15, kurtosis 4 * 2 (0.3^4 + 0.1^4) / 0.2^2 = 1.64, c = 4 / (4 - 1.96)."""
+    c = 4 / (4 - 1.959964)
+    half = 1.959964 * c * np.sqrt((1.64 - 1 / 4) / 3)
+    expected = np.sqrt(c / 15 * np.exp([-half, half]))
+    assert expected[1] > 0.5
+    assert std_interval(np.array([0.2, 0.4, 0.6, 0.8])) == pytest.approx((expected[0], 0.5))
+
+
+def test_expected_calibration_error_by_hand():
+    """p = 0.6, 0.6, 0.8, 0.4 that the chosen one wins; confidences 0.6, 0.6, 0.8, 0.6 in two bins of 15.
+
+    (3/4) |2/3 - 0.6| + (1/4) |1 - 0.8| = 0.1.
+    """
+    margins = np.log([0.6 / 0.4, 0.6 / 0.4, 0.8 / 0.2, 0.4 / 0.6])
+    assert expected_calibration_error(margins) == pytest.approx(0.1)
+    assert expected_calibration_error(np.zeros(3)) == 0  # a tie is half right with confidence 1/2
+    assert expected_calibration_error(np.array([1e9, -1e9])) == 0.5  # sure, and right in half
+    assert expected_calibration_error(np.array([])) is None
+
+
+def test_calibrated_predictions_have_no_calibration_error():
+    rng = np.random.default_rng(0)
+    margins = np.abs(rng.normal(size=200_000))
+    right = rng.random(len(margins)) < 1 / (1 + np.exp(-margins))
+    assert expected_calibration_error(np.where(right, margins, -margins)) < 0.01
+
+
+def test_holm_by_hand():
+    """Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04, and never less than the one before."""
+    assert holm(np.array([0.01, 0.04, 0.03, 0.005])).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm(np.array([0.6, 0.7])).tolist() == [1, 1]
+    assert holm(np.array([])).tolist() == []
+
+
+@pytest.mark.parametrize(
+    "differences", [[1, 1, 1, 1, -1, 0], [1 / 3, 2 / 3, 1, -1 / 3, 0.5], [0.1 + 0.2, -0.3], [1] * 10]
+)
+def test_sign_flip_test_is_exact_enumeration(differences):
+    """All 2^n flips of the signs give the p-value that random flips estimate; 0.1 + 0.2 - 0.3 is no difference."""
+    flips = np.array(list(itertools.product([-1, 1], repeat=len(differences)))) @ np.abs(differences)
+    exact = (np.abs(flips) >= abs(sum(differences)) - 1e-9).mean()
+    p = sign_flip_test(np.array(differences), 20_000, np.random.default_rng(0))
+    assert p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
+
+
+def test_no_difference_has_p_one():
+    assert sign_flip_test(np.zeros(5), 100, np.random.default_rng(0)) == 1
+    assert sign_flip_test(np.array([]), 100, np.random.default_rng(0)) == 1
+
+
+def test_margins_file(tmp_path):
+    write_margins(tmp_path, ["1", "2"], ["a", None], [True, False], np.array([[1, 2], [3, 4], [5, 6]], dtype=float))
+    lines = [json.loads(line) for line in (tmp_path / "margins.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"id": "1", "user": "a", "known": True, "true": 1, "generic": 3, "shuffled": 5},
+        {"id": "2", "user": None, "known": False, "true": 2, "generic": 4, "shuffled": 6},
+    ]
+
+
+def test_accuracy_curve(tmp_path):
+    metrics, out = tmp_path / "metrics.jsonl", tmp_path / "curve.png"
+    metrics.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "user_accuracy": null}\n')
+    assert not accuracy_curve(metrics, out) and not out.exists()
+    metrics.write_text(
+        '{"step": 1, "user_accuracy": 0.5, "generic_accuracy": "nan"}\n'
+        '{"step": 1, "eval": true, "accuracy_top": 0.6, "accuracy_generic": null}\n'
+    )
+    pytest.importorskip("matplotlib")
+    assert accuracy_curve(metrics, out) and out.stat().st_size > 1000
 
 
 def test_shuffled_ids_are_other_known_users_uniformly():

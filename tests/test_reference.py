@@ -73,7 +73,7 @@ def test_a_damaged_cache_is_never_used(counted, tmp_path, damage):
         content[-5] ^= 1
         path.write_bytes(content)
     elif damage == "other values":
-        save_file({"log_probs": load_file(path)["log_probs"] + 1}, path)
+        save_file({"values": load_file(path)["values"] + 1}, path)
     else:
         path.write_bytes(b"")
     again, calls = counted(model_of(), comparisons)

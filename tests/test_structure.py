@@ -11,10 +11,20 @@ from prlhf.reference_table import with_table
 ROOT = Path(__file__).resolve().parent.parent
 # Data flows one way: each module imports only from those above it.
 ORDER = [
-    "errors", "config", "data", "encoding", "batching", "backbones", "user_models", "logprobs", "lora", "losses",
-    "personalized", "scoring", "reference", "metrics", "evaluation", "checkpoint", "runs", "training_log", "loop", "sampling",
-    "responses", "report", "simulate", "lengths", "reference_table",
+    "errors", "config", "data", "encoding", "rules", "batching", "backbones", "data_check", "user_models", "logprobs",
+    "lora", "losses", "personalized", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
+    "runs", "training_log", "loop", "sampling", "responses", "rewards", "report", "compare", "simulate", "lengths",
+    "reference_table", "data.__main__",
 ]  # fmt: skip
+
+
+def module_name(path: Path) -> str:
+    """`data` for prlhf/data/__init__.py, `data.__main__` for prlhf/data/__main__.py, '' for prlhf/__init__.py."""
+    parts = path.relative_to(ROOT / "prlhf").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+FILES = {module_name(path): path for path in (ROOT / "prlhf").rglob("*.py")}
 
 
 def imported(path: Path) -> set[str]:
@@ -30,14 +40,14 @@ def imported(path: Path) -> set[str]:
 
 
 def test_every_module_has_its_place():
-    assert {p.stem for p in (ROOT / "prlhf").glob("*.py")} - {"__init__"} == set(ORDER)
+    assert set(FILES) - {""} == set(ORDER)
 
 
 @pytest.mark.parametrize("module", ORDER)
 def test_imports_go_up_only(module):
     above = {f"prlhf.{name}" for name in ORDER[: ORDER.index(module)]}
-    used = {name for name in imported(ROOT / "prlhf" / f"{module}.py") if name.startswith("prlhf.")}
-    modules = {name for name in used if name.split(".")[1] in ORDER and name.count(".") == 1}
+    used = {name for name in imported(FILES[module]) if name.startswith("prlhf.")}
+    modules = {name for name in used if name.removeprefix("prlhf.") in ORDER}
     assert modules <= above, modules - above
 
 
@@ -55,7 +65,7 @@ def test_nothing_is_imported_that_is_not_a_core_dependency():
         "jinja2",
     }
     standard = __import__("sys").stdlib_module_names
-    for path in [*(ROOT / "prlhf").glob("*.py"), *ROOT.glob("*.py")]:
+    for path in [*FILES.values(), *ROOT.glob("*.py")]:
         roots = {name.split(".")[0] for name in imported(path)}
         assert roots - standard <= allowed, (path, roots - standard - allowed)
 

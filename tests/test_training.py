@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import train as train_script
 from prlhf import checkpoint, loop
-from prlhf.data import UserIndex, read_comparisons
+from prlhf.data import Comparison, UserIndex, read_comparisons
 from prlhf.encoding import Dataset, EncodingReport
 from prlhf.errors import TrainingError, UserError
 from prlhf.runs import open_run
@@ -219,7 +219,8 @@ def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path
 
 def toy_split(model, count=8):
     comparisons = random_comparisons(count)
-    data = Dataset(comparisons, [str(c.user) for c in comparisons], EncodingReport())
+    raw = [Comparison("x", "a", "b", str(c.user), None, str(i)) for i, c in enumerate(comparisons)]
+    data = Dataset(comparisons, raw, EncodingReport())
     return loop.Split(data, score(model, comparisons, None, 4))
 
 

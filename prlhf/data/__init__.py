@@ -28,6 +28,8 @@ class Comparison:
     user: str | None
     user_text: str | None
     id: str
+    first: str | None = None  # which response the user was shown first, "chosen" or "rejected", where that is known
+    margin: float = 1.0  # how much better the chosen one is, in units of the config's loss.margin
 
 
 class ComparisonFile(NamedTuple):
@@ -113,11 +115,13 @@ def parse_comparison(record: dict[str, Any], where: str, default_id: str) -> Com
             raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
     return Comparison(
         prompt=parse_prompt(record["prompt"], where),
-        chosen=_parse_response(record["chosen"], f"{where}, chosen"),
-        rejected=_parse_response(record["rejected"], f"{where}, rejected"),
-        user=_parse_user(record.get("user"), f"{where}, user"),
+        chosen=parse_response(record["chosen"], f"{where}, chosen"),
+        rejected=parse_response(record["rejected"], f"{where}, rejected"),
+        user=parse_user(record.get("user"), f"{where}, user"),
         user_text=parse_user_text(record, where),
         id=str(record.get("id", default_id)),
+        first=_parse_first(record.get("first"), f"{where}, first"),
+        margin=_parse_margin(record.get("margin"), f"{where}, margin"),
     )
 
 
@@ -165,7 +169,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def _parse_response(response: Any, where: str) -> str:
+def parse_response(response: Any, where: str) -> str:
+    """A response: text, or a list of one assistant message. UserError otherwise."""
     if isinstance(response, str):
         return response
     one_message = isinstance(response, list) and len(response) == 1 and _is_message(response[0])
@@ -174,7 +179,8 @@ def _parse_response(response: Any, where: str) -> str:
     raise UserError(f"{where}: expected text or a list of one assistant message, found {_short(response)}")
 
 
-def _parse_user(user: Any, where: str) -> str | None:
+def parse_user(user: Any, where: str) -> str | None:
+    """A user's name, None for the unknown user (null or ""). UserError otherwise, and for the reserved `generic`."""
     if user is None or user == "":
         return None
     if not isinstance(user, str):
@@ -184,6 +190,20 @@ def _parse_user(user: Any, where: str) -> str | None:
     return user
 
 
+def _parse_margin(margin: Any, where: str) -> float:
+    if margin is None:
+        return 1.0
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < float("inf"):
+        raise UserError(f"{where}: expected a number of at least 0 or null, found {_short(margin)}")
+    return float(margin)
+
+
+def _parse_first(first: Any, where: str) -> str | None:
+    if first not in (None, "chosen", "rejected"):
+        raise UserError(f"{where}: expected 'chosen', 'rejected' or null, found {_short(first)}")
+    return first
+
+
 def _is_message(message: Any) -> bool:
     return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
 
@@ -191,6 +211,11 @@ def _is_message(message: Any) -> bool:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def words(text: str) -> int:
+    """The number of words: what white space separates."""
+    return len(text.split())
 
 
 class UserIndex:

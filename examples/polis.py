@@ -1,0 +1,65 @@
+"""Which statement does a voter agree with? The grid behind the Polis table of docs/results.md.
+
+    python -m examples.polis --data FOLDER [--out runs/polis] [--seeds 0 1 2] [--set key=value ...]
+
+Trains a vanilla reward model, individual users, and 5 and 10 clusters with both values of alpha, for every seed, by
+train.py; evaluates each on the three held-out files by evaluate.py; and compares them by prlhf.compare. The same command
+again goes on where it stopped. --set reaches every run: `model.frozen=true lora.rank=0` is the frozen-backbone table.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import evaluate
+import train
+from prlhf import compare
+from prlhf.errors import run_command
+
+ARMS = {
+    "vanilla": ("user_model.kind=uniform",),
+    "individual_a0.5": ("user_model.kind=individual", "loss.alpha=0.5"),
+    "individual_a1": ("user_model.kind=individual", "loss.alpha=1"),
+    "cluster5_a0.5": ("user_model.kind=cluster", "user_model.clusters=5", "loss.alpha=0.5"),
+    "cluster5_a1": ("user_model.kind=cluster", "user_model.clusters=5", "loss.alpha=1"),
+    "cluster10_a0.5": ("user_model.kind=cluster", "user_model.clusters=10", "loss.alpha=0.5"),
+    "cluster10_a1": ("user_model.kind=cluster", "user_model.clusters=10", "loss.alpha=1"),
+}
+HELD_OUT = ("seen_statements", "new_statements", "unseen_users")
+
+
+def call(main: Callable[[], None], *arguments: str) -> None:
+    """Run a command of the project in this process."""
+    sys.argv = [main.__module__, *arguments]
+    main()
+
+
+def main() -> None:
+    """Every arm and seed, then the three comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the folder of train.jsonl and valid_*.jsonl")
+    parser.add_argument("--out", default="runs/polis")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args()
+    evaluations: dict[str, dict[str, list[Path]]] = {split: {arm: [] for arm in args.arms} for split in HELD_OUT}
+    for seed in args.seeds:
+        for arm in args.arms:
+            run = Path(args.out) / f"{arm}_seed{seed}"
+            data = (f"data.train={args.data}/train.jsonl", "data.valid=null", f"run_dir={run}", f"seed={seed}")
+            call(train.main, "--config", "polis_prm.yaml", "--set", *data, *ARMS[arm], *args.set)
+            for split in HELD_OUT:
+                out = run / "eval" / split
+                evaluations[split][arm].append(out)
+                if not (out / "report.json").exists():
+                    held_out = f"{args.data}/valid_{split}.jsonl"
+                    call(evaluate.main, "--checkpoint", str(run), "--data", held_out, "--out", str(out))
+    for split, arms in evaluations.items():
+        names = [f"{arm}={','.join(map(str, folders))}" for arm, folders in arms.items()]
+        call(compare.main, *names, "--out", str(Path(args.out) / f"comparison_{split}"))
+
+
+if __name__ == "__main__":
+    run_command(main)

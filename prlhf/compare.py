@@ -1,0 +1,212 @@
+"""Compare two or more evaluated models on the same comparisons: which differences are more than chance?
+
+    python -m prlhf.compare NAME=EVAL_DIR[,EVAL_DIR...] NAME=EVAL_DIR[,EVAL_DIR...] ... --out DIR
+
+EVAL_DIR is what evaluate.py wrote; several of one name are seeds of one model. The first model is the baseline. Writes
+report.md, report.json and comparison.png: accuracies; paired differences to the baseline, with intervals over users; and
+for each known user a paired test, adjusted for there being many users.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prlhf.data import read_json_lines
+from prlhf.errors import UserError, run_command
+from prlhf.metrics import correct
+from prlhf.paired import LEVEL, Comparisons, Model, compare
+from prlhf.report import BRANCHES, MARGINS, interval_text, optional_pyplot, percent
+
+MEASURES = {"top": "Accuracy-top", "average_mean": "Accuracy-average", "generic": "Accuracy-generic"}
+SHOWN = 10  # users in the table
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+FIELDS = {  # of margins.jsonl: is this right, and what is
+    "id": (lambda value: isinstance(value, str), "a string"),
+    "user": (lambda value: value is None or isinstance(value, str), "a string or null"),
+    "known": (lambda value: isinstance(value, bool), "true or false"),
+    **dict.fromkeys(BRANCHES, (_is_finite, "a finite number")),
+}
+
+
+def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
+    """The comparisons of an EVAL_DIR and what the model got right of them, (B,).
+
+    UserError, with file, line and field, where margins.jsonl is missing or damaged.
+    """
+    path = Path(folder) / MARGINS
+    records = []
+    for number, record in read_json_lines(path):
+        for field, (kind, expected) in FIELDS.items():
+            value = record.get(field)
+            if field not in record or not kind(value):
+                raise UserError(f"{path}, line {number}, {field}: expected {expected}, found {json.dumps(value)}")
+        records.append(record)
+    records.sort(key=lambda record: (record["id"], record["user"] or ""))
+    known_B = np.array([record["known"] for record in records])
+    margins_B = np.array([record["true" if record["known"] else "generic"] for record in records], dtype=float)
+    return Comparisons([r["id"] for r in records], [r["user"] for r in records], known_B), correct(margins_B)
+
+
+def read_models(named: dict[str, list[str]]) -> tuple[Comparisons, list[Model]]:
+    """The models by name, from their folders. UserError where two folders do not hold the same comparisons."""
+    first, models = None, []
+    for name, folders in named.items():
+        right = []
+        for folder in folders:
+            comparisons, right_B = read_margins(folder)
+            first = first or (folder, comparisons)
+            require_same(*first, folder, comparisons)
+            right.append(right_B)
+        models.append(Model(name, folders, np.stack(right)))
+    return first[1], models
+
+
+def require_same(first: str, expected: Comparisons, other: str, found: Comparisons) -> None:
+    """UserError that says what differs, where two folders' ids, users or known users do."""
+    rows = [list(zip(c.ids, c.users)) for c in (expected, found)]
+    if rows[0] != rows[1]:
+        only = [f"{_excess(*these)} only in {folder}" for these, folder in ((rows, first), (rows[::-1], other))]
+        raise UserError(f"not the same comparisons (ids and users): {only[0]}, {only[1]}")
+    differing = np.flatnonzero(expected.known_B != found.known_B)
+    if len(differing):
+        i = differing[0]
+        status = ["known" if c.known_B[i] else "unknown" for c in (expected, found)]
+        raise UserError(
+            f"not the same known users: in {len(differing)} comparisons (the first: {_title(rows[0][i])}) the user is "
+            f"{status[0]} in {first}, {status[1]} in {other}"
+        )
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as text: accuracies, differences to the baseline, and users."""
+    counts, baseline = report["comparisons"], report["baseline"]
+    lines = ["# Comparison", ""]
+    lines += [f"{counts['known_users']} comparisons of known and {counts['unknown_users']} of unknown users.", ""]
+    lines += ["| accuracy, % | " + " | ".join(MEASURES.values()) + " |", "|---" * 4 + "|"]
+    lines += [_row(name, *(_cell(model, m) for m in MEASURES)) for name, model in report["models"].items()]
+    lines += ["", "Accuracy-average: mean ± standard deviation over known users."]
+    if any(model["seeds"] > 1 for model in report["models"].values()):
+        lines.append("With several seeds, mean ± standard deviation over these; intervals and tests are of the mean.")
+    lines += ["", f"Against {baseline}, on the same comparisons; intervals resample users with both models:", ""]
+    lines += ["| | | difference, % | 95% interval | win rate |", "|---" * 5 + "|"]
+    for name, rows in report["differences"].items():
+        for measure, row in rows.items():
+            numbers = _signed(row["difference"]), interval_text(row["interval"]), _rate(row["win_rate"])
+            lines.append(_row(name, MEASURES[measure], *numbers))
+    lines += ["", "Win rate: the share of comparisons that it alone gets right, half of those where both are equal."]
+    for name, users in report["per_user"].items():
+        lines += ["", *_users_table(name, baseline, users)]
+    return "\n".join(lines) + "\n"
+
+
+def figure(pyplot: Any, report: dict[str, Any], path: Path) -> None:
+    """Each model's accuracies, with their intervals."""
+    drawing, axes = pyplot.subplots(figsize=(6.5, 3.6), layout="constrained")
+    for i, (name, model) in enumerate(report["models"].items()):
+        x = np.arange(len(MEASURES)) + 0.5 * ((i + 0.5) / len(report["models"]) - 0.5)
+        y = [math.nan if (value := model["accuracy"][m]) is None else value for m in MEASURES]
+        ends = [model["interval"][m] or (value, value) for m, value in zip(MEASURES, y)]
+        axes.errorbar(x, y, np.abs(np.array(ends).T - y), fmt="o", capsize=3, label=name)
+    axes.set_xticks(range(len(MEASURES)), list(MEASURES.values()))
+    axes.set_xlim(-0.6, len(MEASURES) - 0.4)
+    axes.set_ylabel("accuracy")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    drawing.savefig(path, dpi=150)
+    pyplot.close(drawing)
+
+
+def parse_models(arguments: list[str]) -> dict[str, list[str]]:
+    """NAME=EVAL_DIR[,EVAL_DIR...] as folders by name. UserError for another form, a name given twice, or one model."""
+    named: dict[str, list[str]] = {}
+    for argument in arguments:
+        name, equals, folders = argument.partition("=")
+        if not (name and equals and all(folders.split(","))):
+            raise UserError(f"found {argument!r}, expected NAME=EVAL_DIR or NAME=EVAL_DIR,EVAL_DIR")
+        if name in named:
+            raise UserError(f"two models are named {name!r}; expected NAME=EVAL_DIR,EVAL_DIR for seeds of one")
+        named[name] = folders.split(",")
+    if len(named) < 2:
+        raise UserError(f"expected two or more models to compare, found {len(named)}")
+    return named
+
+
+def main() -> None:
+    """Compare evaluated models; print the report, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="NAME=EVAL_DIR[,EVAL_DIR...]", help="the first is the baseline")
+    parser.add_argument("--out", required=True, help="a folder")
+    args = parser.parse_args()
+
+    report = compare(*read_models(parse_models(args.models)))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(markdown(report), encoding="utf-8")
+    pyplot = optional_pyplot()
+    if pyplot is not None:
+        figure(pyplot, report, out / "comparison.png")
+    else:
+        print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
+    print(markdown(report))
+    print(f"written to {out}")
+
+
+def _title(comparison: tuple[str, str | None]) -> str:
+    return f"id {comparison[0]!r} of user {comparison[1]!r}"
+
+
+def _excess(these: list[tuple], those: list[tuple]) -> str:
+    """How many comparisons only the first list has, and the first of them."""
+    only = list((Counter(these) - Counter(those)).elements())
+    return f"{len(only)} ({_title(only[0])}, ...)" if only else "none"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(model: dict[str, Any], measure: str) -> str:
+    """A model's accuracy; with seeds, also its standard deviation over seeds; for the average, that over users."""
+    text = percent(model["accuracy"][measure])
+    if model["std_over_seeds"][measure] is not None:
+        text += f" ± {percent(model['std_over_seeds'][measure])}"
+    if measure == "average_mean" and model["accuracy"]["average_std"] is not None:
+        over_users = f"± {percent(model['accuracy']['average_std'])}"
+        text += f" (over users {over_users})" if model["seeds"] > 1 else f" {over_users}"
+    return text
+
+
+def _signed(difference: float | None) -> str:
+    return "-" if difference is None else f"{100 * difference:+.2f}"
+
+
+def _rate(win_rate: float | None) -> str:
+    return "-" if win_rate is None else f"{win_rate:.2f}"
+
+
+def _users_table(name: str, baseline: str, users: dict[str, Any]) -> list[str]:
+    table, level = users["users"], f"{LEVEL:.0%}"
+    lines = [f"{name} against {baseline}, user by user (paired permutation test, Holm-adjusted over {len(table)} users): "
+             f"significantly better for {users['better']}, worse for {users['worse']} at {level}."]  # fmt: skip
+    if len(table) > SHOWN:
+        lines[0] += f" The {SHOWN} largest differences:"
+    lines += ["", "| user | comparisons | difference, % | p | p after Holm |", "|---|---|---|---|---|"]
+    for row in table[:SHOWN]:
+        numbers = _signed(row["difference"]), f"{row['p']:.4f}", f"{row['p_holm']:.4f}"
+        lines.append(_row(row["user"], str(row["n"]), *numbers))
+    return lines
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,107 @@
+"""Rewards of single responses: a file of (prompt, response, user) lines, scored in batches by a reward model.
+
+A line is {"prompt": text or messages, "response": text, "user": name or null, "user_text"?, "id"?}; a line of the
+output, in the same order, {"id", "user", "known", "reward"}. A user whom the model does not know is scored as the
+generic one, and "known" says so. Rewards to one prompt can be compared; Bradley-Terry leaves their zero open.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prlhf.backbones import choose_device
+from prlhf.checkpoint import Loaded
+from prlhf.data import (
+    Messages,
+    parse_prompt,
+    parse_response,
+    parse_user,
+    parse_user_text,
+    read_json_lines,
+    write_json_lines,
+)
+from prlhf.encoding import Encoder
+from prlhf.errors import UserError, did_you_mean
+from prlhf.personalized import PersonalizedRewardModel
+
+
+class ScoredLine(NamedTuple):
+    """A response to be scored, and where it stands."""
+
+    prompt: str | Messages
+    response: str
+    user: str | None
+    user_text: str | None
+    id: str
+    where: str
+
+
+class EncodedResponse(NamedTuple):
+    """Token ids of [BOS] u_t x and of y EOS, and the number of the user who reads it."""
+
+    prefix: list[int]
+    response: list[int]
+    user: int
+
+
+def read_lines(path: str | Path) -> list[ScoredLine]:
+    """The lines of a file to be scored. UserError with file, line and field."""
+    lines = []
+    for number, record in read_json_lines(path):
+        where = f"{path}, line {number}"
+        for name in ("prompt", "response"):
+            if name not in record:
+                raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
+        lines.append(
+            ScoredLine(
+                parse_prompt(record["prompt"], where),
+                parse_response(record["response"], f"{where}, response"),
+                parse_user(record.get("user"), f"{where}, user"),
+                parse_user_text(record, where),
+                str(record.get("id", number)),
+                where,
+            )
+        )
+    return lines
+
+
+def encode(line: ScoredLine, encoder: Encoder, user: int) -> EncodedResponse:
+    """A line's token ids. UserError where too little room is left for its prompt."""
+    response = encoder.response_ids(line.response)
+    room = encoder.config.max_tokens - len(response)
+    return EncodedResponse(encoder.prefix_to_answer(line.prompt, line.user_text, line.where, room).ids, response, user)
+
+
+@torch.inference_mode()
+def rewards(model: PersonalizedRewardModel, responses: Sequence[EncodedResponse], batch_size: int) -> Tensor:
+    """r_P(x, y, u) of each response, (N,) on the CPU, computed in batches of similar length."""
+    order = sorted(range(len(responses)), key=lambda i: -len(responses[i].prefix) - len(responses[i].response))
+    found = torch.zeros(len(responses))
+    for start in tqdm(range(0, len(order), batch_size), desc="scoring", unit="batch", disable=None):
+        indices = order[start : start + batch_size]
+        batch = [responses[i] for i in indices]
+        users_B = torch.tensor([r.user for r in batch], device=model.device)
+        scored_B = model.rewards([r.prefix for r in batch], [r.response for r in batch], users_B)
+        found[indices] = scored_B.cpu().to(found.dtype)
+    return found
+
+
+def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: bool) -> str:
+    """Score every line of `path`, write `out`, and say how many. UserError for a model that scores no single response."""
+    if loaded.config.method != "prm":
+        raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
+    if Path(out).exists() and not overwrite:
+        raise UserError(f"{out}: exists; expected another --out or --overwrite")
+    lines = read_lines(path)
+    encoder = Encoder(loaded.tokenizer, loaded.config.data)
+    numbers = [loaded.users.number(line.user) for line in lines]
+    encoded = [encode(line, encoder, user) for line, user in zip(lines, numbers)]
+    scored = rewards(loaded.model.to(choose_device(loaded.config.device)), encoded, batch_size)
+    records = zip(lines, numbers, scored.tolist())
+    write_json_lines(out, ({"id": n.id, "user": n.user, "known": user > 0, "reward": r} for n, user, r in records))
+    strangers = sum(line.user is not None and user == 0 for line, user in zip(lines, numbers))
+    return f"{out}: {len(lines)} rewards" + (f", {strangers} of users who are not known to the model" * (strangers > 0))

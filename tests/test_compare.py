@@ -1,0 +1,175 @@
+"""Comparisons of hand-made margins, every number derived by hand; and what is refused."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from prlhf import compare
+from prlhf.errors import run_command
+from prlhf.report import optional_pyplot, write_margins
+
+# Users a (4 comparisons) and b (2) are known; two comparisons of the unknown x and one of nobody are not.
+IDS = ["a1", "a2", "a3", "a4", "b1", "b2", "x1", "x2", "n1"]
+USERS = ["a", "a", "a", "a", "b", "b", "x", "x", None]
+KNOWN = [True] * 6 + [False] * 3
+BASE = [1, 1, -1, -1, 1, -1, 1, -1, 1]  # top 3/6, average (1/2 + 1/2) / 2, generic 2/3
+GOOD = [1, 1, 1, 1, 1, 0, 1, 1, 1]  # top 5.5/6, average (1 + 3/4) / 2, generic 3/3
+
+
+def write(folder, margins, ids=IDS, users=USERS, known=KNOWN):
+    """An EVAL_DIR whose margins are `margins` under the user that counts, and the opposite under the other."""
+    folder.mkdir(exist_ok=True)
+    counted, sign = np.array(margins, dtype=float), np.where(known, 1, -1)
+    write_margins(folder, ids, users, known, np.stack([counted * sign, -counted * sign, counted]))
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run prlhf.compare; its exit status and stderr, and the report where there is one."""
+
+    def run(*models):
+        monkeypatch.setattr(sys, "argv", ["compare", *models, "--out", str(tmp_path / "out")])
+        status = 0
+        try:
+            run_command(compare.main)
+        except SystemExit as stop:
+            status = stop.code
+        path = tmp_path / "out" / "report.json"
+        return status, capsys.readouterr().err, json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def test_report_by_hand(call, tmp_path):
+    base, good = write(tmp_path / "base", BASE), write(tmp_path / "good", GOOD)
+    status, _, report = call(f"vanilla={base}", f"pdpo={good}")
+    assert status == 0
+    assert report["comparisons"] == {"known_users": 6, "unknown_users": 3}
+    accuracy = {name: model["accuracy"] for name, model in report["models"].items()}
+    assert accuracy["vanilla"] == pytest.approx(
+        {"top": 3 / 6, "average_mean": 0.5, "average_std": 0, "generic": 2 / 3, "worst_user": 0.5}
+    )
+    assert accuracy["pdpo"] == pytest.approx(
+        {"top": 5.5 / 6, "average_mean": 0.875, "average_std": 0.125, "generic": 1, "worst_user": 0.75}
+    )
+    assert set(report["models"]["pdpo"]["std_over_seeds"].values()) == {None}
+    against = report["differences"]["pdpo"]
+    assert against["top"]["difference"] == pytest.approx(2.5 / 6)
+    assert against["top"]["win_rate"] == (3 + 3 / 2) / 6  # a3, a4, b2 are won, the other three equal
+    assert against["average_mean"]["difference"] == pytest.approx(0.375)
+    assert against["generic"]["difference"] == pytest.approx(1 / 3)
+    assert against["generic"]["win_rate"] == (1 + 2 / 2) / 3  # x2
+    for row in against.values():
+        assert row["interval"][0] <= row["difference"] <= row["interval"][1]
+    users = report["per_user"]["pdpo"]
+    assert [(row["user"], row["n"], row["difference"]) for row in users["users"]] == [("a", 4, 0.5), ("b", 2, 0.25)]
+    assert [row["p"] for row in users["users"]] == pytest.approx([0.5, 1], abs=0.02)  # a: |T| = 2 in 2 of 4 flips
+    assert [row["p_holm"] for row in users["users"]] == pytest.approx([1, 1], abs=0.02)
+    assert (users["better"], users["worse"]) == (0, 0)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| pdpo | 91.67 | 87.50 ± 12.50 | 100.00 |" in text
+    assert "| pdpo | Accuracy-generic | +33.33 |" in text
+    if optional_pyplot() is not None:
+        assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
+
+
+def test_identical_models_are_never_called_different(call, tmp_path):
+    base, same = write(tmp_path / "base", BASE), write(tmp_path / "same", BASE)
+    _, _, report = call(f"one={base}", f"other={same}")
+    assert report["models"]["one"]["interval"] == report["models"]["other"]["interval"]
+    for name, row in report["differences"]["other"].items():
+        assert (row["difference"], row["interval"], row["different"]) == (0, [0, 0], False)
+        assert row["win_rate"] == (None if name == "average_mean" else 0.5)
+    users = report["per_user"]["other"]
+    assert (users["better"], users["worse"]) == (0, 0)
+    assert all(row["p"] == row["p_holm"] == 1 and row["difference"] == 0 for row in users["users"])
+
+
+def test_seeds_are_averaged(call, tmp_path):
+    """Seeds BASE and GOOD: top 1/2 and 11/12, mean 17/24, standard deviation (5/12) / sqrt(2)."""
+    base, good = write(tmp_path / "base", BASE), write(tmp_path / "good", GOOD)
+    _, _, report = call(f"one={base}", f"two={base},{good}")
+    two = report["models"]["two"]
+    assert two["seeds"] == 2 and two["folders"] == [str(base), str(good)]
+    assert two["accuracy"]["top"] == pytest.approx(17 / 24)
+    assert two["std_over_seeds"]["top"] == pytest.approx(5 / 12 / np.sqrt(2))
+    assert two["accuracy"]["average_std"] == pytest.approx(0.0625)
+    against = report["differences"]["two"]["top"]
+    assert against["difference"] == pytest.approx(17 / 24 - 1 / 2)
+    assert against["win_rate"] == (3 + 3 / 2) / 6
+    assert "| two | 70.83 ± 29.46 | 68.75 ± 26.52 (over users ± 6.25) |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_clear_difference_is_found_for_the_users_who_have_it(call, tmp_path):
+    """Twelve users of 30 comparisons each: the model is better for the first, worse for the second, else the same."""
+    users = np.repeat([f"user{i:02}" for i in range(12)], 30).tolist()
+    sizes = {"ids": [str(i) for i in range(360)], "users": users, "known": [True] * 360}
+    base = np.tile([1, -1], 180)
+    model = base.copy()
+    model[:30], model[30:60] = 1, -1
+    folders = write(tmp_path / "base", base, **sizes), write(tmp_path / "model", model, **sizes)
+    _, _, report = call(f"base={folders[0]}", f"model={folders[1]}")
+    found = report["per_user"]["model"]
+    assert (found["better"], found["worse"]) == (1, 1)
+    assert {row["user"] for row in found["users"][:2]} == {"user00", "user01"}
+    assert found["users"][0]["p_holm"] < 0.01 and found["users"][2]["p_holm"] == 1
+    assert len(found["users"]) == 12
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "better for 1, worse for 1 at 5%. The 10 largest" in text and text.count("| user") == 1 + 10
+    assert report["models"]["base"]["interval"]["generic"] is None
+    assert report["differences"]["model"]["generic"]["difference"] is None
+
+
+def test_the_order_of_the_lines_does_not_matter(call, tmp_path):
+    base = write(tmp_path / "base", BASE)
+    turned = write(tmp_path / "turned", BASE[::-1], IDS[::-1], USERS[::-1], KNOWN[::-1])
+    _, _, report = call(f"one={base}", f"other={turned}")
+    assert report["differences"]["other"]["top"]["win_rate"] == 0.5
+
+
+def refused(result, *parts):
+    status, err, _ = result
+    assert status == 2 and "Traceback" not in err
+    for part in parts:
+        assert part in err, err
+
+
+def test_other_comparisons_are_refused(call, tmp_path):
+    base = write(tmp_path / "base", BASE)
+    other = write(tmp_path / "other", BASE, ids=["a0", *IDS[1:]])
+    refused(call(f"one={base}", f"two={other}"), "1 (id 'a1' of user 'a'", "1 (id 'a0' of user 'a'", str(other))
+    users = write(tmp_path / "users", BASE, users=["b", *USERS[1:]])
+    refused(call(f"one={base}", f"two={users}"), "id 'a1' of user 'b'", str(users))
+    fewer = write(tmp_path / "fewer", BASE[1:], IDS[1:], USERS[1:], KNOWN[1:])
+    refused(call(f"one={base},{fewer}", f"two={base}"), "1 (id 'a1' of user 'a'", "none only in")
+    known = write(tmp_path / "known", BASE, known=[False, *KNOWN[1:]])
+    refused(call(f"one={base}", f"two={known}"), "in 1 comparisons", "'a1'", f"unknown in {known}")
+
+
+def test_damaged_files_are_refused(call, tmp_path):
+    base = write(tmp_path / "base", BASE)
+    refused(call(f"one={base}", f"two={tmp_path / 'nothing'}"), str(tmp_path / "nothing" / "margins.jsonl"), "no such")
+    damaged = write(tmp_path / "damaged", BASE)
+    lines = (damaged / "margins.jsonl").read_text().splitlines()
+
+    def with_third(line):
+        (damaged / "margins.jsonl").write_text("\n".join([*lines[:2], line]) + "\n")
+        return call(f"one={base}", f"two={damaged}")
+
+    refused(with_third(lines[2][:20]), "margins.jsonl, line 3", "JSON")
+    record = json.loads(lines[2])
+    for field, value in {"true": "much", "generic": float("nan"), "known": 1, "user": 3, "id": None}.items():
+        refused(with_third(json.dumps({**record, field: value})), f"line 3, {field}: expected")
+    del record["shuffled"]
+    refused(with_third(json.dumps(record)), "line 3, shuffled: expected a finite number, found")
+
+
+def test_arguments_of_another_form_are_refused(call, tmp_path):
+    base = write(tmp_path / "base", BASE)
+    refused(call(f"one={base}"), "two or more models")
+    refused(call(f"one={base}", f"one={base}"), "two models are named 'one'")
+    refused(call(f"one={base}", str(base)), str(base), "expected NAME=EVAL_DIR")
+    refused(call(f"one={base}", f"two={base},"), "expected NAME=EVAL_DIR")

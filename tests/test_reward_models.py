@@ -1,0 +1,255 @@
+"""Reward models against plain forward passes of Hugging Face's model, one sequence at a time, in float64."""
+
+import math
+
+import pytest
+import torch
+from helpers import (
+    TOKENIZER,
+    assert_same,
+    gradients,
+    plain_backbone,
+    random_comparisons,
+    tiny_config,
+    tiny_model,
+)
+
+from prlhf.batching import collate_responses, distinct_responses
+from prlhf.data import Comparison, UserIndex
+from prlhf.encoding import Encoder, EncodingReport, pair_question
+from prlhf.evaluation import score_users
+from prlhf.loop import accumulate_gradients
+from prlhf.losses import Rewards, bradley_terry_loss, centering, pairwise_margin, preference_loss, reward_margin
+from prlhf.scoring import score
+
+SOFT = ("method=prm",)
+LINEAR = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")
+PAIRWISE = ("method=pairwise",)
+
+
+def moved(config):
+    """A model and Hugging Face's own, both with the same weights."""
+    return tiny_model(config, noise=0.05), plain_backbone(config)
+
+
+def plain_state(backbone, model, prefix, response, user_UD):
+    """The last hidden state of prefix + response, by one pass over one sequence with causal attention."""
+    backbone.load_state_dict(model.backbone.state_dict())
+    embed = backbone.get_input_embeddings()(torch.tensor([*prefix, *response]))
+    if user_UD is not None:
+        embed = torch.cat([embed[:1], user_UD, embed[1:]])
+    return backbone.base_model(inputs_embeds=embed[None]).last_hidden_state[0, -1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("kind", ["uniform", "individual", "cluster"])
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+def test_soft_prompt_reward_is_the_head_on_the_last_token(family, kind, layout):
+    config = tiny_config(*SOFT, f"user_model.kind={kind}", family=family)
+    model, plain = moved(config)
+    comparisons = random_comparisons(6, user_text=True)
+    users = [c.user for c in comparisons]
+    found = score(model, comparisons, users, batch_size=4, layout=layout)
+    e_BUD = model.user_model(torch.tensor(users))
+    for i, c in enumerate(comparisons):
+        for response, reward in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
+            h = plain_state(plain, model, c.prefix, response, e_BUD[i])
+            assert reward[i].item() == pytest.approx((model.value_head.weight[0] @ h).item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("kind", ["uniform", "individual", "cluster"])
+def test_linear_reward_is_the_inner_product_with_the_last_hidden_state(family, kind):
+    config = tiny_config(*LINEAR, f"user_model.kind={kind}", family=family)
+    model, plain = moved(config)
+    comparisons = random_comparisons(6, user_text=True)
+    users = [c.user for c in comparisons]
+    found = score(model, comparisons, users, batch_size=4)
+    e_BUD = model.user_model(torch.tensor(users))
+    for i, c in enumerate(comparisons):
+        for response, reward in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
+            h = plain_state(plain, model, c.prefix, response, None)
+            assert reward[i].item() == pytest.approx((e_BUD[i, 0] @ h).item(), abs=1e-10)
+
+
+def votes(*users):
+    """The same two responses judged by several users, every other one the other way round, and one other pair."""
+    pair, other = random_comparisons(2)
+    flipped = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
+    return [(flipped if i % 2 else pair)._replace(user=user) for i, user in enumerate(users)] + [other]
+
+
+def test_a_response_of_several_comparisons_is_there_once():
+    batch = distinct_responses(votes(1, 2, 3))
+    assert len(batch.responses) == 4
+    assert batch.index_B2.tolist() == [[0, 1], [1, 0], [0, 1], [2, 3]]
+
+
+def test_responses_to_one_prompt_share_rows_and_see_only_the_prompt():
+    """Nine responses to two prompts in rows of 12 tokens: each last state is that of the response alone."""
+    config = tiny_config(*LINEAR)
+    model, plain = moved(config)
+    prefixes = ((1, 5, 6), (1, 7))
+    responses = [(prefixes[i % 2], tuple(range(10 + i, 12 + i + i % 4))) for i in range(9)]
+    batch = collate_responses(responses, row_tokens=12)
+    assert batch.input_ids_RT.shape[0] < 9 and batch.input_ids_RT.shape[1] <= 12
+    states_MD = model.states_at(batch, batch.last_at_M, None)
+    for (prefix, response), state in zip(responses, states_MD):
+        assert (state - plain_state(plain, model, prefix, response, None)).abs().max() < 1e-10
+
+
+def test_both_branches_and_all_users_of_a_pair_share_one_backbone_pass():
+    model = tiny_model(tiny_config(*LINEAR), noise=0.05)
+    positions = []
+    model.backbone.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: positions.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    comparisons = votes(1, 2, 3, 0)
+    accumulate_gradients(tiny_config(*LINEAR), model, comparisons, None, range(5))
+    distinct = collate_responses(distinct_responses(comparisons).responses)
+    assert positions == [distinct.input_ids_RT.numel()]
+
+
+@pytest.mark.parametrize("base", [SOFT, LINEAR, PAIRWISE])
+def test_the_gradient_is_that_of_plain_branch_losses(base):
+    """alpha = 0.3 over known and unknown users, some judging the same pair, against one comparison a forward pass."""
+    config = tiny_config(*base, "loss.alpha=0.3", "loss.label_smoothing=0.1", "optim.micro_batch_size=3")
+    comparisons = [*votes(1, 2, 0, 3), *random_comparisons(4, seed=5)]
+    model = tiny_model(config, noise=0.05)
+    found = accumulate_gradients(config, model, comparisons, None, list(range(len(comparisons))))
+    found_grad = gradients(model)
+
+    model = tiny_model(config, noise=0.05)
+    total = 0.0
+    for c in comparisons:
+        for user, weight in ((c.user, 0.3), (0, 0.7)):
+            r = model(model.collate([c], "rows"), torch.tensor([user]))
+            z = r.chosen - r.rejected
+            loss = -(0.9 * torch.log(torch.sigmoid(z)) + 0.1 * torch.log(torch.sigmoid(-z))).sum() / len(comparisons)
+            (weight * loss).backward()
+            total += weight * loss.item()
+    assert found.loss == pytest.approx(total, abs=1e-10)
+    assert_same(found_grad, gradients(model))
+
+
+def test_vanilla_is_the_bradley_terry_loop():
+    """Uniform user without tokens: -log sigma(v.h1 - v.h2), one sequence at a time, gradients of all weights."""
+    config = tiny_config(*SOFT, "user_model.kind=uniform", "user_model.tokens=0", "optim.micro_batch_size=2")
+    model = tiny_model(config, noise=0.05)
+    policy = plain_backbone(config)
+    policy.load_state_dict(model.backbone.state_dict())
+    v = model.value_head.weight.detach().clone().requires_grad_()
+    comparisons = random_comparisons(5)
+    for c in comparisons:
+        h1, h2 = (
+            policy.base_model(input_ids=torch.tensor([c.prefix + y])).last_hidden_state[0, -1]
+            for y in (c.chosen, c.rejected)
+        )
+        (torch.log(1 + torch.exp(-(v[0] @ h1 - v[0] @ h2))) / 5).backward()
+    accumulate_gradients(config, model, comparisons, None, list(range(5)))
+    assert_same(gradients(model.backbone), gradients(policy))
+    assert (model.value_head.weight.grad - v.grad).abs().max() < 1e-10
+
+
+def test_margin_and_centering_by_hand():
+    """r1 - r2 = 1, required 2 * 0.5: -log sigma(0) = log 2; and (r1 + r2)^2 = 9."""
+    rewards = Rewards(torch.tensor([2.0]), torch.tensor([1.0]), torch.tensor([2.0]))
+    assert bradley_terry_loss(rewards, margin=0.5).item() == pytest.approx(math.log(2))
+    assert centering(rewards).item() == 9.0
+    loss = tiny_config("method=prm", "loss.margin=0.5", "loss.center=0.1").loss
+    assert preference_loss(loss, rewards, None).item() == pytest.approx(math.log(2) + 0.9)
+    assert reward_margin(loss, rewards, None).item() == 1.0  # what is required is no part of the accuracy
+
+
+def test_a_comparisons_margin_reaches_the_loss():
+    comparison = Comparison("p", "a", "b", None, None, "1", margin=3.0)
+    config = tiny_config("method=prm", "loss.margin=1.0", "user_model.kind=uniform")
+    encoded = Encoder(TOKENIZER, config.data).encode(comparison, UserIndex([]), EncodingReport())
+    model = tiny_model(config)  # its value head is zero: r1 = r2
+    loss = accumulate_gradients(config, model, [encoded], None, [0]).loss
+    assert loss == pytest.approx(math.log(1 + math.exp(3)))
+
+
+def test_pairwise_probabilities_of_both_orders_add_up_to_one_exactly():
+    generator = torch.Generator().manual_seed(0)
+    a, b = 20 * torch.randn(2, 1000, generator=generator)
+    assert torch.equal(pairwise_margin(a, b), -pairwise_margin(-b, -a))
+    p = (torch.sigmoid(a.double()) + torch.sigmoid(b.double())) / 2
+    assert (torch.sigmoid(pairwise_margin(a.double(), b.double())) - p).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_a_pairwise_model_averages_the_answers_to_both_orders(family):
+    config = tiny_config(*PAIRWISE, family=family)
+    model, plain = moved(config)
+    plain.load_state_dict(model.backbone.state_dict())
+    encoder = Encoder(TOKENIZER, config.data, "pairwise")
+    users = UserIndex(["u1", "u2"])
+    comparison = Comparison("Hi", "yes", "no way", "u2", "likes brevity", "1")
+    encoded = encoder.encode(comparison, users, EncodingReport())
+    question = "\n\nResponse A:\n{}\n\nResponse B:\n{}\n\nThe better response is Response "
+    assert TOKENIZER.decode(encoded.chosen) == question.format("yes", "no way")
+    assert TOKENIZER.decode(encoded.rejected) == question.format("no way", "yes")
+
+    e_UD = model.user_model(torch.tensor([2]))[0]
+    wins = []
+    for first, second, y1 in (("yes", "no way", "A"), ("no way", "yes", "B")):
+        text = "likes brevity\nHi" + question.format(first, second)
+        ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+        embed = plain.get_input_embeddings()(torch.tensor(ids))
+        logits = plain(inputs_embeds=torch.cat([embed[:1], e_UD, embed[1:]])[None]).logits[0, -1]
+        answer = {x: logits[TOKENIZER.convert_tokens_to_ids(x)] for x in "AB"}
+        wins.append((answer[y1].exp() / (answer["A"].exp() + answer["B"].exp())).item())
+    margin = reward_margin(config.loss, score(model, [encoded], [2], 1), None)
+    assert torch.sigmoid(margin).item() == pytest.approx(sum(wins) / 2, abs=1e-10)
+
+
+def test_pair_question_needs_answers_of_one_token():
+    question = pair_question(TOKENIZER)
+    assert TOKENIZER.convert_ids_to_tokens([question.answer_a, question.answer_b]) == ["A", "B"]
+
+
+def test_a_frozen_backbone_computes_each_response_once_and_never_moves():
+    config = tiny_config(*LINEAR, "model.frozen=true")
+    model = tiny_model(config, noise=0.05)
+    calls = []
+    model.backbone.base_model.register_forward_hook(lambda *_: calls.append(1))
+    comparisons = votes(1, 2, 3)
+    for _ in range(2):
+        accumulate_gradients(config, model, comparisons, None, range(4))
+    score_users(config, model, comparisons)
+    assert len(calls) == 1
+    assert all(p.grad is None for p in model.backbone.parameters())
+
+    thawed = tiny_model(tiny_config(*LINEAR), noise=0.0)
+    thawed.user_model.load_state_dict(model.user_model.state_dict())
+    for _ in range(2):
+        accumulate_gradients(config, thawed, comparisons, None, range(4))
+    assert_same(gradients(model.user_model), gradients(thawed.user_model))
+
+
+@pytest.mark.parametrize("base", [SOFT, LINEAR])
+def test_single_responses_have_the_rewards_of_comparisons(base):
+    config = tiny_config(*base)
+    model = tiny_model(config, noise=0.05)
+    comparisons = random_comparisons(5)
+    users = [c.user for c in comparisons]
+    expected = score(model, comparisons, users, 5)
+    with torch.no_grad():
+        found = model.rewards([c.prefix for c in comparisons], [c.rejected for c in comparisons], torch.tensor(users))
+    assert (found - expected.rejected).abs().max() < 1e-10
+
+
+def test_without_a_shared_component_known_users_stand_alone():
+    config = tiny_config(*LINEAR, "user_model.shared=false", "user_model.init=random")
+    model = tiny_model(config)
+    e_BUD = model.user_model(torch.tensor([0, 2]))
+    assert torch.equal(e_BUD[0], model.user_model.e_UD)
+    assert torch.equal(e_BUD[1], model.user_model.offsets_MUD[1])
+
+
+def test_zero_initialised_reward_heads_start_at_zero():
+    for kind in ("uniform", "individual", "cluster"):
+        model = tiny_model(tiny_config(*LINEAR, "user_model.init=zero", f"user_model.kind={kind}"))
+        found = score(model, random_comparisons(3), [0, 1, 2], 3)
+        assert found.chosen.abs().max() == 0 and found.rejected.abs().max() == 0

@@ -1,0 +1,85 @@
+"""Trivial rules on ten votes that are counted by hand. The responses A, B, C, D, E have 3, 2, 1, 2 and 4 words."""
+
+import pytest
+
+from prlhf.data import parse_comparison
+from prlhf.rules import RULES, conflicts, fit, majority_share
+
+A, B, C, D, E = "one two three", "four five", "six", "seven eight", "nine ten eleven twelve"
+
+
+def vote(user, chosen, rejected, prompt="p", **extra):
+    record = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "user": user, **extra}
+    return parse_comparison(record, "f, line 1", "f:1")
+
+
+# Longer minus shorter: ann 2 - 1, bob 0 - 2, cid 1 - 1, dee none (B and D are equally long), all 4 - 5: shorter.
+TRAIN = [
+    vote("ann", A, B), vote("ann", A, C), vote("ann", C, B),
+    vote("bob", B, A), vote("bob", C, A),
+    vote("cid", C, B), vote("cid", A, B),
+    vote("dee", B, D),
+    vote(None, B, C), vote(None, C, A),
+]  # fmt: skip
+# Pairs: {A, B} 2:1, {A, C} 1:2, {B, C} 1:2, {B, D} 1:0.
+# Shares: A (3+1)/(3+3+2) = 1/2, B (3+1)/(3+4+2) = 4/9, C (4+1)/(4+2+2) = 5/8, D 1/3, E 1/2.
+HELD_OUT = [  # comparison, then: longer, own_length, pair_majority, response_share
+    (vote("ann", A, B), 1, 1, 1, 1),
+    (vote("bob", A, C), 1, 0, 0, 0),
+    (vote("cid", A, C), 1, 0, 0, 0),  # even in training: as all users, shorter
+    (vote("zed", C, A), 0, 1, 1, 1),  # not in training: as all users
+    (vote(None, B, D), 0.5, 0.5, 1, 1),
+    (vote("dee", A, D), 1, 0, 0.5, 1),  # a new pair of known responses; no length preference of dee's own
+    (vote("bob", E, B), 1, 0, 0.5, 1),  # E is new
+    (vote("ann", A, B, prompt="q"), 1, 1, 0.5, 0.5),  # under another prompt both are new
+]
+
+
+@pytest.mark.parametrize("position, rule", enumerate(("longer", "own_length", "pair_majority", "response_share"), 1))
+def test_each_rule_on_each_comparison(position, rule):
+    right = fit(TRAIN).right([row[0] for row in HELD_OUT])
+    assert right[rule] == [row[position] for row in HELD_OUT]
+
+
+def test_a_rule_that_does_not_apply_is_left_out():
+    assert list(fit([]).right(TRAIN)) == ["longer"]
+    assert list(fit(TRAIN).right(TRAIN)) == ["longer", "own_length", "pair_majority", "response_share"]
+    assert fit(TRAIN).right([]) == {"longer": [], "own_length": [], "pair_majority": [], "response_share": []}
+
+
+def test_the_first_response_where_the_records_say_which_it_was():
+    shown = [vote("ann", A, B, first="chosen"), vote("ann", B, A, first="rejected"), vote("ann", A, B)]
+    assert fit([]).right(shown) == {"longer": [1, 0, 1], "first": [1, 0, 0.5]}
+    assert set(fit(shown).right(shown)) == set(RULES)
+
+
+def test_even_votes_decide_nothing():
+    even = [vote("ann", A, B), vote("bob", B, A)]  # bob and ann have preferences for length, all users have none
+    right = fit(even).right([vote("ann", A, B), vote("bob", A, B), vote("zed", A, B)])
+    assert right["own_length"] == [1, 0, 0.5]
+    assert right["pair_majority"] == right["response_share"] == [0.5, 0.5, 0.5]
+
+
+def test_message_prompts_are_compared_by_content():
+    hello = [{"role": "user", "content": "hello"}]
+    rules = fit([vote("ann", A, B, prompt=hello)])
+    other = [{"role": "system", "content": "hello"}]
+    asked = [vote("bob", B, A, prompt=p) for p in (hello, other, "hello")]
+    assert rules.right(asked)["pair_majority"] == [0, 0.5, 0.5]
+
+
+def test_majority_share():
+    # {A, B} 2, {A, C} 2, {B, C} 2 and {B, D} 1 of ten votes are the majority's; three pairs have both.
+    assert majority_share(TRAIN) == (0.7, 3, 3)
+    assert majority_share([vote("ann", A, B), vote("bob", A, B), vote("ann", A, B, prompt="q")]) == (1.0, 1, 0)
+    assert majority_share([]) == (None, 0, 0)
+
+
+def test_conflicts():
+    # ann votes A over B twice and once the other way; bob agrees with the one and with the other; cid votes alone.
+    votes = [vote("ann", A, B), vote("ann", A, B), vote("ann", B, A), vote("bob", A, B), vote("cid", A, C)]
+    assert conflicts(votes) == (1, 1, 1, votes[0])
+    assert conflicts(votes[:2]) == (1, 0, 0, None)
+    assert conflicts(votes[1:3]) == (0, 1, 0, votes[1])  # with oneself is no dispute between users
+    assert conflicts([votes[2], votes[3]]) == (0, 0, 1, None)
+    assert conflicts([vote(None, A, B), vote(None, A, B), vote(None, B, A)]) == (0, 0, 0, None)  # nobody knows who
