@@ -10,7 +10,7 @@ from pathlib import Path
 from prlhf.backbones import choose_device
 from prlhf.checkpoint import base_fingerprint, load_final, reference_model
 from prlhf.config import Config
-from prlhf.data import read_comparisons
+from prlhf.data import UserIndex, read_comparisons
 from prlhf.encoding import Encoder, encode_file
 from prlhf.errors import UserError, run_command
 from prlhf.evaluation import reward_margins, score_users, summarize
@@ -54,28 +54,28 @@ def main() -> None:
         )  # fmt: skip
     scores = score_users(config, loaded.model, data.comparisons)
     users = [c.user for c in data.comparisons]
-    rules = fit_rules(config).right(data.raw)
+    rules = fit_rules(config, loaded.users).right(data.raw)
     report = {
         "checkpoint": str(loaded.path),
         "data": str(source),
         "encoding": asdict(data.report),
         **summarize(config, scores, reference, users, data.names, rules),
     }
-    write_report(report, out)
     margins = reward_margins(config.loss, scores, reference)
     write_margins(out, [c.id for c in data.raw], data.names, [user > 0 for user in users], margins)
     if (run_dir / "metrics.jsonl").exists():
         accuracy_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
+    write_report(report, out)  # last: a report says that the evaluation is complete
     print(markdown(report))
     print(f"written to {out}")
 
 
-def fit_rules(config: Config) -> FittedRules:
-    """The trivial rules, fitted to the training comparisons where these are still there."""
+def fit_rules(config: Config, users: UserIndex) -> FittedRules:
+    """The trivial rules, fitted to the training comparisons where these are still there; `users` are known to them."""
     if config.data.train is None or not Path(config.data.train).expanduser().is_file():
         print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
         return fit([])
-    return fit(read_comparisons(config.data.train).sample(config.data.limit, config.seed).comparisons)
+    return fit(read_comparisons(config.data.train).sample(config.data.limit, config.seed).comparisons, users)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from prlhf.backbones import choose_device
 from prlhf.checkpoint import Loaded, load_final, weights_checksum
 from prlhf.data import read_prompts
 from prlhf.encoding import Encoder
-from prlhf.errors import UserError, run_command
+from prlhf.errors import UserError, check_range, run_command
 from prlhf.reference import fingerprint_of
 from prlhf.responses import ResponseFile
 from prlhf.rewards import score_file
@@ -61,7 +61,8 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     prompts = read_prompts(args.prompts)[: args.limit]
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
-    users = {name: loaded.users.required_number(name) for name in args.users.split(",")}
+    names = args.users.split(",")
+    users = {name: loaded.number(name) for name in names if loaded.users.required_number(name) >= 0}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
@@ -71,7 +72,13 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     requests, records = [], []
     for prompt, prefix in zip(prompts, prefixes):
         for name, user in users.items():
-            record = {"id": prompt.id, "user": name, "prompt": prompt.text, "prefix": fingerprint_of(prefix.ids)[:12]}
+            record = {
+                "id": prompt.id,
+                "user": name,
+                "prompt": prompt.text,
+                "user_text": prompt.user_text,
+                "prefix": fingerprint_of(prefix.ids)[:12],
+            }
             if not out.has(record):
                 requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
                 records.append(record)
@@ -85,14 +92,6 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
         for record, response, text in zip(records[rows], responses, texts):
             out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})
     print(f"{args.out}: {len(requests)} new responses, {len(prompts) * len(users)} in all")
-
-
-def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
-    """UserError unless low <= value <= high."""
-    if not low <= value <= high:
-        raise UserError(
-            f"{name}: found {value:g}, expected at least {low:g}" + (f", at most {high:g}" if high < 1e9 else "")
-        )
 
 
 if __name__ == "__main__":

@@ -52,7 +52,11 @@ def main() -> None:
                 call(evaluate.main, "--checkpoint", str(run))
             reports.append(json.loads((run / "eval" / "report.json").read_text()))
         values = [
-            [r["accuracy"]["top"], r["controls"]["generic_user"]["accuracy"], r["controls"]["shuffled_users"]["accuracy"]]
+            [
+                r["accuracy"]["top"],
+                r["controls"]["generic_user"]["accuracy"],
+                r["controls"]["shuffled_users"]["accuracy"],
+            ]
             for r in reports
         ]
         mean, std = 100 * np.mean(values, axis=0), 100 * np.std(values, axis=0, ddof=len(values) > 1)

@@ -15,6 +15,7 @@ from prlhf import config as config_module
 from prlhf.backbones import byte_tokenizer, random_backbone
 from prlhf.config import Config
 from prlhf.encoding import EncodedComparison
+from prlhf.errors import run_command
 from prlhf.loop import accumulate_gradients
 from prlhf.losses import Rewards
 from prlhf.personalized import PersonalizedModel, build_model
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

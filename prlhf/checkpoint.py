@@ -30,7 +30,7 @@ from prlhf.errors import UserError, did_you_mean
 from prlhf.lora import load_lora, save_lora
 from prlhf.personalized import PersonalizedLM, PersonalizedModel, build_model
 from prlhf.reference import weights_fingerprint
-from prlhf.user_models import UniformUsers
+from prlhf.user_models import UniformUsers, is_personal
 
 
 @contextlib.contextmanager
@@ -143,6 +143,11 @@ def save_final(
         (aside / "base.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
+# What decides which model the saved weights are, and what of it may still change: where the base lies, how it computes.
+FIXED = ("method", "model.", "user_model.", "lora.")
+FREE = ("model.name", "model.layout", "model.gradient_checkpointing")
+
+
 class Loaded(NamedTuple):
     """A model for use, with what belongs to it."""
 
@@ -151,6 +156,11 @@ class Loaded(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     users: UserIndex
     model: PersonalizedModel
+
+    def number(self, name: str | None) -> int:
+        """The user as whom the model answers `name`: 0 for the unknown, and for all where nothing personal was trained."""
+        personal = is_personal(self.model.user_model, self.config.loss.alpha)
+        return self.users.number(name) if personal else 0
 
 
 def find_final(checkpoint: str | Path) -> Path:
@@ -171,6 +181,10 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
     """Load what `save_final` wrote, in eval mode. UserError where it is damaged or the base model has changed."""
     path = find_final(checkpoint)
     config = config_module.load(path / "config.yaml", overrides)
+    differing = config_module.differing_keys(config_module.load(path / "config.yaml"), config)
+    fixed = [line for line in differing if line.startswith(FIXED) and not line.startswith(FREE)]
+    if fixed:
+        raise UserError(f"{path}: --set would make it another model than was trained: {', '.join(fixed)}")
     users = UserIndex.load(path / "users.json")
     tokenizer = load_tokenizer(config.model, path)
     if config.lora.rank or config.model.frozen:

@@ -81,8 +81,10 @@ class UserModelConfig:
         "[last hidden state; e_u] (pdpo), the inner product of e_u and the last token's hidden state (prm).",
         choices=("soft_prompt", "linear"),
     )
-    lr: float = key(1e-3, "Learning rate of the user model and of a linear aggregator.", above=0)
-    weight_decay: float = key(0.0, "AdamW's decay of the user model.", low=0)
+    lr: float = key(
+        1e-3, "Learning rate of the user model, of a linear aggregator and of a scalar reward head.", above=0
+    )
+    weight_decay: float = key(0.0, "AdamW's decay of what user_model.lr trains.", low=0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,12 @@ class LossConfig:
         "Preference loss on the log-probs, applied to both branches (reward models: sigmoid).",
         choices=("sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"),
     )
-    alpha: float = key(0.5, "Weight of the user branch; the generic branch has 1 - alpha.", low=0, high=1)
+    alpha: float = key(
+        0.5,
+        "Weight of the user branch; the generic branch has 1 - alpha. At 1 user 0 learns from unknown users alone.",
+        low=0,
+        high=1,
+    )
     beta: float = key(
         0.1, "Strength of the KL constraint (ORPO: weight of the odds-ratio term); no part of reward models.", above=0
     )
@@ -141,7 +148,7 @@ class OptimConfig:
     max_steps: int | None = key(None, "Stop after this many updates.", low=1)
     warmup_steps: int = key(0, "Updates of linear warm-up.", low=0)
     schedule: str = key("linear", "Learning rate after the warm-up.", choices=("linear", "cosine", "constant"))
-    weight_decay: float = key(0.0, "AdamW's decay of the backbone or its LoRA, and of a scalar reward head.", low=0)
+    weight_decay: float = key(0.0, "AdamW's decay of the backbone or its LoRA.", low=0)
     beta1: float = key(0.9, "AdamW's first-moment decay.", low=0, high=0.9999)
     beta2: float = key(0.999, "AdamW's second-moment decay.", low=0, high=0.99999)
     max_grad_norm: float | None = key(1.0, "Clip the gradient of all trained weights to this norm.", above=0)
@@ -413,11 +420,11 @@ def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
         fault("model.name", "expected either model.name (a folder or hub name) or model.family (random weights)")
     if config.model.family and config.model.width % (2 * config.model.heads):
         fault("model.width", f"found {config.model.width}, expected a multiple of 2 * model.heads")
-    if config.model.dtype != "float32" and config.lora.rank == 0:
+    if config.model.dtype != "float32" and config.lora.rank == 0 and not config.model.frozen:
         fault(
             "model.dtype",
             f"found {config.model.dtype!r}, in which the small updates of full fine-tuning round to "
-            "nothing; expected float32, or lora.rank > 0",
+            "nothing; expected float32, lora.rank > 0 or model.frozen",
         )
     if config.lora.targets == ():
         fault("lora.targets", "found no names, expected some, or null for all of the family's")
@@ -445,12 +452,14 @@ def _method_faults(config: Config, fault: Callable[[str, str], None]) -> None:
     if method == "pdpo":
         for name, value in (("margin", loss.margin), ("center", loss.center)):
             if value:
-                fault(f"loss.{name}", f"found {value:g}, expected 0: it is part of reward models (method prm)")
+                fault(f"loss.{name}", f"found {value:g}, expected 0: it is part of reward models")
         return
     if loss.kind != "sigmoid":
         fault("loss.kind", f"found {loss.kind!r}, expected 'sigmoid' (Bradley-Terry) for method {method}")
     if loss.nll:
         fault("loss.nll", f"found {loss.nll:g}, expected 0: method {method} has no likelihood of responses")
+    if method == "pairwise" and loss.center:
+        fault("loss.center", f"found {loss.center:g}, expected 0: method pairwise has no rewards to centre")
     if method == "prm" and user_model.aggregator == "linear" and user_model.tokens != 1:
         fault("user_model.tokens", f"found {user_model.tokens}, expected 1: the linear reward head is one vector e_u")
     if method == "pairwise" and user_model.aggregator == "linear":

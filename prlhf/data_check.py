@@ -104,7 +104,7 @@ def check(files: Sequence[str], config: Config | None) -> Iterator[Section]:
     yield lengths_section(splits)
     if encoder is not None:
         yield tokens_section(splits, users, encoder)
-    yield rules_section(splits)
+    yield rules_section(splits, users)
 
 
 def spread(numbers: Sequence[float]) -> Spread:
@@ -254,9 +254,9 @@ def encoding_warnings(path: str, report: EncodingReport, comparisons: int) -> li
     ]
 
 
-def rules_section(splits: Sequence[Split]) -> Section:
+def rules_section(splits: Sequence[Split], users: UserIndex) -> Section:
     """What trivial rules get right, those that learn having learnt from the training file."""
-    rules = fit(splits[0].comparisons)
+    rules = fit(splits[0].comparisons, users)
     rows = []
     for i, split in enumerate(splits):
         known = np.array(split.known)

@@ -19,6 +19,14 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    """UserError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise UserError(
+            f"{name}: found {value:g}, expected at least {low:g}" + (f", at most {high:g}" if high < 1e9 else "")
+        )
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`, turning errors for people into a short message and an exit status."""
     try:

@@ -30,7 +30,7 @@ from prlhf.metrics import (
 )
 from prlhf.personalized import PersonalizedModel
 from prlhf.scoring import score
-from prlhf.user_models import UniformUsers
+from prlhf.user_models import is_personal
 
 
 class Scores(NamedTuple):
@@ -61,7 +61,7 @@ def score_users(
     controls=False leaves `shuffled_users` as `true_user` and saves a pass.
     """
     users = [c.user for c in comparisons]
-    personal = config.loss.alpha > 0 and not isinstance(model.user_model, UniformUsers)
+    personal = is_personal(model.user_model, config.loss.alpha)
     rows = [i for i, user in enumerate(users) if user > 0 and personal]
 
     def scored(rows: Sequence[int], as_users: Sequence[int]) -> Outputs:

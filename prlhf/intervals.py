@@ -30,6 +30,8 @@ def ratio_interval(
 ) -> Interval | None:
     """Interval of r = sum of numerators / sum of denominators over U users; None for fewer than two users.
 
+    None also where all users have the same ratio other than 0, which tells nothing of how they spread.
+
     accuracy: r is in [0, 1] and g(r) = arcsin(sqrt(r)), which stabilises a proportion's variance; else r is a
     difference of accuracies and g the identity. Users are drawn with replacement `samples` times, which gives r*, and
 
@@ -41,16 +43,29 @@ def ratio_interval(
     users = len(numerator_U)
     if users < 2:
         return None
-    drawn = rng.multinomial(users, np.full(users, 1 / users), size=samples)
     to, back = (_arcsine, _from_arcsine) if accuracy else (np.asarray, _as_difference)
     ratio = float(numerator_U.sum() / denominator_U.sum())
+    if ratio != 0 and np.allclose(numerator_U, ratio * denominator_U, rtol=1e-12):
+        return None
     center = to(ratio)
-    spread = float(to((drawn @ numerator_U) / (drawn @ denominator_U)).std())
+    spread = float(to(_resampled(numerator_U, denominator_U, samples, rng)).std())
     effective = float(denominator_U.sum()) ** 2 / float((denominator_U.astype(float) ** 2).sum())
     half = 0.0
     if spread > 0:
         half = spread * math.sqrt(effective / (effective - 1)) * student_t_quantile(1 - MISSED / 2, effective - 1)
     return Interval(min(ratio, back(center - half)), max(ratio, back(center + half)))
+
+
+def _resampled(
+    numerator_U: np.ndarray, denominator_U: np.ndarray, samples: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The ratio in each of `samples` draws of U users with replacement, a block of draws at a time to bound memory."""
+    users = len(numerator_U)
+    block, ratios = max(1, 2_000_000 // users), []
+    for start in range(0, samples, block):
+        drawn = rng.multinomial(users, np.full(users, 1 / users), size=min(block, samples - start))
+        ratios.append((drawn @ numerator_U) / (drawn @ denominator_U))
+    return np.concatenate(ratios)
 
 
 def std_interval(values_U: np.ndarray) -> Interval | None:

@@ -28,7 +28,7 @@ from prlhf.reference import fingerprint_of
 from prlhf.runs import Run, prune_checkpoints
 from prlhf.scoring import select
 from prlhf.training_log import Sums, TrainingLog
-from prlhf.user_models import UniformUsers
+from prlhf.user_models import is_personal
 
 
 class Split(NamedTuple):
@@ -77,7 +77,7 @@ def accumulate_gradients(
     reference: of all comparisons. Returns that loss and what else the log wants to know.
     """
     sums = Sums(updates=1, comparisons=len(update), tokens=sum(comparisons[i].length for i in update))
-    personal = not isinstance(model.user_model, UniformUsers)
+    personal = is_personal(model.user_model, config.loss.alpha)
 
     def branch_loss(branch: Branch) -> Tensor:
         batch = model.collate([comparisons[i] for i in branch.indices], config.model.layout).to(model.device)
@@ -150,8 +150,8 @@ def train(
 ) -> None:
     """Train `model` in place, from the newest checkpoint of the run or from the start, to the weights for final/.
 
-    base: the fingerprint of the weights that training starts from. TrainingError after config.optim.max_skipped_steps updates in a row whose loss or gradient is not finite; such an
-    update never reaches the weights.
+    base: the fingerprint of the weights that training starts from. TrainingError after config.optim.max_skipped_steps
+    updates in a row whose loss or gradient is not finite; such an update never reaches the weights.
     """
     comparisons = training.data.comparisons
     lengths = [c.length for c in comparisons]

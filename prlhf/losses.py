@@ -39,7 +39,15 @@ class Rewards(NamedTuple):
     required: Tensor  # 1 where the comparison has no `margin` of its own
 
 
-Outputs = ResponseLogProbs | Rewards
+class Answers(NamedTuple):
+    """The logit that a pairwise preference model gives y1 over y2 in both orders, and what must be exceeded, all (B,)."""
+
+    y1_first: Tensor
+    y1_second: Tensor
+    required: Tensor
+
+
+Outputs = ResponseLogProbs | Rewards | Answers
 
 
 class BranchWeights(NamedTuple):
@@ -107,9 +115,9 @@ def orpo_loss(policy: ResponseLogProbs, beta: float) -> Tensor:
 
 
 def bradley_terry_loss(rewards: Rewards, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigma(r1 - r2 - m), m = margin times what each comparison requires (Touvron et al. 2023, Llama 2, eq. 2);
+    """-log sigma(r1 - r2 - m), m = margin times what each comparison requires (Touvron et al. 2023, Llama 2, eq. 2).
 
-    with label smoothing e, -(1-e) log sigma(z) - e log sigma(-z) of the same z.
+    With label smoothing e, -(1-e) log sigma(z) - e log sigma(-z) of the same z.
     """
     return sigmoid_loss(rewards.chosen - rewards.rejected - margin * rewards.required, 1.0, label_smoothing)
 
@@ -119,15 +127,26 @@ def centering(rewards: Rewards) -> Tensor:
     return (rewards.chosen + rewards.rejected) ** 2
 
 
-def pairwise_margin(a_is_chosen: Tensor, b_is_chosen: Tensor) -> Tensor:
-    """logit of P(y1 over y2) = [sigma(a_is_chosen) + sigma(b_is_chosen)] / 2, from the logit that a preference model
+def answer_loss(answers: Answers, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
+    """Mean over both orders of -log P(the letter of y1): next-token cross-entropy on A or B (Dong et al. 2024).
 
-    gives y1 when it reads y1 first (as A) and when it reads it second (as B). Swapping the responses negates both and
-    exchanges them, which negates the result exactly: P(y1 over y2) + P(y2 over y1) = 1.
+    Not -log of the averaged probability, which stops learning where the model always answers A.
     """
-    win = torch.logaddexp(logsigmoid(a_is_chosen), logsigmoid(b_is_chosen))
-    lose = torch.logaddexp(logsigmoid(-a_is_chosen), logsigmoid(-b_is_chosen))
-    return win - lose
+    required = margin * answers.required
+    first, second = (sigmoid_loss(z - required, 1.0, label_smoothing) for z in (answers.y1_first, answers.y1_second))
+    return (first + second) / 2
+
+
+def pairwise_margin(answers: Answers) -> Tensor:
+    """logit of P(y1 over y2) = [sigma(y1_first) + sigma(y1_second)] / 2, the answers to both orders averaged.
+
+    Swapping the responses negates and exchanges the two logits, which negates the result exactly:
+    P(y1 over y2) + P(y2 over y1) = 1.
+    """
+    first, second = answers.y1_first, answers.y1_second
+    return torch.logaddexp(logsigmoid(first), logsigmoid(second)) - torch.logaddexp(
+        logsigmoid(-first), logsigmoid(-second)
+    )
 
 
 def chosen_nll(policy: ResponseLogProbs) -> Tensor:
@@ -146,12 +165,14 @@ def needs_reference(config: Config) -> bool:
 
 
 def reward_margin(config: LossConfig, outputs: Outputs, reference: ResponseLogProbs | None) -> Tensor:
-    """How much more reward y1 has than y2: r1 - r2 of a reward model; of a language model the implicit reward, beta h,
+    """How much more reward y1 has than y2: r1 - r2 of a reward model, logit P(y1 over y2) of a pairwise one.
 
-    or beta times the average margin without a reference.
+    Of a language model the implicit reward: beta h, or beta times the average margin without a reference.
     """
     if isinstance(outputs, Rewards):
         return outputs.chosen - outputs.rejected
+    if isinstance(outputs, Answers):
+        return pairwise_margin(outputs)
     if config.kind in REFERENCE_FREE:
         return config.beta * average_margin(outputs)
     assert reference is not None
@@ -159,10 +180,12 @@ def reward_margin(config: LossConfig, outputs: Outputs, reference: ResponseLogPr
 
 
 def preference_loss(config: LossConfig, outputs: Outputs, reference: ResponseLogProbs | None) -> Tensor:
-    """One value a comparison, (B,): Bradley-Terry for a reward model, config.kind plus config.nll NLL(y1) for a
+    """One value a comparison, (B,): Bradley-Terry or the answers' cross-entropy for reward models.
 
-    language model, of which the reference-free kinds take reference=None.
+    For a language model config.kind plus config.nll NLL(y1); the reference-free kinds take reference=None.
     """
+    if isinstance(outputs, Answers):
+        return answer_loss(outputs, config.margin, config.label_smoothing)
     if isinstance(outputs, Rewards):
         loss_B = bradley_terry_loss(outputs, config.margin, config.label_smoothing)
         return loss_B + config.center * centering(outputs) if config.center else loss_B

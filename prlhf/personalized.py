@@ -38,7 +38,7 @@ from prlhf.config import Config
 from prlhf.encoding import EncodedComparison, PairQuestion, bos_ids, pair_question
 from prlhf.logprobs import log_probs
 from prlhf.lora import adapters_off, add_lora
-from prlhf.losses import ResponseLogProbs, Rewards, pairwise_margin
+from prlhf.losses import Answers, ResponseLogProbs, Rewards
 from prlhf.user_models import build_user_model
 
 
@@ -203,6 +203,11 @@ class PersonalizedRewardModel(PersonalizedModel):
         """True for the soft prompt."""
         return self.value_head is not None
 
+    def user_parameters(self) -> list[nn.Parameter]:
+        """The weights with the user model's learning rate: the user model and the scalar head."""
+        value_head = [] if self.value_head is None else list(self.value_head.parameters())
+        return super().user_parameters() + value_head
+
     @property
     def shares_states(self) -> bool:
         """True for the linear head."""
@@ -242,8 +247,10 @@ class PersonalizedRewardModel(PersonalizedModel):
         known = {} if self.known_states is None else self.known_states
         missing = [response for response in batch.responses if response not in known]
         if missing:
-            rows = collate_responses(missing).to(self.device)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            if self.frozen:
+                states_MD = self.states_of(missing, len(missing)).to(self.device)
+            else:
+                rows = collate_responses(missing).to(self.device)
                 states_MD = self.states_at(rows, rows.last_at_M, None)
             known.update(zip(missing, states_MD.unbind()))
         return torch.stack([known[response] for response in batch.responses])[batch.index_B2]
@@ -274,9 +281,9 @@ class PersonalizedRewardModel(PersonalizedModel):
 
 
 class PairwisePreferenceModel(PersonalizedModel):
-    """P(y1 over y2 | x, u) of a language model that reads both responses and answers A or B (Dong et al. 2024,
+    """P(y1 over y2 | x, u) of a language model that reads both responses, in both orders, and answers A or B.
 
-    arXiv 2405.07863, section 2.2), averaged over both orders, so that P(y1 over y2) + P(y2 over y1) = 1.
+    The pairwise preference model of Dong et al. 2024 (arXiv 2405.07863, section 2.2) with a user model.
     """
 
     def __init__(
@@ -285,16 +292,15 @@ class PairwisePreferenceModel(PersonalizedModel):
         super().__init__(backbone, user_model, users, user_slot)
         self.answers = [question.answer_a, question.answer_b]
 
-    def forward(self, batch: PreferenceBatch, users_B: Tensor) -> Rewards:
-        """+-logit P(y1 over y2) / 2 as the rewards of y1 and y2, so that their difference is the logit."""
+    def forward(self, batch: PreferenceBatch, users_B: Tensor) -> Answers:
+        """The logit of y1's letter against y2's in both orders; users_B (B,)."""
         hidden_MD = self.states_at(batch, batch.last_at_M, self.user_model(users_B))
         weight_VD, bias_V = head(self.backbone)
         dtype = torch.promote_types(hidden_MD.dtype, torch.float32)
         bias_2 = None if bias_V is None else bias_V[self.answers].to(dtype)
         logits_M2 = nn.functional.linear(hidden_MD.to(dtype), weight_VD[self.answers].to(dtype), bias_2)
         a_over_b_B2 = (logits_M2[:, 0] - logits_M2[:, 1]).view(-1, 2)  # y1 is A in the first order, B in the second
-        margin_B = pairwise_margin(a_over_b_B2[:, 0], -a_over_b_B2[:, 1])
-        return Rewards(margin_B / 2, -margin_B / 2, batch.margin_B.to(margin_B))
+        return Answers(a_over_b_B2[:, 0], -a_over_b_B2[:, 1], batch.margin_B.to(a_over_b_B2))
 
 
 class Rows(NamedTuple):

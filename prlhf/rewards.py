@@ -1,7 +1,7 @@
 """Rewards of single responses: a file of (prompt, response, user) lines, scored in batches by a reward model.
 
-A line is {"prompt": text or messages, "response": text, "user": name or null, "user_text"?, "id"?}; a line of the
-output, in the same order, {"id", "user", "known", "reward"}. A user whom the model does not know is scored as the
+A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, so what
+generate.py wrote can be scored; a line of the output, in the same order, {"id", "user", "known", "reward"}. A user whom the model does not know is scored as the
 generic one, and "known" says so. Rewards to one prompt can be compared; Bradley-Terry leaves their zero open.
 """
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from prlhf.backbones import choose_device
 from prlhf.checkpoint import Loaded
 from prlhf.data import (
+    GENERIC,
     Messages,
     parse_prompt,
     parse_response,
@@ -41,11 +42,12 @@ class ScoredLine(NamedTuple):
 
 
 class EncodedResponse(NamedTuple):
-    """Token ids of [BOS] u_t x and of y EOS, and the number of the user who reads it."""
+    """Token ids of [BOS] u_t x and of y EOS, the number of the user who reads it, and whether the prompt was cut."""
 
     prefix: list[int]
     response: list[int]
     user: int
+    cut: bool
 
 
 def read_lines(path: str | Path) -> list[ScoredLine]:
@@ -60,7 +62,7 @@ def read_lines(path: str | Path) -> list[ScoredLine]:
             ScoredLine(
                 parse_prompt(record["prompt"], where),
                 parse_response(record["response"], f"{where}, response"),
-                parse_user(record.get("user"), f"{where}, user"),
+                None if record.get("user") == GENERIC else parse_user(record.get("user"), f"{where}, user"),
                 parse_user_text(record, where),
                 str(record.get("id", number)),
                 where,
@@ -73,7 +75,8 @@ def encode(line: ScoredLine, encoder: Encoder, user: int) -> EncodedResponse:
     """A line's token ids. UserError where too little room is left for its prompt."""
     response = encoder.response_ids(line.response)
     room = encoder.config.max_tokens - len(response)
-    return EncodedResponse(encoder.prefix_to_answer(line.prompt, line.user_text, line.where, room).ids, response, user)
+    prefix = encoder.prefix_to_answer(line.prompt, line.user_text, line.where, room)
+    return EncodedResponse(prefix.ids, response, user, prefix.prompt_cut > 0 or prefix.user_text_cut > 0)
 
 
 @torch.inference_mode()
@@ -98,10 +101,16 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
         raise UserError(f"{out}: exists; expected another --out or --overwrite")
     lines = read_lines(path)
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
-    numbers = [loaded.users.number(line.user) for line in lines]
+    numbers = [loaded.number(line.user) for line in lines]
     encoded = [encode(line, encoder, user) for line, user in zip(lines, numbers)]
     scored = rewards(loaded.model.to(choose_device(loaded.config.device)), encoded, batch_size)
+    if not scored.isfinite().all():
+        raise UserError(f"{loaded.path}: {int((~scored.isfinite()).sum())} of {len(lines)} rewards are not finite")
     records = zip(lines, numbers, scored.tolist())
     write_json_lines(out, ({"id": n.id, "user": n.user, "known": user > 0, "reward": r} for n, user, r in records))
+    said = [f"{len(lines)} rewards"]
     strangers = sum(line.user is not None and user == 0 for line, user in zip(lines, numbers))
-    return f"{out}: {len(lines)} rewards" + (f", {strangers} of users who are not known to the model" * (strangers > 0))
+    said += [f"{strangers} of users who are not known to the model"] if strangers else []
+    cut = sum(response.cut for response in encoded)
+    said += [f"{cut} prompts or user texts truncated"] if cut else []
+    return f"{out}: {', '.join(said)}"

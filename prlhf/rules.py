@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from prlhf.data import Comparison, Messages, words
+from prlhf.data import Comparison, Messages, UserIndex, words
 
 RULES = {
     "longer": "the response with more words wins",
@@ -124,15 +124,18 @@ class FittedRules:
         return (self.wins[response] + 1) / (self.wins[response] + self.losses[response] + 2)
 
 
-def fit(train: Iterable[Comparison]) -> FittedRules:
-    """The rules, with the votes of these training comparisons (may be none)."""
+def fit(train: Iterable[Comparison], users: UserIndex | None = None) -> FittedRules:
+    """The rules, with the votes of these training comparisons (may be none).
+
+    users: whose own length preference is learned, by default everybody's.
+    """
     rules = FittedRules(Counter(), Counter(), Counter(), Counter())
     for c in train:
         prompt = prompt_key(c.prompt)
         rules.votes[prompt, c.chosen, c.rejected] += 1
         rules.wins[prompt, c.chosen] += 1
         rules.losses[prompt, c.rejected] += 1
-        for who in {c.user, None}:
+        for who in {c.user if users is None or users.number(c.user) else None, None}:
             rules.longer_chosen[who] += _sign(_longer(c))
     return rules
 

@@ -79,6 +79,11 @@ class ClusterUsers(nn.Module):
         return torch.einsum("bk,kud->bud", w_BK, self.V_KUD)
 
 
+def is_personal(user_model: nn.Module, alpha: float) -> bool:
+    """Whether training with this alpha gives known users vectors of their own; if not, all are the generic user."""
+    return alpha > 0 and not isinstance(user_model, UniformUsers)
+
+
 def build_user_model(
     config: UserModelConfig, users: int, vocabulary_VD: Tensor, generator: torch.Generator, reward_head: bool = False
 ) -> nn.Module:

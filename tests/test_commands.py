@@ -140,8 +140,26 @@ def test_reward_models_through_the_same_commands(call, tmp_path, overrides):
     for m in margins:
         assert rewards[f"{m['id']} chosen"] - rewards[f"{m['id']} rejected"] == pytest.approx(m["true"], abs=1e-5)
     refused(call(generate.main, "--checkpoint", run, "--score", responses, "--out", out), str(out), "--overwrite")
+    other = ["user_model.softmax=true", "model.width=64"]
+    other += ["model.frozen=true"] if "lora.rank=0" in overrides and "model.frozen=true" not in overrides else []
+    for changed in other:
+        refused(call(evaluate.main, "--checkpoint", run, "--set", changed), "another model", changed.split("=")[0])
     prompts = ("--prompts", "examples/tiny/prompts.jsonl", "--users", "alice", "--out", tmp_path / "o")
     refused(call(generate.main, "--checkpoint", run, *prompts), "does not generate")
+
+
+def test_what_was_generated_can_be_scored(call, tmp_path, finished):
+    responses, run = tmp_path / "responses.jsonl", tmp_path / "run"
+    prompts = ("--prompts", "examples/tiny/prompts.jsonl", "--users", "alice,generic", "--max-new-tokens", 3)
+    assert call(generate.main, "--checkpoint", finished, *prompts, "--out", responses)[0] == 0
+    vanilla = ("method=prm", "loss.alpha=0")  # all users are one to it
+    assert call(train.main, "--config", "tiny", "--set", f"run_dir={run}", *SMALL, *vanilla)[0] == 0
+    out = tmp_path / "rewards.jsonl"
+    assert call(generate.main, "--checkpoint", run, "--score", responses, "--out", out)[0] == 0
+    rewards = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rewards) == 8 and not any(r["known"] for r in rewards)
+    for line in responses.read_text().splitlines():  # alice's text about herself goes along
+        assert "user_text" in json.loads(line)
 
 
 def test_bad_lines_to_score(call, tmp_path, finished):

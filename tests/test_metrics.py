@@ -16,6 +16,7 @@ from prlhf.metrics import (
     holm,
     mean_interval,
     pooled,
+    pooled_difference_interval,
     pooled_interval,
     sign_flip_test,
 )
@@ -110,10 +111,14 @@ def test_interval_of_a_mean_is_students_on_the_arcsine_scale():
     assert interval == pytest.approx((0.6 - half, 0.6 + half), abs=0.002)
 
 
-def test_interval_holds_the_estimate_where_users_are_equal():
+def test_users_who_are_all_equal_tell_nothing_of_how_users_spread():
+    rng = np.random.default_rng(0)
     for k in range(1, 10):
-        low, high = mean_interval(counts([(k, 10)] * 3), 100, np.random.default_rng(0))
-        assert low <= k / 10 <= high
+        assert mean_interval(counts([(k, 10)] * 3), 100, rng) is None
+        assert pooled_interval(counts([(k, 10)] * 3), 100, rng) is None
+    a, b = counts([(2, 3), (2, 3)]), counts([(1, 3), (1, 3)])
+    assert pooled_difference_interval(a, b, 100, rng) is None  # six comparisons are no evidence
+    assert pooled_difference_interval(a, a, 100, rng) == (0, 0)
 
 
 def test_intervals_where_everything_is_right():

@@ -19,7 +19,17 @@ from prlhf.data import Comparison, UserIndex
 from prlhf.encoding import Encoder, EncodingReport, pair_question
 from prlhf.evaluation import score_users
 from prlhf.loop import accumulate_gradients
-from prlhf.losses import Rewards, bradley_terry_loss, centering, pairwise_margin, preference_loss, reward_margin
+from prlhf.losses import (
+    Answers,
+    Rewards,
+    answer_loss,
+    bradley_terry_loss,
+    centering,
+    pairwise_margin,
+    preference_loss,
+    reward_margin,
+)
+from prlhf.reference import remember_states, weights_fingerprint
 from prlhf.scoring import score
 
 SOFT = ("method=prm",)
@@ -124,8 +134,8 @@ def test_the_gradient_is_that_of_plain_branch_losses(base):
     for c in comparisons:
         for user, weight in ((c.user, 0.3), (0, 0.7)):
             r = model(model.collate([c], "rows"), torch.tensor([user]))
-            z = r.chosen - r.rejected
-            loss = -(0.9 * torch.log(torch.sigmoid(z)) + 0.1 * torch.log(torch.sigmoid(-z))).sum() / len(comparisons)
+            z = torch.stack([r.y1_first, r.y1_second]) if base == PAIRWISE else r.chosen - r.rejected
+            loss = -(0.9 * torch.log(torch.sigmoid(z)) + 0.1 * torch.log(torch.sigmoid(-z))).mean() / len(comparisons)
             (weight * loss).backward()
             total += weight * loss.item()
     assert found.loss == pytest.approx(total, abs=1e-10)
@@ -173,9 +183,20 @@ def test_a_comparisons_margin_reaches_the_loss():
 def test_pairwise_probabilities_of_both_orders_add_up_to_one_exactly():
     generator = torch.Generator().manual_seed(0)
     a, b = 20 * torch.randn(2, 1000, generator=generator)
-    assert torch.equal(pairwise_margin(a, b), -pairwise_margin(-b, -a))
+    answers, swapped = Answers(a, b, torch.ones(1000)), Answers(-b, -a, torch.ones(1000))
+    assert torch.equal(pairwise_margin(answers), -pairwise_margin(swapped))
     p = (torch.sigmoid(a.double()) + torch.sigmoid(b.double())) / 2
-    assert (torch.sigmoid(pairwise_margin(a.double(), b.double())) - p).abs().max() < 1e-12
+    assert (torch.sigmoid(pairwise_margin(Answers(a.double(), b.double(), p))) - p).abs().max() < 1e-12
+
+
+def test_a_model_that_always_answers_a_still_learns():
+    """z = +8 with y1 first and -8 with y1 second: the wrong order's gradient is -sigma(8) / 2."""
+    z = torch.tensor([[8.0], [-8.0]], dtype=torch.float64, requires_grad=True)
+    answer_loss(Answers(z[0], z[1], torch.ones(1))).backward()
+    assert z.grad[1].item() == pytest.approx(-0.5 / (1 + math.exp(-8)))
+    assert answer_loss(
+        Answers(torch.tensor(2.0), torch.tensor(1.0), torch.tensor(1.0)), margin=1.0
+    ).item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(2)) / 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
@@ -253,3 +274,34 @@ def test_zero_initialised_reward_heads_start_at_zero():
         model = tiny_model(tiny_config(*LINEAR, "user_model.init=zero", f"user_model.kind={kind}"))
         found = score(model, random_comparisons(3), [0, 1, 2], 3)
         assert found.chosen.abs().max() == 0 and found.rejected.abs().max() == 0
+
+
+def test_hidden_states_of_a_frozen_backbone_are_cached_under_what_they_depend_on(tmp_path, monkeypatch):
+    """A second model finds them; other tokens, another weight or a damaged file are computed anew, and rightly."""
+    monkeypatch.setenv("PRLHF_CACHE", str(tmp_path))
+    config = tiny_config(*LINEAR, "model.frozen=true")
+    comparisons, computed = random_comparisons(4), []
+
+    def remembered(comparisons, change=0.0):
+        model = tiny_model(config)
+        with torch.no_grad():
+            model.backbone.get_input_embeddings().weight += change
+        expected = score(model, comparisons, [c.user for c in comparisons], 4)
+        model.known_states.clear()
+        model.backbone.base_model.register_forward_hook(lambda *_: computed.append(1))
+        remember_states(model, comparisons, 64, weights_fingerprint(model.backbone))
+        found = score(model, comparisons, [c.user for c in comparisons], 4)
+        assert (found.chosen - expected.chosen).abs().max() < 1e-12
+        times = len(computed)
+        computed.clear()
+        return times
+
+    assert remembered(comparisons) == 1
+    assert remembered(comparisons) == 0
+    assert remembered(comparisons, change=0.1) == 1
+    assert remembered([c._replace(prefix=[*c.prefix, 7]) for c in comparisons]) == 1
+    for path in (tmp_path / "states").iterdir():
+        content = bytearray(path.read_bytes())
+        content[-20] ^= 1
+        path.write_bytes(content)
+    assert remembered(comparisons) == 1
