@@ -101,10 +101,13 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["| | | difference, % | 95% interval | win rate |", "|---" * 5 + "|"]
     for name, rows in report["differences"].items():
         for measure, row in rows.items():
+            if row["difference"] is None:
+                continue
             numbers = _signed(row["difference"]), interval_text(row["interval"]), _rate(row["win_rate"])
             lines.append(_row(name, MEASURES[measure], *numbers))
     lines += ["", "Win rate: the share of comparisons that it alone gets right, half of those where both are equal."]
-    for name, users in report["per_user"].items():
+    per_user = report["per_user"] if counts["known_users"] else {}
+    for name, users in per_user.items():
         lines += ["", *_users_table(name, baseline, users)]
     return "\n".join(lines) + "\n"
 
