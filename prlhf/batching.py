@@ -4,10 +4,11 @@
     segment:        PREFIX  | CHOSEN | REJECTED | PAD
 
 The chosen and the rejected response share the prefix, which is computed once. y2 does not see y1, and its position
-ids go on from the prefix. The user vectors e_u are not tokens: the model puts them after BOS. The plain layout
+ids go on from the prefix. The user vectors e_u are not tokens: `insert_user_vectors` puts them after BOS. The plain layout
 ("rows") holds [prefix y1] and [prefix y2] in two rows of the same structure; it is the readable reference.
 
-Shape suffixes: B comparisons, M = 2 B responses, R rows, T positions in a row, N response tokens.
+Shape suffixes: B comparisons, M = 2 B responses, R rows, T positions in a row, N response tokens, U user vectors,
+D width.
 """
 
 import random
@@ -71,7 +72,7 @@ def collate(comparisons: Sequence[EncodedComparison], layout: str = "tree", refe
 
 
 def lay_out(rows: Sequence[Row], margins: Sequence[float]) -> PreferenceBatch:
-    """Rows of one prefix and any number of responses as tensors; a row's first response has segment CHOSEN, the next ones follow."""
+    """Rows of one prefix and any number of responses as tensors; their segments are CHOSEN, REJECTED and so on."""
     width = max(len(row.prefix) + sum(len(ids) for _, ids in row.responses) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     segments = torch.full((len(rows), width), PAD)
@@ -159,6 +160,28 @@ def tree_mask(segments_RT: Tensor) -> Tensor:
     itself = torch.eye(T, dtype=torch.bool, device=segments_RT.device)
     seen = earlier & (key != PAD) & ((key == PREFIX) | (key == query)) & (query != PAD)
     return (seen | itself)[:, None]
+
+
+class Rows(NamedTuple):
+    """Rows as the backbone takes them, user vectors in place."""
+
+    embeddings_RTD: Tensor
+    segments_RT: Tensor
+    positions_RT: Tensor
+
+
+def insert_user_vectors(embeddings_RTD: Tensor, batch: PreferenceBatch, user_RUD: Tensor | None, slot: int) -> Rows:
+    """Put each row's U user vectors at column `slot`, as part of the prefix; what follows moves on by U."""
+    if user_RUD is None or user_RUD.shape[1] == 0:
+        return Rows(embeddings_RTD, batch.segments_RT, batch.positions_RT)
+    s, (R, U, _) = slot, user_RUD.shape
+    embeddings = torch.cat([embeddings_RTD[:, :s], user_RUD.to(embeddings_RTD.dtype), embeddings_RTD[:, s:]], dim=1)
+    segments = torch.cat(
+        [batch.segments_RT[:, :s], batch.segments_RT.new_full((R, U), PREFIX), batch.segments_RT[:, s:]], 1
+    )
+    slots = torch.arange(s, s + U, device=embeddings.device).expand(R, U)
+    positions = torch.cat([batch.positions_RT[:, :s], slots, batch.positions_RT[:, s:] + U], dim=1)
+    return Rows(embeddings, segments, positions)
 
 
 def length_bucketed_updates(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:

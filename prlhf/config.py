@@ -170,7 +170,8 @@ class TrainConfig:
     """What a training run writes, and when."""
 
     log_every: int = key(10, "Updates between records in metrics.jsonl.", low=1)
-    eval_every: int | None = key(None, "Updates between evaluations; null: only at the end.", low=1)
+    eval_every: int | None = key(None, "Updates between evaluations; null: only after the last.", low=1)
+    eval_last: bool = key(True, "Evaluate after the last update too.")
     save_every: int | None = key(100, "Updates between checkpoints; null: only at the end.", low=1)
     keep_checkpoints: int = key(1, "Newest checkpoints to keep, beside the best.", low=1)
     final: str = key("last", "Which weights become RUN_DIR/final.", choices=("last", "best"))
@@ -441,6 +442,8 @@ def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
     _method_faults(config, fault)
     if config.data.min_prompt_tokens > config.data.max_prompt_tokens:
         fault("data.min_prompt_tokens", "expected at most data.max_prompt_tokens")
+    if config.train.final == "best" and config.train.eval_every is None and not config.train.eval_last:
+        fault("train.final", "'best' needs evaluations: train.eval_every or train.eval_last")
     if config.train.final == "best" and config.data.valid is None:
         fault("train.final", "'best' needs data.valid")
     return faults

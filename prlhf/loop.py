@@ -248,11 +248,11 @@ def evaluate_and_save(
 ) -> None:
     """After an update: evaluate where that is due, and save where that is due, or the evaluation is the best so far."""
 
-    def due(every: int | None) -> bool:
-        return last or (every is not None and progress.step % every == 0)
+    def due(every: int | None, at_last: bool = True) -> bool:
+        return (last and at_last) or (every is not None and progress.step % every == 0)
 
     improved = False
-    if valid is not None and due(config.train.eval_every):
+    if valid is not None and due(config.train.eval_every, config.train.eval_last):
         record = evaluate(config, model, valid, progress.step)
         log.write(record)
         improved = progress.best is None or record["loss"] < progress.best["loss"]

@@ -14,7 +14,6 @@ Shape suffixes: B comparisons, M = 2 B responses, R rows, T positions, U user ve
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf.backbones import check_positions, head, hidden_states, load_backbone, lora_targets
 from prlhf.batching import (
-    PREFIX,
     DistinctResponses,
     PreferenceBatch,
     Response,
@@ -31,6 +29,7 @@ from prlhf.batching import (
     collate,
     collate_responses,
     distinct_responses,
+    insert_user_vectors,
     lay_out,
     tree_mask,
 )
@@ -301,28 +300,6 @@ class PairwisePreferenceModel(PersonalizedModel):
         logits_M2 = nn.functional.linear(hidden_MD.to(dtype), weight_VD[self.answers].to(dtype), bias_2)
         a_over_b_B2 = (logits_M2[:, 0] - logits_M2[:, 1]).view(-1, 2)  # y1 is A in the first order, B in the second
         return Answers(a_over_b_B2[:, 0], -a_over_b_B2[:, 1], batch.margin_B.to(a_over_b_B2))
-
-
-class Rows(NamedTuple):
-    """Rows as the backbone takes them, user vectors in place."""
-
-    embeddings_RTD: Tensor
-    segments_RT: Tensor
-    positions_RT: Tensor
-
-
-def insert_user_vectors(embeddings_RTD: Tensor, batch: PreferenceBatch, user_RUD: Tensor | None, slot: int) -> Rows:
-    """Put each row's U user vectors at column `slot`, as part of the prefix; what follows moves on by U."""
-    if user_RUD is None or user_RUD.shape[1] == 0:
-        return Rows(embeddings_RTD, batch.segments_RT, batch.positions_RT)
-    s, (R, U, _) = slot, user_RUD.shape
-    embeddings = torch.cat([embeddings_RTD[:, :s], user_RUD.to(embeddings_RTD.dtype), embeddings_RTD[:, s:]], dim=1)
-    segments = torch.cat(
-        [batch.segments_RT[:, :s], batch.segments_RT.new_full((R, U), PREFIX), batch.segments_RT[:, s:]], 1
-    )
-    slots = torch.arange(s, s + U, device=embeddings.device).expand(R, U)
-    positions = torch.cat([batch.positions_RT[:, :s], slots, batch.positions_RT[:, s:] + U], dim=1)
-    return Rows(embeddings, segments, positions)
 
 
 def sum_by_response(token_log_probs_N: Tensor, batch: PreferenceBatch) -> ResponseLogProbs:

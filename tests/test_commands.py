@@ -344,3 +344,16 @@ def test_bad_input_to_generate(call, finished, tmp_path):
 def test_several_processes_are_refused_while_training_is_for_one(call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(call(train.main, "--config", "tiny"), "one process")
+
+
+def test_training_without_any_evaluation(call, tmp_path):
+    run = tmp_path / "run"
+    keys = ("train.eval_every=null", "train.eval_last=false")
+    assert call(train.main, "--config", "tiny", "--set", f"run_dir={run}", *SMALL, *keys)[0] == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert records and not any(record.get("eval") for record in records)
+    refused(
+        call(train.main, "--config", "tiny", "--set", f"run_dir={tmp_path / 'r'}", *keys, "train.final=best"),
+        "train.final",
+        "needs evaluations",
+    )
