@@ -61,8 +61,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     prompts = read_prompts(args.prompts)[: args.limit]
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
-    names = args.users.split(",")
-    users = {name: loaded.number(name) for name in names if loaded.users.required_number(name) >= 0}
+    users = {name: loaded.required_number(name) for name in args.users.split(",")}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]

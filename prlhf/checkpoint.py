@@ -162,6 +162,11 @@ class Loaded(NamedTuple):
         personal = is_personal(self.model.user_model, self.config.loss.alpha)
         return self.users.number(name) if personal else 0
 
+    def required_number(self, name: str) -> int:
+        """As `number`, but UserError for a name that is neither known nor 'generic'."""
+        self.users.required_number(name)
+        return self.number(name)
+
 
 def find_final(checkpoint: str | Path) -> Path:
     """The final/ folder meant by a path: itself, or that of the run. UserError where there is none."""

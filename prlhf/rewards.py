@@ -1,8 +1,8 @@
 """Rewards of single responses: a file of (prompt, response, user) lines, scored in batches by a reward model.
 
 A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, so what
-generate.py wrote can be scored; a line of the output, in the same order, {"id", "user", "known", "reward"}. A user whom the model does not know is scored as the
-generic one, and "known" says so. Rewards to one prompt can be compared; Bradley-Terry leaves their zero open.
+generate.py wrote can be scored; a line of the output, in the same order, {"id", "user", "known", "reward"}. A user whom
+the model does not know is scored as the generic one, and "known" says so. Rewards to one prompt can be compared; Bradley-Terry leaves their zero open.
 """
 
 from collections.abc import Sequence

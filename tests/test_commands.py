@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import generate
 import train
-from prlhf.errors import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model.width=32", "model.heads=2", "optim.epochs=1", "lora.rank=2", "data.limit=16", "data.valid_limit=12")
@@ -21,22 +20,6 @@ SMALL = ("model.width=32", "model.heads=2", "optim.epochs=1", "lora.rank=2", "da
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command; its exit status and what it wrote to stdout and stderr."""
-
-    def run(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
-        status = 0
-        try:
-            run_command(main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """Comparisons of hand-made margins, every number derived by hand; and what is refused."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
 from prlhf import compare
-from prlhf.errors import run_command
 from prlhf.report import optional_pyplot, write_margins
 
 # Users a (4 comparisons) and b (2) are known; two comparisons of the unknown x and one of nobody are not.
@@ -27,18 +25,13 @@ def write(folder, margins, ids=IDS, users=USERS, known=KNOWN):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
+def call(call, tmp_path):
     """Run prlhf.compare; its exit status and stderr, and the report where there is one."""
 
     def run(*models):
-        monkeypatch.setattr(sys, "argv", ["compare", *models, "--out", str(tmp_path / "out")])
-        status = 0
-        try:
-            run_command(compare.main)
-        except SystemExit as stop:
-            status = stop.code
+        status, _, err = call(compare.main, *models, "--out", tmp_path / "out")
         path = tmp_path / "out" / "report.json"
-        return status, capsys.readouterr().err, json.loads(path.read_text()) if path.exists() else None
+        return status, err, json.loads(path.read_text()) if path.exists() else None
 
     return run
 

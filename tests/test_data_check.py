@@ -2,12 +2,10 @@
 
 import gzip
 import json
-import sys
 
 import pytest
 
 from prlhf.data.__main__ import main
-from prlhf.errors import run_command
 
 A, B, C = "one two three", "four five", "six"  # 3, 2, 1 words; 13, 9, 3 bytes
 P, Q, R = "tell me", "and you there", "why"  # 2, 3, 1 words; 7, 13, 3 bytes
@@ -35,19 +33,9 @@ VALID = [
 
 
 @pytest.fixture
-def check(monkeypatch, capsys):
-    """Run the command; its exit status and what it wrote to stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["prlhf.data", "check", *map(str, arguments)])
-        status = 0
-        try:
-            run_command(main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
+def check(call):
+    """Run the command on files; its exit status and what it wrote to stdout and stderr."""
+    return lambda *arguments: call(main, "check", *arguments)
 
 
 @pytest.fixture
