@@ -1,10 +1,11 @@
-"""The paper's ablations at small scale: what alpha, the number of clusters and the shared component do.
+"""The paper's ablations at small scale: what alpha, the number of clusters, the shared component and T_u do.
 
-    make length-data model && python -m examples.ablation [--out runs/ablation] [--seeds 0 1 2] [--set key=value ...]
+    make length-data model && python -m examples.ablation [linear | tokens] [--out runs/ablation] [--seeds 0 1 2]
+                                                          [--set key=value ...]
 
-P-RM with a linear head on a frozen SmolLM2-135M, on simulated length preferences (configs/length_prm.yaml): ten workers,
-of whom 4, 5 and 6 prefer the shorter response. Prints a table; the same command again goes on where it stopped. T_u is
-no part of it: the linear head has one vector a user.
+Simulated length preferences (configs/length_prm.yaml): ten workers, of whom 4, 5 and 6 prefer the shorter response.
+linear: P-RM with a linear head on a frozen SmolLM2-135M, minutes on a CPU. tokens: T_u, the vectors of a user, in the soft
+prompt of a P-RM with LoRA. Prints a table; the same command again goes on where it stopped.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import train
 from examples.polis import call
 from prlhf.errors import run_command
 
-ARMS = {
+LINEAR = {
     "vanilla (uniform)": ("user_model.kind=uniform",),
     "individual, alpha 0": ("loss.alpha=0",),
     "individual, alpha 0.25": ("loss.alpha=0.25",),
@@ -31,17 +32,24 @@ ARMS = {
     "cluster, K = 5": ("user_model.kind=cluster", "user_model.clusters=5"),
     "cluster, K = 10": ("user_model.kind=cluster", "user_model.clusters=10"),
 }
+SOFT_PROMPT = (
+    "model.frozen=false", "lora.rank=8", "optim.lr=1e-3", "optim.batch_size=8", "optim.micro_batch_size=8", "optim.epochs=1",
+    "user_model.aggregator=soft_prompt", "user_model.init=vocabulary", "user_model.lr=1e-2",
+)  # fmt: skip
+TOKENS = {f"individual, T_u = {tokens}": (f"user_model.tokens={tokens}", *SOFT_PROMPT) for tokens in (1, 4, 16)}
+ARMS = {"linear": LINEAR, "tokens": TOKENS}
 
 
 def main() -> None:
     """Every arm and seed, then the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arms", nargs="?", default="linear", choices=list(ARMS))
     parser.add_argument("--out", default="runs/ablation")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     rows = []
-    for arm, keys in ARMS.items():
+    for arm, keys in ARMS[args.arms].items():
         reports = []
         for seed in args.seeds:
             name = arm.replace(" ", "").replace(",", "_").replace("=", "")

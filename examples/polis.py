@@ -1,14 +1,16 @@
 """Which statement does a voter agree with? The grid behind the Polis table of docs/results.md.
 
-    python -m examples.polis --data FOLDER [--out runs/polis] [--seeds 0 1 2] [--set key=value ...]
+    python -m examples.polis --data FOLDER [--out runs/polis] [--seeds 0 1 2] [--voters N] [--set key=value ...]
 
 Trains a vanilla reward model, individual users, and 5 and 10 clusters with both values of alpha, for every seed, by
 train.py; evaluates each on the three held-out files by evaluate.py; and compares them by prlhf.compare. The same command
 again goes on where it stopped. --set reaches every run: `model.frozen=true lora.rank=0` is the frozen-backbone table,
-`user_model.aggregator=soft_prompt user_model.tokens=4 user_model.init=vocabulary` the other aggregator.
+`user_model.aggregator=soft_prompt user_model.tokens=4 user_model.init=vocabulary` the other aggregator. --voters N keeps the first N known voters and the first N unknown ones, for
+a machine on which all of them take too long.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +38,22 @@ def call(main: Callable[[], None], *arguments: str) -> None:
     main()
 
 
+def first_voters(folder: Path, count: int, out: Path) -> Path:
+    """Write the comparisons of the first `count` voters of train.jsonl, and as many unknown ones, into `out`."""
+
+    def lines(name: str) -> list[tuple[str, str]]:
+        text = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
+        return [(json.loads(line)["user"], line) for line in text.splitlines()]
+
+    out.mkdir(parents=True, exist_ok=True)
+    known = list(dict.fromkeys(user for user, _ in lines("train")))[:count]
+    unknown = list(dict.fromkeys(user for user, _ in lines("valid_unseen_users")))[:count]
+    for name in ("train", *(f"valid_{split}" for split in HELD_OUT)):
+        kept = [line for user, line in lines(name) if user in (*known, *unknown)]
+        (out / f"{name}.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return out
+
+
 def main() -> None:
     """Every arm and seed, then the three comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,8 +61,11 @@ def main() -> None:
     parser.add_argument("--out", default="runs/polis")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
+    parser.add_argument("--voters", type=int, help="keep this many known and unknown voters (default: all)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
+    if args.voters:
+        args.data = first_voters(Path(args.data), args.voters, Path(args.out) / "data")
     evaluations: dict[str, dict[str, list[Path]]] = {split: {arm: [] for arm in args.arms} for split in HELD_OUT}
     for seed in args.seeds:
         for arm in args.arms:

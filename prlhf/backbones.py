@@ -1,7 +1,8 @@
 """What differs between Hugging Face families: how a model is loaded, its attention, its head, what LoRA adapts.
 
 The model classes are Hugging Face's own. Llama-like families (Llama 2/3, Tulu, SmolLM2, Mistral, Qwen) take a
-boolean attention mask through the attention interface; GPT-J has no SDPA there and gets one here.
+boolean attention mask through the attention interface; GPT-J has no SDPA there and gets one here. Either takes a dense mask
+(SDPA) or FlexAttention's BlockMask, of which only the blocks that anything sees are computed.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
@@ -27,8 +30,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
+from prlhf.batching import PREFIX, PreferenceBatch, tree_mask
 from prlhf.config import ModelConfig
 from prlhf.errors import UserError
 
@@ -55,7 +61,7 @@ def head(model: PreTrainedModel) -> Head:
 def hidden_states(
     model: PreTrainedModel,
     embeddings_RTD: Tensor,
-    mask: Tensor,
+    mask: Tensor | BlockMask,
     positions_RT: Tensor,
     cache: Cache | None = None,
 ) -> Tensor:
@@ -73,21 +79,68 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def _gptj_sdpa(attention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None):
-    """GPTJAttention._attn by scaled_dot_product_attention: softmax(Q K^T / sqrt(d) + mask) V."""
-    dropout = attention.attn_dropout.p if attention.training else 0.0
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query.to(value.dtype), key.to(value.dtype), value, attn_mask=attention_mask, dropout_p=dropout
-    )
-    return output, None
+def attention_mask(batch: PreferenceBatch) -> Tensor | BlockMask:
+    """What each position of the batch's rows sees (`tree_mask`): blocks for a packed row on a GPU, else dense."""
+    if not (batch.packed and batch.input_ids_RT.is_cuda):
+        return tree_mask(batch.trees_RT, batch.segments_RT)
+    return tree_block_mask(batch)
 
 
-def use_sdpa(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a GPT-J model the SDPA attention; other families have it already."""
+def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
+    """`tree_mask` as FlexAttention's blocks of 128 x 128 positions."""
+    trees_RT, segments_RT = batch.trees_RT, batch.segments_RT
+
+    def sees(r: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        key_segment = segments_RT[r, key]
+        of_the_response = (key_segment == PREFIX) | (key_segment == segments_RT[r, query])
+        return (key <= query) & (trees_RT[r, key] == trees_RT[r, query]) & of_the_response
+
+    (R, T), device = trees_RT.shape, trees_RT.device
+    return create_block_mask(sees, R, None, T, T, device=device, _compile=device.type == "cuda")
+
+
+def _tree_attention(attention, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options):
+    """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention."""
+    flexible = isinstance(attention_mask, BlockMask)
+    forward = flex_attention_forward if flexible else sdpa_attention_forward
+    return forward(attention, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register("trees", _tree_attention)
+
+
+def _gptj_attention(attention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None):
+    """GPTJAttention._attn, softmax(Q K^T / sqrt(d) + mask) V, by the same two; heads (R, H, T, d) in and out."""
+    options = {"dropout": attention.attn_dropout.p if attention.training else 0.0}
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    output_RTHd, _ = _tree_attention(attention, query, key, value, attention_mask, **options)
+    return output_RTHd.transpose(1, 2), None
+
+
+def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model's attention take the masks of `attention_mask`."""
     if model.config.model_type == "gptj":
         for block in model.transformer.h:
-            block.attn._attn = types.MethodType(_gptj_sdpa, block.attn)
+            block.attn._attn = types.MethodType(_gptj_attention, block.attn)
+    else:
+        model.set_attn_implementation("trees")
     return model
+
+
+def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The transformer blocks, in order."""
+    return list(model.base_model.h if model.config.model_type == "gptj" else model.base_model.layers)
+
+
+def prepare_blocks(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Gradient checkpointing of every n-th block, and torch.compile of each, as the config has it."""
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for i, block in enumerate(blocks(model)):
+            block.gradient_checkpointing = i % config.checkpoint_every == 0
+    if config.compile:
+        for block in blocks(model):
+            block.compile(dynamic=True)
 
 
 def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
@@ -101,7 +154,7 @@ def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTraine
 def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The causal LM in config.dtype: from safetensors, or with weights drawn from `seed` where it has no name."""
     if config.name is None:
-        return use_sdpa(random_backbone(config, len(tokenizer), seed))
+        return use_tree_attention(random_backbone(config, len(tokenizer), seed))
     return load_weights(config.name, config.dtype)
 
 
@@ -111,7 +164,7 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             _expanded(name), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
-    return use_sdpa(model)
+    return use_tree_attention(model)
 
 
 def random_backbone(config: ModelConfig, vocabulary: int, seed: int) -> PreTrainedModel:

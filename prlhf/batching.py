@@ -1,18 +1,22 @@
-"""Tokens to a `PreferenceBatch`: one tensor row holds a preference tree. And which comparisons go together.
+"""Comparisons to a `PreferenceBatch`: rows of preference trees. And which comparisons go together.
 
-    row:        [BOS] u_t x | y1 EOS | y2 EOS | padding
-    segment:        PREFIX  | CHOSEN | REJECTED | PAD
+    tree:       [BOS] e_u u_t x | y1 EOS | y2 EOS | ...
+    segment:            0       |   1    |   2    | ...
 
-The chosen and the rejected response share the prefix, which is computed once. y2 does not see y1, and its position
-ids go on from the prefix. The user vectors e_u are not tokens: `insert_user_vectors` puts them after BOS. The plain layout
-("rows") holds [prefix y1] and [prefix y2] in two rows of the same structure; it is the readable reference.
+The responses to one prompt, read by one user, share the prefix, which is computed once. No response sees another one,
+and the position ids of each go on from the prefix. The user vectors e_u are not tokens: the batch keeps their places
+free. A response that is in several comparisons of a batch, read by the same user, is there once; what does not depend
+on the user at all (the reference, and the aggregators behind the backbone) is there once for all users.
 
-Shape suffixes: B comparisons, M = 2 B responses, R rows, T positions in a row, N response tokens, U user vectors,
-D width.
+Layouts: "tree" has one tree a row; "packed" all trees in one row, without padding; "rows" one response a row and nothing
+shared, which is the plain and readable reference of both.
+
+Shape suffixes: B comparisons, M readings (a response as one user reads it), S trees, R rows, T positions in a row,
+N response tokens, U user vectors, D width.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -21,178 +25,202 @@ from torch import Tensor
 
 from prlhf.encoding import EncodedComparison
 
-PAD, PREFIX, CHOSEN, REJECTED = 0, 1, 2, 3
-SHAPES = ("_RT", "_R", "_N", "_M", "_B")
+PREFIX = 0  # the segment that all of a tree sees
+TREE_TOKENS = 256  # a tree takes further responses up to this length, or that of the longest comparison
+PACK_MULTIPLE = 128  # a packed row's length: FlexAttention works in blocks of this size
+SHAPES = ("_RT", "_R", "_N", "_M", "_B", "_B2", "_S", "_SU")
+
+
+class Reading(NamedTuple):
+    """A response to a prefix [BOS] u_t x, and the number of the user who reads them."""
+
+    user: int
+    prefix: tuple[int, ...]
+    response: tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """How readings become rows: the kind, where U user vectors go, and whether equal work is done once."""
+
+    kind: str = "tree"  # tree, packed or rows
+    vectors: int = 0  # U, before the prompt; 0 where the backbone does not read the user
+    slot: int = 0  # how many tokens come before them (BOS)
+    share: bool = True
 
 
 @dataclass
 class PreferenceBatch:
-    """B comparisons as rows of tokens, and where their response tokens are predicted.
+    """B comparisons as readings, the readings as rows of trees, and where their response tokens are predicted.
 
     A response's first token is predicted at the last prefix position, the others at the token before them. Flat
-    positions count row by row (row * T + t) and know nothing of the user vectors, which the model inserts.
+    positions count row by row (row * T + t).
     """
 
     input_ids_RT: Tensor
-    segments_RT: Tensor  # PAD, PREFIX, CHOSEN or REJECTED
+    trees_RT: Tensor  # which tree of its row a position belongs to, from 1; 0 is padding
+    segments_RT: Tensor  # PREFIX, or which response of the tree, from 1
     positions_RT: Tensor
-    comparison_R: Tensor  # which comparison a row belongs to
+    vectors_at_SU: Tensor  # flat positions of each tree's user vectors
+    users_S: Tensor  # the user who reads a tree
     predicted_at_N: Tensor  # flat position whose hidden state predicts response token n
     targets_N: Tensor  # that token's id
-    response_N: Tensor  # its response: 2 b for chosen, 2 b + 1 for rejected
-    last_at_M: Tensor  # flat position of each response's last token (EOS), in order of the responses
+    reading_N: Tensor  # its reading
+    last_at_M: Tensor  # flat position of each reading's last token (EOS)
+    users_M: Tensor | None  # who reads; None: the reference, which knows no user
+    readings: list[Reading]
+    chosen_rejected_B2: Tensor  # the readings that a comparison compares
     margin_B: Tensor  # what reward models may require of the margin, 1 by default
-    size: int  # B
+    packed: bool  # all trees in one row
 
     def to(self, device: torch.device | str) -> "PreferenceBatch":
         """The same batch with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name.endswith(SHAPES)}
-        return replace(self, **moved)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(SHAPES)}
+        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
 
 
-class Row(NamedTuple):
-    """One tensor row before it is one: a prefix and the responses that go on from it, each with its number."""
-
-    comparison: int
-    prefix: Sequence[int]
-    responses: list[tuple[int, Sequence[int]]]
-
-
-def collate(comparisons: Sequence[EncodedComparison], layout: str = "tree", reference: bool = False) -> PreferenceBatch:
-    """Lay out comparisons as trees (one row each) or plain rows (two each); `reference` takes the reference's prefix."""
-    rows: list[Row] = []
+def collate(
+    comparisons: Sequence[EncodedComparison], users: Sequence[int] | None, layout: Layout = Layout()
+) -> PreferenceBatch:
+    """Comparisons, each read by a user of `users`, as a batch; users=None takes the reference's prefix and no user."""
+    number: dict[Hashable, int] = {}
+    readings: list[Reading] = []
+    compared: list[list[int]] = []
     for b, comparison in enumerate(comparisons):
-        prefix = comparison.reference_prefix if reference else comparison.prefix
-        responses = [(2 * b, comparison.chosen), (2 * b + 1, comparison.rejected)]
-        if layout == "tree":
-            rows.append(Row(b, prefix, responses))
-        else:
-            rows.extend(Row(b, prefix, [response]) for response in responses)
-    return lay_out(rows, [c.margin for c in comparisons])
-
-
-def lay_out(rows: Sequence[Row], margins: Sequence[float]) -> PreferenceBatch:
-    """Rows of one prefix and any number of responses as tensors; their segments are CHOSEN, REJECTED and so on."""
-    width = max(len(row.prefix) + sum(len(ids) for _, ids in row.responses) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    segments = torch.full((len(rows), width), PAD)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    predicted_at: list[int] = []
-    targets: list[int] = []
-    response_of: list[int] = []
-    last_at: dict[int, int] = {}
-    for r, (_, prefix, responses) in enumerate(rows):
-        start = len(prefix)
-        input_ids[r, :start] = torch.tensor(prefix)
-        segments[r, :start] = PREFIX
-        positions[r, :start] = torch.arange(start)
-        for branch, (number, ids) in enumerate(responses):
-            end = start + len(ids)
-            input_ids[r, start:end] = torch.tensor(ids)
-            segments[r, start:end] = CHOSEN + branch
-            positions[r, start:end] = torch.arange(len(prefix), len(prefix) + len(ids))
-            predicted_at += [r * width + len(prefix) - 1, *range(r * width + start, r * width + end - 1)]
-            targets += ids
-            response_of += [number] * len(ids)
-            last_at[number] = r * width + end - 1
-            start = end
-    return PreferenceBatch(
-        input_ids,
-        segments,
-        positions,
-        torch.tensor([row.comparison for row in rows]),
-        torch.tensor(predicted_at),
-        torch.tensor(targets),
-        torch.tensor(response_of),
-        torch.tensor([last_at[number] for number in sorted(last_at)]),
-        torch.tensor(margins),
-        len(margins),
+        prefix = tuple(comparison.reference_prefix if users is None else comparison.prefix)
+        sides = []
+        for side, response in enumerate((comparison.chosen, comparison.rejected)):
+            reading = Reading(0 if users is None else users[b], prefix, tuple(response))
+            key = reading if layout.share else (b, side)
+            if key not in number:
+                number[key] = len(readings)
+                readings.append(reading)
+            sides.append(number[key])
+        compared.append(sides)
+    longest = max(c.length for c in comparisons)
+    batch = lay_out(readings, layout, max(TREE_TOKENS, longest), know_users=users is not None)
+    return replace(
+        batch, chosen_rejected_B2=torch.tensor(compared), margin_B=torch.tensor([c.margin for c in comparisons])
     )
 
 
-Response = tuple[tuple[int, ...], tuple[int, ...]]  # a prefix and a response to it
+class Tree(NamedTuple):
+    """A prefix, its reader, and the responses that go on from it, each with the readings that it serves."""
+
+    user: int
+    prefix: tuple[int, ...]
+    responses: list[tuple[tuple[int, ...], list[int]]]
 
 
-class DistinctResponses(NamedTuple):
-    """B comparisons as indices into the distinct responses among them: what is in several is computed once."""
+def grow_trees(readings: Sequence[Reading], layout: Layout, tree_tokens: int) -> list[Tree]:
+    """Readings as trees of at most `tree_tokens` tokens, or of one response where that alone is longer.
 
-    responses: list[Response]
-    index_B2: Tensor  # of the chosen and the rejected one
-    margin_B: Tensor
-
-    def to(self, device: torch.device | str) -> "DistinctResponses":
-        """The same with its tensors on `device`."""
-        return self._replace(index_B2=self.index_B2.to(device), margin_B=self.margin_B.to(device))
-
-
-def distinct_responses(comparisons: Sequence[EncodedComparison]) -> DistinctResponses:
-    """The responses of some comparisons, each once. A response to another prompt or user text is another one."""
-    number: dict[Response, int] = {}
-    index = []
-    for c in comparisons:
-        prefix = tuple(c.prefix)
-        index.append([number.setdefault((prefix, tuple(ids)), len(number)) for ids in (c.chosen, c.rejected)])
-    return DistinctResponses(list(number), torch.tensor(index), torch.tensor([c.margin for c in comparisons]))
-
-
-def collate_responses(responses: Sequence[Response], row_tokens: int = 256) -> PreferenceBatch:
-    """Lay out responses (numbered in their order), those to one prefix side by side in rows of some `row_tokens`."""
-    rows: list[Row] = []
-    used = 0
-    for number in sorted(range(len(responses)), key=lambda i: (responses[i][0], len(responses[i][1]))):
-        prefix, ids = responses[number]
-        if not rows or rows[-1].prefix != prefix or used + len(ids) > row_tokens:
-            rows.append(Row(0, prefix, []))
-            used = len(prefix)
-        rows[-1].responses.append((number, ids))
-        used += len(ids)
-    return lay_out(rows, [1.0] * len(responses))
-
-
-def tree_mask(segments_RT: Tensor) -> Tensor:
-    """Which key each query sees, (R, 1, T, T) boolean: what came before, of the prefix or of its own branch.
-
-    Padding sees itself alone, so that no softmax is empty; nothing sees padding.
+    Where the backbone does not read the user, one response serves the readings of all users.
     """
-    query, key = segments_RT[:, :, None], segments_RT[:, None, :]
-    T = segments_RT.shape[1]
-    earlier = torch.ones(T, T, dtype=torch.bool, device=segments_RT.device).tril()
-    itself = torch.eye(T, dtype=torch.bool, device=segments_RT.device)
-    seen = earlier & (key != PAD) & ((key == PREFIX) | (key == query)) & (query != PAD)
-    return (seen | itself)[:, None]
+    trees: list[Tree] = []
+    used: list[int] = []
+    open_tree: dict[Hashable, int] = {}  # (user, prefix) -> the tree that takes its responses
+    response_at: dict[Hashable, list[int]] = {}  # (user, prefix, response) -> the readings that it serves
+    for m, (user, prefix, response) in enumerate(readings):
+        user = user if layout.vectors else 0
+        shared = layout.share and layout.kind != "rows"
+        place = (user, prefix, response) if shared else m
+        if place in response_at:
+            response_at[place].append(m)
+            continue
+        root = (user, prefix) if shared else (user, prefix, m // 2)  # unshared readings come in pairs
+        t = open_tree.get(root)
+        if t is None or used[t] + len(response) > tree_tokens or layout.kind == "rows":
+            t = open_tree[root] = len(trees)
+            trees.append(Tree(user, prefix, []))
+            used.append(len(prefix))
+        response_at[place] = [m]
+        trees[t].responses.append((response, response_at[place]))
+        used[t] += len(response)
+    return trees
 
 
-class Rows(NamedTuple):
-    """Rows as the backbone takes them, user vectors in place."""
-
-    embeddings_RTD: Tensor
-    segments_RT: Tensor
-    positions_RT: Tensor
-
-
-def insert_user_vectors(embeddings_RTD: Tensor, batch: PreferenceBatch, user_RUD: Tensor | None, slot: int) -> Rows:
-    """Put each row's U user vectors at column `slot`, as part of the prefix; what follows moves on by U."""
-    if user_RUD is None or user_RUD.shape[1] == 0:
-        return Rows(embeddings_RTD, batch.segments_RT, batch.positions_RT)
-    s, (R, U, _) = slot, user_RUD.shape
-    embeddings = torch.cat([embeddings_RTD[:, :s], user_RUD.to(embeddings_RTD.dtype), embeddings_RTD[:, s:]], dim=1)
-    segments = torch.cat(
-        [batch.segments_RT[:, :s], batch.segments_RT.new_full((R, U), PREFIX), batch.segments_RT[:, s:]], 1
+def lay_out(
+    readings: Sequence[Reading], layout: Layout, tree_tokens: int = TREE_TOKENS, know_users: bool = True
+) -> PreferenceBatch:
+    """Readings as rows; the batch compares none of them yet."""
+    trees = grow_trees(readings, layout, tree_tokens)
+    U = layout.vectors
+    sizes = [U + len(tree.prefix) + sum(len(response) for response, _ in tree.responses) for tree in trees]
+    packed = layout.kind == "packed"
+    T = -(-sum(sizes) // PACK_MULTIPLE) * PACK_MULTIPLE if packed else max(sizes)
+    R = 1 if packed else len(trees)
+    input_ids, trees_of, segments, positions = (torch.zeros(R * T, dtype=torch.long) for _ in range(4))
+    vectors_at: list[range] = []
+    predicted_at: list[list[int]] = [[] for _ in readings]
+    start = 0
+    for t, (tree, size) in enumerate(zip(trees, sizes)):
+        start = start if packed else t * T
+        prefix = [*tree.prefix[: layout.slot], *[0] * U, *tree.prefix[layout.slot :]]
+        vectors_at.append(range(start + layout.slot, start + layout.slot + U))
+        ids, segment, position = list(prefix), [PREFIX] * len(prefix), list(range(len(prefix)))
+        for branch, (response, served) in enumerate(tree.responses, start=1):
+            first = start + len(ids)
+            for m in served:
+                predicted_at[m] = [start + len(prefix) - 1, *range(first, first + len(response))]
+            ids += response
+            segment += [branch] * len(response)
+            position += range(len(prefix), len(prefix) + len(response))
+        end = start + size
+        input_ids[start:end], segments[start:end] = torch.tensor(ids), torch.tensor(segment)
+        positions[start:end], trees_of[start:end] = torch.tensor(position), t + 1 if packed else 1
+        start = end
+    return PreferenceBatch(
+        input_ids.view(R, T),
+        trees_of.view(R, T),
+        segments.view(R, T),
+        positions.view(R, T),
+        torch.tensor([list(at) for at in vectors_at], dtype=torch.long),
+        torch.tensor([tree.user for tree in trees]),
+        torch.tensor([at for places in predicted_at for at in places[:-1]]),
+        torch.tensor([token for reading in readings for token in reading.response]),
+        torch.tensor([m for m, reading in enumerate(readings) for _ in reading.response]),
+        torch.tensor([places[-1] for places in predicted_at]),
+        torch.tensor([reading.user for reading in readings]) if know_users else None,
+        list(readings),
+        torch.zeros(0, 2, dtype=torch.long),
+        torch.zeros(0),
+        packed,
     )
-    slots = torch.arange(s, s + U, device=embeddings.device).expand(R, U)
-    positions = torch.cat([batch.positions_RT[:, :s], slots, batch.positions_RT[:, s:] + U], dim=1)
-    return Rows(embeddings, segments, positions)
 
 
-def length_bucketed_updates(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def tree_mask(trees_RT: Tensor, segments_RT: Tensor) -> Tensor:
+    """Which key each query sees, (R, 1, T, T) boolean: what came before in its tree, of the prefix or its own response.
+
+    Padding is a tree of its own, so that no softmax is empty.
+    """
+    T = segments_RT.shape[1]
+    earlier_TT = torch.ones(T, T, dtype=torch.bool, device=segments_RT.device).tril()
+    same_tree = trees_RT[:, :, None] == trees_RT[:, None, :]
+    query, key = segments_RT[:, :, None], segments_RT[:, None, :]
+    return (earlier_TT & same_tree & ((key == PREFIX) | (key == query)))[:, None]
+
+
+def pair_of(comparison: EncodedComparison) -> Hashable:
+    """What two comparisons have in common that have the same prompt and the same two responses, either of them chosen."""
+    return tuple(comparison.prefix), frozenset((tuple(comparison.chosen), tuple(comparison.rejected)))
+
+
+def length_bucketed_updates(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, pairs: Sequence[Hashable] | None = None
+) -> list[list[int]]:
     """The comparisons (as indices) of each update of an epoch, neighbours in length, in an order set by the seed.
 
     Shuffled pools of 16 updates are sorted by length and cut into updates, and the updates are shuffled: little is
-    padding, and every comparison occurs once.
+    padding, and every comparison occurs once. `pairs`, one a comparison: equal ones are shuffled as one and stay
+    neighbours, so most are in one update, where they share work.
     """
     rng = random.Random(f"{seed}-{epoch}")
-    order = list(range(len(lengths)))
-    rng.shuffle(order)
+    groups: dict[Hashable, list[int]] = {}
+    for i in range(len(lengths)):
+        groups.setdefault(i if pairs is None else pairs[i], []).append(i)
+    shuffled = list(groups.values())
+    rng.shuffle(shuffled)
+    order = [i for group in shuffled for i in group]
     updates: list[list[int]] = []
     pool = 16 * batch_size
     for start in range(0, len(order), pool):
@@ -202,7 +230,20 @@ def length_bucketed_updates(lengths: Sequence[int], batch_size: int, seed: int, 
     return updates
 
 
-def micro_batches(indices: Sequence[int], comparisons: Sequence[EncodedComparison], size: int) -> list[list[int]]:
-    """Cut indices of comparisons into groups of `size` of similar length, the longest first (memory peaks at once)."""
-    by_length = sorted(indices, key=lambda i: (-comparisons[i].length, i))
-    return [by_length[i : i + size] for i in range(0, len(by_length), size)]
+def micro_batches(trees: Sequence[Hashable], lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Cut the indices of `trees` into groups with at most `size` different trees each, of similar length.
+
+    The longest come first (memory peaks at once); equal trees stay together.
+    """
+    first: dict[Hashable, int] = {}
+    for i, tree in enumerate(trees):
+        first.setdefault(tree, i)
+    groups: list[list[int]] = []
+    inside: set[Hashable] = set()
+    for i in sorted(range(len(trees)), key=lambda i: (-lengths[i], first[trees[i]], i)):
+        if not groups or (trees[i] not in inside and len(inside) == size):
+            groups.append([])
+            inside = set()
+        groups[-1].append(i)
+        inside.add(trees[i])
+    return groups

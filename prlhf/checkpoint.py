@@ -145,7 +145,10 @@ def save_final(
 
 # What decides which model the saved weights are, and what of it may still change: where the base lies, how it computes.
 FIXED = ("method", "model.", "user_model.", "lora.")
-FREE = ("model.name", "model.layout", "model.gradient_checkpointing")
+FREE = (
+    "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.gradient_checkpointing",
+    "model.checkpoint_every", "model.compile",
+)  # fmt: skip
 
 
 class Loaded(NamedTuple):

@@ -49,11 +49,23 @@ class ModelConfig:
         choices=("float32", "bfloat16", "float16"),
     )
     layout: str = key(
-        "tree",
-        "tree: prompt once, both responses in one row; rows: the plain two rows (same numbers, slower).",
-        choices=("tree", "rows"),
+        "auto",
+        "tree: prompt once, its responses in one row; packed: all trees of a forward pass in one row, without padding; "
+        "rows: one response a row, the plain layout (same numbers, slower). auto: packed on a GPU, else tree.",
+        choices=("auto", "tree", "packed", "rows"),
     )
-    gradient_checkpointing: bool = key(False, "Recompute each block in the backward pass to save memory.")
+    share_trees: bool = key(
+        True, "Compute once what comparisons of a forward pass have in common; same numbers either way."
+    )
+    log_probs: str | None = key(
+        None,
+        "How log-probs are computed, without (tokens, vocabulary) in memory except by torch. null: triton on a GPU, else "
+        "chunked.",
+        choices=("torch", "chunked", "triton"),
+    )
+    gradient_checkpointing: bool = key(False, "Recompute blocks in the backward pass to save memory.")
+    checkpoint_every: int = key(1, "Of which blocks: every n-th.", low=1)
+    compile: bool = key(False, "torch.compile each block (needs a C++ compiler on a CPU; the first steps are slow).")
     frozen: bool = key(False, "Leave the backbone as it is: the user model and the reward head alone are trained.")
 
 
@@ -143,7 +155,13 @@ class OptimConfig:
 
     lr: float = key(1e-6, "Learning rate of the backbone or its LoRA.", above=0)
     batch_size: int = key(32, "Comparisons per update, over all ranks.", low=1)
-    micro_batch_size: int = key(8, "Comparisons per forward pass; never changes the update.", low=1)
+    micro_batch_size: int = key(
+        8, "Comparisons per forward pass (those that are one tree count once); never changes the update.", low=1
+    )
+    pair_updates: bool = key(
+        True,
+        "Put comparisons of the same two responses into the same update, where they share work (`model.share_trees`).",
+    )
     epochs: int = key(1, "Passes over the training data.", low=1)
     max_steps: int | None = key(None, "Stop after this many updates.", low=1)
     warmup_steps: int = key(0, "Updates of linear warm-up.", low=0)

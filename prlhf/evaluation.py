@@ -62,25 +62,23 @@ def score_users(
     """
     users = [c.user for c in comparisons]
     personal = is_personal(model.user_model, config.loss.alpha)
-    rows = [i for i, user in enumerate(users) if user > 0 and personal]
+    known = [i for i, user in enumerate(users) if user > 0 and personal]
+    readers = [users, shuffled(users, model.users, config.evaluate.seed)] if controls else [users]
+    # In one go, so that what does not depend on the reader is shared: everything as user 0, then known users' own.
+    rows = [*range(len(users)), *(i for _ in readers for i in known)]
+    as_users = [0] * len(users) + [as_users[i] for as_users in readers for i in known]
+    scored = score(
+        model, [comparisons[i] for i in rows], as_users, config.evaluate.batch_size, config.model, title="evaluation"
+    )
+    generic = type(scored)(*(t[: len(users)] for t in scored))
+    rows_K = torch.tensor(known, dtype=torch.long)
 
-    def scored(rows: Sequence[int], as_users: Sequence[int]) -> Outputs:
-        return score(
-            model, [comparisons[i] for i in rows], [as_users[i] for i in rows],
-            config.evaluate.batch_size, config.model.layout, title="evaluation",
-        )  # fmt: skip
+    def with_own(start: int) -> Outputs:
+        own = (t[start : start + len(known)] for t in scored)
+        return type(scored)(*(g.index_copy(0, rows_K, o) for g, o in zip(generic, own)))
 
-    def with_rows(generic: Outputs, as_users: Sequence[int]) -> Outputs:
-        if not rows:
-            return generic
-        replaced = (g.index_copy(0, torch.tensor(rows), r) for g, r in zip(generic, scored(rows, as_users)))
-        return type(generic)(*replaced)
-
-    with model.states_shared():
-        generic = scored(range(len(users)), [0] * len(users))
-        true = with_rows(generic, users)
-        others = shuffled(users, model.users, config.evaluate.seed)
-        return Scores(true, generic, with_rows(generic, others) if controls else true)
+    true = with_own(len(users))
+    return Scores(true, generic, with_own(len(users) + len(known)) if controls else true)
 
 
 def mixed_loss(config: LossConfig, scores: Scores, reference: ResponseLogProbs | None, users: Sequence[int]) -> float:

@@ -1,35 +1,159 @@
-"""Per-token log-probabilities from hidden states and head weights.
+"""Log-probabilities of tokens from hidden states and head weights, without the logits of a whole batch in memory.
 
-    log_probs(n) = z_n[target_n] - logsumexp(z_n),   z_n = hidden_n W^T + b
+    log_p(n) = z_n[t_n] - logsumexp(z_n),   z_n = h_n W^T + b
 
-Logits exist only for the positions asked for. Shape suffixes: N positions, D width, V vocabulary.
+Its gradient for the hidden states needs only the softmax s_n of the same logits:
+
+    d log_p(n) / d h_n = W[t_n] - s_n W
+
+which is known as soon as the logits are: one pass over the vocabulary gives log_p and this slope, and the backward pass
+multiplies the slope by the incoming gradient. The head's own gradient, where it is trained, computes the logits again:
+
+    d L / d W = sum_n g_n (onehot(t_n) - s_n)^T h_n,   g_n = dL / d log_p(n)
+
+(The usual order, forward and then recomputing backward, takes three matrix products for the hidden states' gradient; this
+takes two, as long as the slopes, one number a hidden state's, find room.) Shape suffixes: N positions, D width, V vocabulary, C positions of a chunk.
 """
+
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024  # positions whose logits are in memory at once, for `chunked`
+IMPLEMENTATIONS = ("torch", "chunked", "triton")
+IGNORED = -100  # a target that counts nothing: its log-prob and gradient are 0
+CHUNK_LOGITS = 2**23  # logits in memory at once, for `chunked`: 32 MB in float32
+KEPT_SLOPES = 2**23  # elements of the slopes that are kept for the backward pass; those of further positions are
+RECOMPUTED = 1024  # computed again, so many positions at a time
 
 
 def log_probs(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, impl: str = "chunked"
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, impl: str | None = None
 ) -> Tensor:
-    """log p(target) at each position, (N,) in float32 at least.
+    """log p(target) at each position, (N,), in float32 (float64 for float64 inputs); 0 where a target is IGNORED.
 
-    impl: "torch" computes all logits at once and is the readable reference; "chunked" does so for CHUNK positions at
-    a time and computes them again in the backward pass, so that no (N, V) tensor is kept.
+    impl: "torch" computes all logits at once and is the readable reference; "chunked" the logits of some positions at a
+    time; "triton" those of a tile of the vocabulary (a GPU, or TRITON_INTERPRET=1). None: triton on a GPU, else chunked.
+    ValueError for another one. Logits are accumulated in float32 whatever the inputs' type.
     """
-    if impl == "torch" or (impl == "chunked" and len(targets_N) <= CHUNK):
-        return _log_probs(hidden_ND, weight_VD, bias_V, targets_N)
-    if impl != "chunked":
-        raise ValueError(f"impl {impl!r}: expected 'torch' or 'chunked'")
-    chunks = zip(hidden_ND.split(CHUNK), targets_N.split(CHUNK))
-    return torch.cat([checkpoint(_log_probs, h, weight_VD, bias_V, t, use_reentrant=False) for h, t in chunks])
+    if impl is None:
+        impl = "triton" if hidden_ND.is_cuda and importlib.util.find_spec("triton") else "chunked"
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    real_N = targets_N != IGNORED
+    targets_N = torch.where(real_N, targets_N, 0)
+    if impl == "torch":
+        log_p_N = _readable(hidden_ND, weight_VD, bias_V, targets_N)
+    else:
+        slope = torch.is_grad_enabled() and hidden_ND.requires_grad
+        log_p_N = _LogProbs.apply(hidden_ND, weight_VD, bias_V, targets_N, slope, impl)
+    return torch.where(real_N, log_p_N, 0.0)
 
 
-def _log_probs(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
-    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)  # half-precision logits would be off by percents
+def accumulation_type(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Pass(NamedTuple):
+    """What one pass over the vocabulary gives: log p (N,), logsumexp (N,), and d log p / d hidden (N, D) if asked.
+
+    All in the accumulation's type, so that a gradient is rounded to the hidden states' type once.
+    """
+
+    log_p_N: Tensor
+    lse_N: Tensor
+    slope_ND: Tensor | None
+
+
+class HeadGradients(NamedTuple):
+    """dL/dW (V, D) and dL/db (V,)."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+
+
+class _LogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, slope: bool, impl: str) -> Tensor:
+        one_pass = _triton().one_pass if impl == "triton" else chunked_pass
+        kept = min(len(hidden_ND), KEPT_SLOPES // hidden_ND.shape[1]) if slope else 0
+        first = one_pass(hidden_ND[:kept], weight_VD, bias_V, targets_N[:kept], True)
+        rest = one_pass(hidden_ND[kept:], weight_VD, bias_V, targets_N[kept:], False)
+        lse_N = torch.cat([first.lse_N, rest.lse_N])
+        ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, lse_N, first.slope_ND)
+        ctx.impl = impl
+        return torch.cat([first.log_p_N, rest.log_p_N])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_N: Tensor):
+        *inputs, lse_N, slope_KD = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, targets_N = inputs
+        one_pass = _triton().one_pass if ctx.impl == "triton" else chunked_pass
+        head_gradients = _triton().head_gradients if ctx.impl == "triton" else chunked_head_gradients
+        hidden_grad_ND, head_grad = None, HeadGradients(None, None)
+        if ctx.needs_input_grad[0]:
+            hidden_grad_ND, kept = torch.empty_like(hidden_ND), len(slope_KD)
+            hidden_grad_ND[:kept] = grad_N[:kept, None] * slope_KD
+            for start in range(kept, len(hidden_ND), RECOMPUTED):
+                part = slice(start, start + RECOMPUTED)
+                again = one_pass(hidden_ND[part], weight_VD, bias_V, targets_N[part], True)
+                hidden_grad_ND[part] = grad_N[part, None] * again.slope_ND
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            head_grad = head_gradients(grad_N, *inputs, lse_N)
+        return hidden_grad_ND, head_grad.weight_VD, head_grad.bias_V, None, None, None
+
+
+def _triton() -> ModuleType:
+    """The Triton kernels, imported where they are used: there is no Triton without a GPU."""
+    return importlib.import_module("prlhf.logprobs_triton")
+
+
+def _readable(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+    dtype = accumulation_type(hidden_ND.dtype)
     bias_V = None if bias_V is None else bias_V.to(dtype)
     logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V)
-    return logits_NV.gather(1, targets_N[:, None])[:, 0] - logits_NV.logsumexp(dim=1)
+    return logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]
+
+
+def _chunk_logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Logits (C, V) in the type of `weight_VD`, which is that of accumulation."""
+    bias_V = None if bias_V is None else bias_V.to(weight_VD.dtype)
+    return torch.nn.functional.linear(hidden_CD.to(weight_VD.dtype), weight_VD, bias_V)
+
+
+def chunked_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, slope: bool) -> Pass:
+    """One pass in plain torch, CHUNK_LOGITS logits at a time."""
+    wide_VD = weight_VD.to(accumulation_type(hidden_ND.dtype))
+    size = max(1, CHUNK_LOGITS // len(weight_VD))
+    log_p, lse, slopes = [], [], []
+    for hidden_CD, targets_C in zip(hidden_ND.split(size), targets_N.split(size)):
+        logits_CV = _chunk_logits(hidden_CD, wide_VD, bias_V)
+        lse_C = logits_CV.logsumexp(dim=1)
+        log_p.append(logits_CV.gather(1, targets_C[:, None])[:, 0] - lse_C)
+        lse.append(lse_C)
+        if slope:
+            softmax_CV = logits_CV.sub_(lse_C[:, None]).exp_()
+            slopes.append(torch.addmm(wide_VD[targets_C], softmax_CV, wide_VD, alpha=-1))
+    return Pass(torch.cat(log_p), torch.cat(lse), torch.cat(slopes) if slope else None)
+
+
+def chunked_head_gradients(
+    grad_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, lse_N: Tensor
+) -> HeadGradients:
+    """The head's gradients in plain torch, CHUNK_LOGITS logits at a time."""
+    dtype = accumulation_type(hidden_ND.dtype)
+    wide_VD = weight_VD.to(dtype)
+    weight_grad_VD, bias_grad_V = torch.zeros_like(wide_VD), wide_VD.new_zeros(len(wide_VD))
+    size = max(1, CHUNK_LOGITS // len(weight_VD))
+    for hidden_CD, targets_C, lse_C, grad_C in zip(*(t.split(size) for t in (hidden_ND, targets_N, lse_N, grad_N))):
+        softmax_CV = _chunk_logits(hidden_CD, wide_VD, bias_V).sub_(lse_C[:, None]).exp_()
+        logits_grad_CV = softmax_CV.mul_(-grad_C[:, None])
+        logits_grad_CV.scatter_add_(1, targets_C[:, None], grad_C[:, None])
+        weight_grad_VD.addmm_(logits_grad_CV.T, hidden_CD.to(dtype))
+        bias_grad_V += logits_grad_CV.sum(dim=0)
+    return HeadGradients(weight_grad_VD.to(weight_VD.dtype), None if bias_V is None else bias_grad_V.to(bias_V.dtype))

@@ -2,7 +2,7 @@
 
     gradient = d/dtheta  1/|update| sum_c [ alpha loss(h_c(u_t, u_p)) + (1 - alpha) loss(h_c(u_t, 0)) ]
 
-accumulated over micro-batches and branches, which therefore change memory and speed but never the update.
+accumulated over micro-batches, which therefore change memory and speed but never the update.
 """
 
 import math
@@ -13,10 +13,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from prlhf import checkpoint
-from prlhf.batching import length_bucketed_updates, micro_batches
+from prlhf.batching import length_bucketed_updates, micro_batches, pair_of
 from prlhf.config import Config, OptimConfig
 from prlhf.data import UserIndex
 from prlhf.encoding import Dataset, EncodedComparison
@@ -26,7 +25,7 @@ from prlhf.losses import ResponseLogProbs, branch_weights, preference_loss, rewa
 from prlhf.personalized import PersonalizedModel
 from prlhf.reference import fingerprint_of
 from prlhf.runs import Run, prune_checkpoints
-from prlhf.scoring import select
+from prlhf.scoring import select, tree_keys
 from prlhf.training_log import Sums, TrainingLog
 from prlhf.user_models import is_personal
 
@@ -38,31 +37,24 @@ class Split(NamedTuple):
     reference: ResponseLogProbs | None
 
 
-class Branch(NamedTuple):
-    """One forward pass: which comparisons, as which users, and what each one's loss counts."""
+class Item(NamedTuple):
+    """One comparison in one branch: as whom it is read, and what its loss counts."""
 
-    name: str
-    indices: list[int]
-    users_B: Tensor
-    weights_B: Tensor
+    index: int
+    branch: str
+    user: int
+    weight: float
 
 
-def branches(indices: Sequence[int], users: Sequence[int], alpha: float, personal: bool) -> list[Branch]:
+def branches(indices: Sequence[int], users: Sequence[int], alpha: float, personal: bool) -> list[list[Item]]:
     """The user branch and the generic branch of some comparisons, each without those that count nothing in it.
 
     users: the user number of each of `indices`; personal=False: the user model is uniform, one branch serves all.
     """
-    users_B = torch.tensor(users)
-    weights = branch_weights(users_B, alpha, personal)
-    found = []
-    for name, as_users_B, weights_B in (
-        ("user", users_B, weights.user),
-        ("generic", torch.zeros_like(users_B), weights.generic),
-    ):
-        kept = weights_B.nonzero()[:, 0]
-        if len(kept):
-            found.append(Branch(name, [indices[i] for i in kept.tolist()], as_users_B[kept], weights_B[kept]))
-    return found
+    weights = branch_weights(torch.tensor(users), alpha, personal)
+    user = [Item(i, "user", u, w) for i, u, w in zip(indices, users, weights.user.tolist()) if w]
+    generic = [Item(i, "generic", 0, w) for i, w in zip(indices, weights.generic.tolist()) if w]
+    return [branch for branch in (user, generic) if branch]
 
 
 def accumulate_gradients(
@@ -78,23 +70,22 @@ def accumulate_gradients(
     """
     sums = Sums(updates=1, comparisons=len(update), tokens=sum(comparisons[i].length for i in update))
     personal = is_personal(model.user_model, config.loss.alpha)
+    plan = branches(update, [comparisons[i].user for i in update], config.loss.alpha, personal)
+    if not model.backbone_reads_users:
+        plan = [[item for branch in plan for item in branch]]  # one backbone pass serves both branches and all users
 
-    def branch_loss(branch: Branch) -> Tensor:
-        batch = model.collate([comparisons[i] for i in branch.indices], config.model.layout).to(model.device)
-        outputs = model(batch, branch.users_B.to(model.device))
-        branch_reference = select(reference, branch.indices, model.device)
-        losses_B = preference_loss(config.loss, outputs, branch_reference)
-        sums.add_branch(branch.name, reward_margin(config.loss, outputs, branch_reference).detach())
-        return (branch.weights_B.to(losses_B) * losses_B).sum() / len(update)
-
-    for indices in micro_batches(update, comparisons, config.optim.micro_batch_size):
-        plan = branches(indices, [comparisons[i].user for i in indices], config.loss.alpha, personal)
-        # One backward pass a branch where each has its own forward pass, one for both where they share the backbone's.
-        for together in [plan] if model.shares_states else [[branch] for branch in plan]:
-            with model.states_shared():
-                loss = torch.stack([branch_loss(branch) for branch in together]).sum()
+    for items in plan:
+        of_items = [comparisons[item.index] for item in items]
+        trees = tree_keys(model, of_items, [item.user for item in items])
+        for part in micro_batches(trees, [c.length for c in of_items], config.optim.micro_batch_size):
+            indices, names, users, weights = zip(*(items[i] for i in part))
+            outputs = model(model.collate([comparisons[i] for i in indices], users, config.model))
+            part_reference = select(reference, indices, model.device)
+            losses_B = preference_loss(config.loss, outputs, part_reference)
+            loss = (torch.tensor(weights, dtype=torch.float64).to(losses_B) * losses_B).sum() / len(update)
             loss.backward()
             sums.loss += loss.item()
+            sums.add_margins(names, reward_margin(config.loss, outputs, part_reference).detach())
     return sums
 
 
@@ -155,6 +146,7 @@ def train(
     """
     comparisons = training.data.comparisons
     lengths = [c.length for c in comparisons]
+    pairs = [pair_of(c) for c in comparisons] if config.optim.pair_updates else None
     per_epoch = math.ceil(len(comparisons) / config.optim.batch_size)
     total = min(per_epoch * config.optim.epochs, config.optim.max_steps or sys.maxsize)
     optimizer = make_optimizer(config, model)
@@ -165,7 +157,7 @@ def train(
 
     while progress.step < total:
         epoch, first = divmod(progress.step, per_epoch)
-        updates = length_bucketed_updates(lengths, config.optim.batch_size, config.seed, epoch)
+        updates = length_bucketed_updates(lengths, config.optim.batch_size, config.seed, epoch, pairs)
         for update in updates[first : first + total - progress.step]:
             started = time.perf_counter()
             for group in optimizer.param_groups:

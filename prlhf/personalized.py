@@ -9,7 +9,11 @@ r = v . h, and the backbone has seen e_u; linear head: r = e_u . h, and the back
 
 PairwisePreferenceModel, P_P(y1 over y2 | x, u), reads both responses and answers A or B, in both orders.
 
-Shape suffixes: B comparisons, M = 2 B responses, R rows, T positions, U user vectors, D width, N response tokens.
+A batch knows who reads what (`batching`), and each response is computed once for all comparisons and branches that need it.
+Behind the backbone there is one log-prob or reward a reading, from which each comparison takes its two.
+
+Shape suffixes: B comparisons, M readings (a response as one user reads it), S trees, R rows, T positions, U user vectors,
+D width, N response tokens.
 """
 
 import contextlib
@@ -20,20 +24,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from prlhf.backbones import check_positions, head, hidden_states, load_backbone, lora_targets
-from prlhf.batching import (
-    DistinctResponses,
-    PreferenceBatch,
-    Response,
-    Row,
-    collate,
-    collate_responses,
-    distinct_responses,
-    insert_user_vectors,
-    lay_out,
-    tree_mask,
+from prlhf.backbones import (
+    attention_mask,
+    check_positions,
+    head,
+    hidden_states,
+    load_backbone,
+    lora_targets,
+    prepare_blocks,
 )
-from prlhf.config import Config
+from prlhf.batching import Layout, PreferenceBatch, Reading, collate, lay_out
+from prlhf.config import Config, ModelConfig
 from prlhf.encoding import EncodedComparison, PairQuestion, bos_ids, pair_question
 from prlhf.logprobs import log_probs
 from prlhf.lora import adapters_off, add_lora
@@ -64,7 +65,7 @@ class PersonalizedModel(nn.Module):
     def __init__(self, backbone: PreTrainedModel, user_model: nn.Module, users: int, user_slot: int):
         super().__init__()
         self.users = users  # known ones, numbered 1..users
-        self.user_slot = user_slot  # where in a row the user vectors go: behind BOS, or 0
+        self.user_slot = user_slot  # where in a tree the user vectors go: behind BOS, or 0
         self.backbone = backbone
         self.user_model = user_model
 
@@ -77,11 +78,6 @@ class PersonalizedModel(nn.Module):
     def backbone_reads_users(self) -> bool:
         """Whether e_u goes before the prompt (soft prompt); otherwise it meets the hidden states behind the backbone."""
         return True
-
-    @property
-    def shares_states(self) -> bool:
-        """Whether `states_shared` saves work: forward passes for several users have hidden states in common."""
-        return False
 
     def user_parameters(self) -> list[nn.Parameter]:
         """The weights with the user model's learning rate."""
@@ -97,28 +93,36 @@ class PersonalizedModel(nn.Module):
         longest = max(len(c.prefix) + max(len(c.chosen), len(c.rejected)) for c in comparisons)
         check_positions(self.backbone, longest + self.vectors)
 
-    def collate(self, comparisons: Sequence[EncodedComparison], layout: str = "tree", reference: bool = False):
-        """Comparisons as the batch that `forward` takes."""
-        return collate(comparisons, layout, reference)
+    def layout(self, kind: str, share: bool = True) -> Layout:
+        """How this model wants readings laid out; kind "auto" is packed on a GPU and tree elsewhere."""
+        if kind == "auto":
+            kind = "packed" if self.device.type == "cuda" else "tree"
+        return Layout(kind, self.vectors, self.user_slot, share)
 
-    @contextlib.contextmanager
-    def states_shared(self) -> Iterator[None]:
-        """Within the context, what does not depend on the user is computed once for all forward passes."""
-        yield
+    def collate(
+        self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None, config: ModelConfig = ModelConfig()
+    ) -> PreferenceBatch:
+        """Comparisons, each as one of `users` reads it, as the batch that `forward` takes; None: for the reference."""
+        layout = self.layout(config.layout, config.share_trees)
+        if users is None:
+            layout = layout._replace(vectors=0)
+        return collate(comparisons, users, layout).to(self.device)
 
     def states(self, embeddings_RTD: Tensor, mask: Tensor, positions_RT: Tensor, cache: Cache | None = None) -> Tensor:
         """The backbone's last hidden states (R, T, D)."""
         return hidden_states(self.backbone, embeddings_RTD, mask, positions_RT, cache)
 
-    def states_at(self, batch: PreferenceBatch, at_N: Tensor, user_BUD: Tensor | None) -> Tensor:
-        """Last hidden states (N, D) at flat positions of the batch's rows, each with its user vectors, if any, in."""
-        user_RUD = None if user_BUD is None else user_BUD[batch.comparison_R]
+    def states_at(self, batch: PreferenceBatch, at_N: Tensor) -> Tensor:
+        """Last hidden states (N, D) at flat positions of the batch's rows, user vectors in their places."""
         embeddings_RTD = self.backbone.get_input_embeddings()(batch.input_ids_RT)
-        rows = insert_user_vectors(embeddings_RTD, batch, user_RUD, self.user_slot)
-        hidden_RTD = self.states(rows.embeddings_RTD, tree_mask(rows.segments_RT), rows.positions_RT)
-        T, inserted = batch.input_ids_RT.shape[1], hidden_RTD.shape[1] - batch.input_ids_RT.shape[1]
-        moved_N = at_N + (at_N // T + 1) * inserted  # these positions are all behind the user vectors
-        return hidden_RTD.flatten(0, 1).index_select(0, moved_N)
+        if batch.vectors_at_SU.numel():
+            vectors_SUD = self.user_model(batch.users_S).to(embeddings_RTD.dtype)
+            flat_ND = embeddings_RTD.flatten(0, 1).index_copy(
+                0, batch.vectors_at_SU.flatten(), vectors_SUD.flatten(0, 1)
+            )
+            embeddings_RTD = flat_ND.view_as(embeddings_RTD)
+        hidden_RTD = self.states(embeddings_RTD, attention_mask(batch), batch.positions_RT)
+        return hidden_RTD.flatten(0, 1).index_select(0, at_N)
 
 
 class PersonalizedLM(PersonalizedModel):
@@ -131,9 +135,11 @@ class PersonalizedLM(PersonalizedModel):
         aggregator: LinearAggregator | None,
         users: int,
         user_slot: int,
+        log_probs_impl: str | None = None,
     ):
         super().__init__(backbone, user_model, users, user_slot)
         self.aggregator = aggregator  # None: soft prompt
+        self.log_probs_impl = log_probs_impl
 
     @property
     def backbone_reads_users(self) -> bool:
@@ -155,18 +161,20 @@ class PersonalizedLM(PersonalizedModel):
             return hidden_ND
         return self.aggregator(hidden_ND, user_NUD)
 
-    def forward(self, batch: PreferenceBatch, users_B: Tensor | None) -> ResponseLogProbs:
-        """log pi_P(y | x, u) of both responses of each comparison; users_B (B,), or None for no user at all."""
-        user_BUD = None if users_B is None else self.user_model(users_B)
-        hidden_ND = self.states_at(batch, batch.predicted_at_N, self.soft_prompt(user_BUD))
-        user_NUD = None if user_BUD is None or self.aggregator is None else user_BUD[batch.response_N // 2]
+    def forward(self, batch: PreferenceBatch) -> ResponseLogProbs:
+        """log pi_P(y | x, u) of both responses of each comparison; without users, and no user at all, where it has none."""
+        hidden_ND = self.states_at(batch, batch.predicted_at_N)
+        user_NUD = None
+        if self.aggregator is not None and batch.users_M is not None:
+            user_NUD = self.user_model(batch.users_M)[batch.reading_N]
         weight_VD, bias_V = head(self.backbone)
-        token_log_probs_N = log_probs(self.read_out(hidden_ND, user_NUD), weight_VD, bias_V, batch.targets_N)
+        read_ND = self.read_out(hidden_ND, user_NUD)
+        token_log_probs_N = log_probs(read_ND, weight_VD, bias_V, batch.targets_N, self.log_probs_impl)
         return sum_by_response(token_log_probs_N, batch)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within the context, `forward(batch, None)` is pi_SFT: adapters off, no dropout, no gradient."""
+        """Within the context, `forward` of a batch without users is pi_SFT: adapters off, no dropout, no gradient."""
         training = self.training
         self.eval()
         try:
@@ -179,8 +187,8 @@ class PersonalizedLM(PersonalizedModel):
 class PersonalizedRewardModel(PersonalizedModel):
     """A reward model that knows who asks: r_P(x, y, u), and r_P(x, y, u_0) for the unknown user.
 
-    With the linear head the hidden states do not depend on the user: each distinct response of a batch is computed
-    once, whatever the number of users and branches that read it, and with a frozen backbone once for all.
+    With the linear head the hidden states do not depend on the user, and with a frozen backbone besides they never
+    change: each response is computed once for all.
     """
 
     def __init__(
@@ -194,8 +202,8 @@ class PersonalizedRewardModel(PersonalizedModel):
     ):
         super().__init__(backbone, user_model, users, user_slot)
         self.value_head = value_head  # None: linear head, e_u itself
-        self.frozen = frozen
-        self.known_states: dict[Response, Tensor] | None = {} if frozen else None
+        self.keeps_states = frozen and value_head is None
+        self.known_states: dict[Reading, Tensor] = {}  # by user 0, as no user changes them
 
     @property
     def backbone_reads_users(self) -> bool:
@@ -207,76 +215,46 @@ class PersonalizedRewardModel(PersonalizedModel):
         value_head = [] if self.value_head is None else list(self.value_head.parameters())
         return super().user_parameters() + value_head
 
-    @property
-    def shares_states(self) -> bool:
-        """True for the linear head."""
-        return self.value_head is None
-
-    def collate(self, comparisons: Sequence[EncodedComparison], layout: str = "tree", reference: bool = False):
-        """Trees or rows for the soft prompt, distinct responses for the linear head."""
-        if self.backbone_reads_users:
-            return super().collate(comparisons, layout, reference)
-        return distinct_responses(comparisons)
-
-    @contextlib.contextmanager
-    def states_shared(self) -> Iterator[None]:
-        """Within the context the hidden states of a response are kept (linear head); weights must not change in it."""
-        before = self.known_states
-        if before is None:
-            self.known_states = {}
-        try:
-            yield
-        finally:
-            self.known_states = before
-
     @torch.no_grad()
-    def states_of(self, responses: Sequence[Response], batch_size: int) -> Tensor:
-        """Last hidden states (M, D), on the CPU, of responses without any user and in eval mode."""
+    def states_of(self, readings: Sequence[Reading], batch_size: int) -> Tensor:
+        """Last hidden states (M, D), on the CPU, of responses that nobody in particular reads, in eval mode."""
         training = self.training
         self.eval()
         parts = []
-        for start in tqdm(range(0, len(responses), batch_size), desc="hidden states", leave=False, disable=None):
-            rows = collate_responses(responses[start : start + batch_size]).to(self.device)
-            parts.append(self.states_at(rows, rows.last_at_M, None).cpu())
+        for start in tqdm(range(0, len(readings), batch_size), desc="hidden states", leave=False, disable=None):
+            batch = lay_out(readings[start : start + batch_size], self.layout("auto")).to(self.device)
+            parts.append(self.states_at(batch, batch.last_at_M).cpu())
         self.train(training)
         return torch.cat(parts)
 
-    def response_states(self, batch: DistinctResponses) -> Tensor:
-        """Last hidden states of both responses' last tokens (B, 2, D), without any user."""
-        known = {} if self.known_states is None else self.known_states
-        missing = [response for response in batch.responses if response not in known]
+    def known_states_of(self, readings: Sequence[Reading]) -> Tensor:
+        """Last hidden states (M, D) of a frozen backbone, from what is known where it is."""
+        readings = [reading._replace(user=0) for reading in readings]
+        missing = [reading for reading in dict.fromkeys(readings) if reading not in self.known_states]
         if missing:
-            if self.frozen:
-                states_MD = self.states_of(missing, len(missing)).to(self.device)
-            else:
-                rows = collate_responses(missing).to(self.device)
-                states_MD = self.states_at(rows, rows.last_at_M, None)
-            known.update(zip(missing, states_MD.unbind()))
-        return torch.stack([known[response] for response in batch.responses])[batch.index_B2]
+            self.known_states.update(zip(missing, self.states_of(missing, len(missing)).to(self.device).unbind()))
+        return torch.stack([self.known_states[reading] for reading in readings])
 
-    def forward(self, batch: PreferenceBatch | DistinctResponses, users_B: Tensor) -> Rewards:
-        """r_P(x, y, u) of both responses of each comparison; users_B (B,)."""
-        user_BUD = self.user_model(users_B)
-        if isinstance(batch, DistinctResponses):
-            states_B2D = self.response_states(batch)
+    def read_rewards(self, batch: PreferenceBatch) -> Tensor:
+        """r_P(x, y, u) of each reading, (M,): v . h for the soft prompt, e_u . h for the linear head (U = 1)."""
+        if self.keeps_states:
+            states_MD = self.known_states_of(batch.readings)
         else:
-            states_B2D = self.states_at(batch, batch.last_at_M, user_BUD).unflatten(0, (-1, 2))
-        rewards_B2 = self.read_reward(states_B2D, user_BUD)
+            states_MD = self.states_at(batch, batch.last_at_M)
+        if self.value_head is not None:
+            return self.value_head(states_MD.to(self.value_head.weight.dtype))[:, 0]
+        user_MD = self.user_model(batch.users_M)[:, 0]
+        return (states_MD.to(user_MD.dtype) * user_MD).sum(dim=-1)
+
+    def forward(self, batch: PreferenceBatch) -> Rewards:
+        """r_P(x, y, u) of both responses of each comparison."""
+        rewards_B2 = self.read_rewards(batch)[batch.chosen_rejected_B2]
         return Rewards(rewards_B2[:, 0], rewards_B2[:, 1], batch.margin_B.to(rewards_B2))
 
-    def rewards(self, prefixes: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], users_B: Tensor) -> Tensor:
-        """r_P(x, y, u) of single responses, (B,)."""
-        rows = [Row(b, prefix, [(b, ids)]) for b, (prefix, ids) in enumerate(zip(prefixes, responses))]
-        check_positions(self.backbone, max(len(row.prefix) + len(row.responses[0][1]) for row in rows) + self.vectors)
-        batch, user_BUD = lay_out(rows, []).to(self.device), self.user_model(users_B)
-        states_BD = self.states_at(batch, batch.last_at_M, user_BUD if self.backbone_reads_users else None)
-        return self.read_reward(states_BD[:, None], user_BUD)[:, 0]
-
-    def read_reward(self, states_BMD: Tensor, user_BUD: Tensor) -> Tensor:
-        """v . h for the soft prompt, e_u . h for the linear head (U = 1): M states of each of B users -> (B, M)."""
-        if self.value_head is None:
-            return (states_BMD.to(user_BUD.dtype) * user_BUD).sum(dim=-1)
-        return self.value_head(states_BMD.to(self.value_head.weight.dtype)).squeeze(-1)
+    def rewards(self, readings: Sequence[Reading]) -> Tensor:
+        """r_P(x, y, u) of single responses, (M,)."""
+        check_positions(self.backbone, max(len(r.prefix) + len(r.response) for r in readings) + self.vectors)
+        return self.read_rewards(lay_out(readings, self.layout("auto")).to(self.device))
 
 
 class PairwisePreferenceModel(PersonalizedModel):
@@ -291,23 +269,25 @@ class PairwisePreferenceModel(PersonalizedModel):
         super().__init__(backbone, user_model, users, user_slot)
         self.answers = [question.answer_a, question.answer_b]
 
-    def forward(self, batch: PreferenceBatch, users_B: Tensor) -> Answers:
-        """The logit of y1's letter against y2's in both orders; users_B (B,)."""
-        hidden_MD = self.states_at(batch, batch.last_at_M, self.user_model(users_B))
+    def forward(self, batch: PreferenceBatch) -> Answers:
+        """The logit of y1's letter against y2's in both orders."""
+        hidden_MD = self.states_at(batch, batch.last_at_M)
         weight_VD, bias_V = head(self.backbone)
         dtype = torch.promote_types(hidden_MD.dtype, torch.float32)
         bias_2 = None if bias_V is None else bias_V[self.answers].to(dtype)
         logits_M2 = nn.functional.linear(hidden_MD.to(dtype), weight_VD[self.answers].to(dtype), bias_2)
-        a_over_b_B2 = (logits_M2[:, 0] - logits_M2[:, 1]).view(-1, 2)  # y1 is A in the first order, B in the second
+        # y1 is A in the first order, B in the second.
+        a_over_b_B2 = (logits_M2[:, 0] - logits_M2[:, 1])[batch.chosen_rejected_B2]
         return Answers(a_over_b_B2[:, 0], -a_over_b_B2[:, 1], batch.margin_B.to(a_over_b_B2))
 
 
 def sum_by_response(token_log_probs_N: Tensor, batch: PreferenceBatch) -> ResponseLogProbs:
-    """log p(y|x) = sum of its tokens' log-probs, for every response of the batch."""
-    zeros = token_log_probs_N.new_zeros(2 * batch.size)
-    sums = zeros.index_add(0, batch.response_N, token_log_probs_N).view(batch.size, 2)
-    lengths = zeros.index_add(0, batch.response_N, torch.ones_like(token_log_probs_N.detach())).view(batch.size, 2)
-    return ResponseLogProbs(sums[:, 0], sums[:, 1], lengths[:, 0], lengths[:, 1])
+    """log p(y|x) = sum of its tokens' log-probs, for both responses of every comparison."""
+    zeros_M = token_log_probs_N.new_zeros(len(batch.readings))
+    sums_B2 = zeros_M.index_add(0, batch.reading_N, token_log_probs_N)[batch.chosen_rejected_B2]
+    ones_N = torch.ones_like(token_log_probs_N.detach())
+    lengths_B2 = zeros_M.index_add(0, batch.reading_N, ones_N)[batch.chosen_rejected_B2]
+    return ResponseLogProbs(sums_B2[:, 0], sums_B2[:, 1], lengths_B2[:, 0], lengths_B2[:, 1])
 
 
 def build_model(
@@ -328,8 +308,7 @@ def build_model(
         add_lora(backbone, config.lora, lora_targets(backbone, config.lora.targets), config.seed)
     elif config.method == "prm" and backbone.get_output_embeddings().weight is not vocabulary_VD:
         backbone.get_output_embeddings().requires_grad_(False)  # the LM head, of which a reward model has no use
-    if config.model.gradient_checkpointing:
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    prepare_blocks(backbone, config.model)
     slot = len(bos_ids(tokenizer))
     if config.method == "pairwise":
         return PairwisePreferenceModel(backbone, user_model, pair_question(tokenizer), users, slot)
@@ -339,4 +318,4 @@ def build_model(
             nn.init.zeros_(value_head.weight)  # every reward starts at 0
         return PersonalizedRewardModel(backbone, user_model, value_head, users, slot, config.model.frozen)
     aggregator = LinearAggregator(width, config.user_model.tokens, dtype) if linear else None
-    return PersonalizedLM(backbone, user_model, aggregator, users, slot)
+    return PersonalizedLM(backbone, user_model, aggregator, users, slot, config.model.log_probs)

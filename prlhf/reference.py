@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prlhf.batching import distinct_responses
+from prlhf.batching import Reading
 from prlhf.encoding import EncodedComparison
 from prlhf.lora import LoRALinear
 from prlhf.losses import ResponseLogProbs
@@ -81,12 +81,13 @@ def remember_states(
 ) -> None:
     """Give a reward model with a frozen backbone and a linear head the hidden states of all responses, from the cache
     where it holds exactly these. Other models need none. Arguments as of `reference_log_probs`."""
-    if not isinstance(model, PersonalizedRewardModel) or not model.frozen or not model.shares_states:
+    if not isinstance(model, PersonalizedRewardModel) or not model.keeps_states:
         return
-    responses = distinct_responses(comparisons).responses
-    path = cache_dir() / "states" / f"{fingerprint_of(weights, model.device.type, responses)}.safetensors"
-    states = _cached(path, len(responses), lambda: model.states_of(responses, batch_size).T)
-    model.known_states.update(zip(responses, states.T.contiguous().to(model.device).unbind()))
+    both = ((c.prefix, response) for c in comparisons for response in (c.chosen, c.rejected))
+    readings = list(dict.fromkeys(Reading(0, tuple(prefix), tuple(response)) for prefix, response in both))
+    path = cache_dir() / "states" / f"{fingerprint_of(weights, model.device.type, readings)}.safetensors"
+    states = _cached(path, len(readings), lambda: model.states_of(readings, batch_size).T)
+    model.known_states.update(zip(readings, states.T.contiguous().to(model.device).unbind()))
 
 
 def _cached(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:

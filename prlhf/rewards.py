@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prlhf.backbones import choose_device
+from prlhf.batching import Reading
 from prlhf.checkpoint import Loaded
 from prlhf.data import (
     GENERIC,
@@ -41,15 +42,6 @@ class ScoredLine(NamedTuple):
     where: str
 
 
-class EncodedResponse(NamedTuple):
-    """Token ids of [BOS] u_t x and of y EOS, the number of the user who reads it, and whether the prompt was cut."""
-
-    prefix: list[int]
-    response: list[int]
-    user: int
-    cut: bool
-
-
 def read_lines(path: str | Path) -> list[ScoredLine]:
     """The lines of a file to be scored. UserError with file, line and field."""
     lines = []
@@ -71,25 +63,30 @@ def read_lines(path: str | Path) -> list[ScoredLine]:
     return lines
 
 
-def encode(line: ScoredLine, encoder: Encoder, user: int) -> EncodedResponse:
+class EncodedLine(NamedTuple):
+    """What of a line the model reads, and whether its prompt or user text was cut."""
+
+    reading: Reading
+    cut: bool
+
+
+def encode(line: ScoredLine, encoder: Encoder, user: int) -> EncodedLine:
     """A line's token ids. UserError where too little room is left for its prompt."""
     response = encoder.response_ids(line.response)
     room = encoder.config.max_tokens - len(response)
     prefix = encoder.prefix_to_answer(line.prompt, line.user_text, line.where, room)
-    return EncodedResponse(prefix.ids, response, user, prefix.prompt_cut > 0 or prefix.user_text_cut > 0)
+    reading = Reading(user, tuple(prefix.ids), tuple(response))
+    return EncodedLine(reading, prefix.prompt_cut > 0 or prefix.user_text_cut > 0)
 
 
 @torch.inference_mode()
-def rewards(model: PersonalizedRewardModel, responses: Sequence[EncodedResponse], batch_size: int) -> Tensor:
+def rewards(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:
     """r_P(x, y, u) of each response, (N,) on the CPU, computed in batches of similar length."""
-    order = sorted(range(len(responses)), key=lambda i: -len(responses[i].prefix) - len(responses[i].response))
-    found = torch.zeros(len(responses))
+    order = sorted(range(len(readings)), key=lambda i: (-len(readings[i].prefix) - len(readings[i].response), i))
+    found = torch.zeros(len(readings))
     for start in tqdm(range(0, len(order), batch_size), desc="scoring", unit="batch", disable=None):
         indices = order[start : start + batch_size]
-        batch = [responses[i] for i in indices]
-        users_B = torch.tensor([r.user for r in batch], device=model.device)
-        scored_B = model.rewards([r.prefix for r in batch], [r.response for r in batch], users_B)
-        found[indices] = scored_B.cpu().to(found.dtype)
+        found[indices] = model.rewards([readings[i] for i in indices]).cpu().to(found.dtype)
     return found
 
 
@@ -103,7 +100,8 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     numbers = [loaded.number(line.user) for line in lines]
     encoded = [encode(line, encoder, user) for line, user in zip(lines, numbers)]
-    scored = rewards(loaded.model.to(choose_device(loaded.config.device)), encoded, batch_size)
+    model = loaded.model.to(choose_device(loaded.config.device))
+    scored = rewards(model, [line.reading for line in encoded], batch_size)
     if not scored.isfinite().all():
         raise UserError(f"{loaded.path}: {int((~scored.isfinite()).sum())} of {len(lines)} rewards are not finite")
     records = zip(lines, numbers, scored.tolist())
@@ -111,6 +109,6 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     said = [f"{len(lines)} rewards"]
     strangers = sum(line.user is not None and user == 0 for line, user in zip(lines, numbers))
     said += [f"{strangers} of users who are not known to the model"] if strangers else []
-    cut = sum(response.cut for response in encoded)
+    cut = sum(line.cut for line in encoded)
     said += [f"{cut} prompts or user texts truncated"] if cut else []
     return f"{out}: {', '.join(said)}"

@@ -1,11 +1,12 @@
 """What a model says of many comparisons, without gradients: the reference's log-probs, and any model's for any users."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from tqdm import tqdm
 
-from prlhf.batching import micro_batches
+from prlhf.batching import micro_batches, pair_of
+from prlhf.config import ModelConfig
 from prlhf.encoding import EncodedComparison
 from prlhf.losses import Outputs, ResponseLogProbs
 from prlhf.personalized import PersonalizedModel
@@ -16,12 +17,13 @@ def score(
     comparisons: Sequence[EncodedComparison],
     users: Sequence[int] | None,
     batch_size: int,
-    layout: str = "tree",
+    config: ModelConfig = ModelConfig(),
     title: str | None = None,
 ) -> Outputs:
     """log p(y|x, u), or r(x, y, u), of both responses of each comparison, on the CPU in the comparisons' order.
 
-    users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix.
+    users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix. Nothing is computed
+    twice within a batch of at most `batch_size` trees, nor, as equal trees stay together, mostly not at all.
     """
     model.check_lengths(comparisons)
     outputs: list[Outputs] = []
@@ -29,15 +31,15 @@ def score(
     training = model.training
     model.eval()
     bar = tqdm(total=len(comparisons), desc=title, disable=None if title else True, leave=False)
+    trees = tree_keys(model, comparisons, users)
     with torch.no_grad():
-        for indices in micro_batches(range(len(comparisons)), comparisons, batch_size):
+        for indices in micro_batches(trees, [c.length for c in comparisons], batch_size):
             chosen = [comparisons[i] for i in indices]
-            batch = model.collate(chosen, layout, reference=users is None).to(model.device)
             if users is None:
                 with model.as_reference():
-                    scored = model(batch, None)
+                    scored = model(model.collate(chosen, None, config))
             else:
-                scored = model(batch, torch.tensor([users[i] for i in indices], device=model.device))
+                scored = model(model.collate(chosen, [users[i] for i in indices], config))
             outputs.append(type(scored)(*(t.cpu() for t in scored)))
             order += indices
             bar.update(len(indices))
@@ -45,6 +47,15 @@ def score(
     model.train(training)
     back = torch.tensor(order).argsort()
     return type(outputs[0])(*(torch.cat(parts)[back] for parts in zip(*outputs)))
+
+
+def tree_keys(
+    model: PersonalizedModel, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None
+) -> list[Hashable]:
+    """What each comparison's tree is known by: its pair, and its reader where the backbone reads the user."""
+    if users is None or not model.backbone_reads_users:
+        return [pair_of(c) for c in comparisons]
+    return [(pair_of(c), user) for c, user in zip(comparisons, users)]
 
 
 def select(log_probs: ResponseLogProbs | None, indices: Sequence[int], device: torch.device) -> ResponseLogProbs | None:

@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +31,12 @@ class Sums:
     right: dict[str, float] = field(default_factory=lambda: {"user": 0.0, "generic": 0.0})
     seen: dict[str, int] = field(default_factory=lambda: {"user": 0, "generic": 0})
 
-    def add_branch(self, name: str, margins_B: Tensor) -> None:
-        """Count a branch's reward margins and how many are positive (a tie counts one half)."""
-        self.margin[name] += margins_B.sum().item()
-        self.right[name] += ((margins_B > 0) + 0.5 * (margins_B == 0)).sum().item()
-        self.seen[name] += len(margins_B)
+    def add_margins(self, branches: Sequence[str], margins_B: Tensor) -> None:
+        """Count reward margins, each of a branch, and how many are positive (a tie counts one half)."""
+        for name, margin in zip(branches, margins_B.tolist()):
+            self.margin[name] += margin
+            self.right[name] += 0.5 if margin == 0 else float(margin > 0)
+            self.seen[name] += 1
 
     def add(self, other: "Sums") -> None:
         """Add another's counts to these."""

@@ -7,6 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; no tes
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prlhf.errors import run_command

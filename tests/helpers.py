@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from prlhf import config as config_module
-from prlhf.backbones import byte_tokenizer, random_backbone, use_sdpa
+from prlhf.backbones import byte_tokenizer, random_backbone, use_tree_attention
 from prlhf.config import Config
 from prlhf.encoding import EncodedComparison
 from prlhf.personalized import PersonalizedModel, build_model
@@ -53,7 +53,7 @@ def plain_backbone(config: Config):
 
 def tiny_model(config: Config, noise: float = 0.0) -> PersonalizedModel:
     """A float64 model; `noise` moves every trained weight, so that nothing is zero or an identity by initialisation."""
-    model = build_model(config, TOKENIZER, USERS, use_sdpa(plain_backbone(config)))
+    model = build_model(config, TOKENIZER, USERS, use_tree_attention(plain_backbone(config)))
     model.user_slot = 1  # the comparisons here begin with a BOS
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -5,7 +5,7 @@ from tokenizers import processors
 from prlhf.backbones import byte_tokenizer
 from prlhf.batching import length_bucketed_updates, micro_batches
 from prlhf.data import ComparisonFile, UserIndex, parse_comparison
-from prlhf.encoding import EncodedComparison, Encoder, EncodingReport, encode_file
+from prlhf.encoding import Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
 
 
@@ -131,7 +131,28 @@ def test_buckets_leave_little_padding():
     assert padded(length_bucketed_updates(lengths, 16, 0, 0)) < 1.1 < 1.6 < padded(in_order)
 
 
-def test_micro_batches_put_the_longest_first():
-    lengths = [5, 0, 9, 1, 7]
-    comparisons = [EncodedComparison([1] * n, [], [], [], 0) for n in lengths]
-    assert micro_batches([4, 0, 2, 3], comparisons, 3) == [[2, 4, 0], [3]]
+def test_comparisons_of_one_pair_stay_together():
+    """50 pairs of two lengths with four votes each: few updates of 8 break a pair up; without pairs most do."""
+    pairs = [i % 50 for i in range(200)]
+    lengths = [10 + pair % 2 for pair in pairs]
+
+    def pairs_in(updates):
+        return sum(len({pairs[i] for i in update}) for update in updates) / len(updates)
+
+    together = length_bucketed_updates(lengths, 8, 0, 0, pairs)
+    assert sorted(i for update in together for i in update) == list(range(200))
+    assert pairs_in(together) <= 3 < 6 < pairs_in(length_bucketed_updates(lengths, 8, 0, 0))
+
+
+def test_pairs_that_occur_once_leave_the_order_as_it_is():
+    lengths = [(i * 37) % 101 for i in range(203)]
+    assert length_bucketed_updates(lengths, 8, 3, 1, [f"pair{i}" for i in range(203)]) == length_bucketed_updates(
+        lengths, 8, 3, 1
+    )
+
+
+def test_micro_batches_put_the_longest_first_and_equal_trees_together():
+    trees, lengths = ["a", "b", "c", "a", "d", "b"], [7, 0, 9, 7, 1, 0]
+    assert micro_batches(trees, lengths, 2) == [[2, 0, 3], [4, 1, 5]]
+    assert micro_batches(trees, lengths, 1) == [[2], [0, 3], [4], [1, 5]]
+    assert micro_batches(trees, lengths, 9) == [[2, 0, 3, 4, 1, 5]]

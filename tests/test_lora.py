@@ -6,7 +6,6 @@ from helpers import plain_backbone, random_comparisons, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 from prlhf.backbones import lora_targets
-from prlhf.batching import collate
 from prlhf.errors import UserError
 from prlhf.lora import LoRALinear, adapters_off, add_lora, load_lora, lora_layers, save_lora
 
@@ -54,11 +53,12 @@ def test_adapters_off_is_the_base_model_and_all_block_layers_are_adapted(family)
 def test_the_reference_is_the_base_without_dropout_or_gradient_and_training_mode_comes_back():
     _, model = adapted("llama", "lora.dropout=0.5")
     model.train()
-    batch = collate(random_comparisons(3))
+    comparisons = random_comparisons(3)
+    batch = model.collate(comparisons, None)
     with model.as_reference():
-        one, two = model(batch, None), model(batch, None)
+        one, two = model(batch), model(batch)
     assert torch.equal(one.chosen, two.chosen) and not one.chosen.requires_grad
-    assert model.training and model(batch, torch.tensor([0, 1, 2])).chosen.requires_grad
+    assert model.training and model(model.collate(comparisons, [0, 1, 2])).chosen.requires_grad
 
 
 def test_only_adapters_and_user_model_train():

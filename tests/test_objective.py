@@ -6,9 +6,7 @@ import pytest
 import torch
 from helpers import assert_same, gradients, plain_backbone, plain_log_prob, random_comparisons, tiny_config, tiny_model
 
-from prlhf.batching import collate
-from prlhf.logprobs import CHUNK, log_probs
-from prlhf.loop import accumulate_gradients, branches
+from prlhf.loop import Item, accumulate_gradients, branches, make_optimizer
 from prlhf.losses import branch_weights
 from prlhf.scoring import score
 
@@ -77,7 +75,7 @@ def test_any_order_micro_batch_and_layout_give_the_same_update(aggregator):
     assert {0} < {c.user for c in comparisons}
     base = (f"user_model.aggregator={aggregator}", "lora.rank=2", "optim.batch_size=9")
     expected_loss, expected = run(tiny_config(*base, "optim.micro_batch_size=9"), comparisons)
-    for size, layout, seed in ((1, "tree", 0), (2, "rows", 1), (4, "tree", 2), (7, "rows", 3)):
+    for size, layout, seed in ((1, "tree", 0), (2, "rows", 1), (4, "packed", 2), (7, "tree", 3)):
         order = list(range(9))
         random.Random(seed).shuffle(order)
         config = tiny_config(*base, f"optim.micro_batch_size={size}", f"model.layout={layout}")
@@ -108,37 +106,6 @@ def test_a_mixed_update_from_plain_branch_losses():
     assert_same(found, {f"backbone.{name}": g for name, g in gradients(backbone).items()} | gradients(twin))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_chunked_log_probs_equal_all_at_once(bias):
-    """Over several chunks with a ragged last one, in value and in every gradient."""
-    generator = torch.Generator().manual_seed(0)
-    N, D, V = 2 * CHUNK + 37, 6, 11
-    targets = torch.randint(V, (N,), generator=generator)
-    results = []
-    for impl in ("torch", "chunked"):
-        generator.manual_seed(1)
-        tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (V, D), (V,))]
-        leaves = [t.requires_grad_() for t in tensors]
-        found = log_probs(leaves[0], leaves[1], leaves[2] if bias else None, targets, impl)
-        (found * torch.arange(N)).sum().backward()
-        results.append([found, *(t.grad for t in (leaves if bias else leaves[:2]))])
-    logits = leaves[0] @ leaves[1].T + (leaves[2] if bias else 0)
-    assert torch.allclose(results[0][0], torch.log_softmax(logits, -1)[torch.arange(N), targets], atol=1e-12)
-    for one, other in zip(*results):
-        assert torch.allclose(one, other, rtol=1e-10, atol=1e-10)
-
-
-def test_half_precision_weights_do_not_round_the_logits():
-    """bf16 inputs: as near to float64 on the same inputs as float32 arithmetic is."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = (5 * torch.randn(64, 32, generator=generator)).bfloat16()
-    weight = torch.randn(50, 32, generator=generator).bfloat16()
-    targets = torch.randint(50, (64,), generator=generator)
-    found = log_probs(hidden, weight, None, targets)
-    exact = log_probs(hidden.double(), weight.double(), None, targets)
-    assert (found - exact).abs().max() / exact.abs().max() < 1e-6
-
-
 def test_unknown_users_count_once_with_weight_one():
     weights = branch_weights(torch.tensor([0, 3, 0, 1]), alpha=0.25)
     assert weights.user.tolist() == [0, 0.25, 0, 0.25]
@@ -146,12 +113,53 @@ def test_unknown_users_count_once_with_weight_one():
 
 
 def test_no_pass_is_run_for_nothing():
-    names = {alpha: [b.name for b in branches([5, 6], [1, 2], alpha, True)] for alpha in (0.0, 0.5, 1.0)}
-    assert names == {0.0: ["generic"], 0.5: ["user", "generic"], 1.0: ["user"]}
+    def names(alpha):
+        return [branch[0].branch for branch in branches([5, 6], [1, 2], alpha, True)]
+
+    assert [names(alpha) for alpha in (0.0, 0.5, 1.0)] == [["generic"], ["user", "generic"], ["user"]]
     user, generic = branches([5, 6], [1, 0], 1.0, True)  # alpha 1: an unknown user's comparison is computed once
-    assert (user.indices, generic.indices) == ([5], [6])
+    assert user == [Item(5, "user", 1, 1.0)] and generic == [Item(6, "generic", 0, 1.0)]
     (only,) = branches([5, 6], [1, 2], 0.5, False)  # a uniform user model has one branch
-    assert only.weights_B.tolist() == [1.0, 1.0]
+    assert [(item.user, item.weight) for item in only] == [(0, 1.0), (0, 1.0)]
+
+
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
+def test_the_votes_on_a_pair_share_what_their_users_do_not_change(aggregator):
+    """Trees per backbone pass: five voters of one pair, one of them unknown, and the reference."""
+    config = tiny_config(f"user_model.aggregator={aggregator}", "optim.micro_batch_size=8")
+    pair = random_comparisons(1)[0]
+    flipped = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
+    votes = [(flipped if user % 2 else pair)._replace(user=user) for user in (1, 2, 3, 4, 0)]
+    model, rows = tiny_model(config), []
+    model.backbone.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    reference = score(model, votes, None, 4)
+    assert rows == [1]
+    accumulate_gradients(config, model, votes, reference, range(5))
+    assert rows[1:] == ([4, 1] if aggregator == "soft_prompt" else [1])
+
+
+def test_sharing_leaves_the_loss_curve_as_it_is():
+    """Ten updates over pairs with several votes: the losses with and without sharing agree to rounding."""
+    rng = random.Random(0)
+    pairs = random_comparisons(4)
+    votes = [c._replace(user=1 + rng.randrange(4)) for c in pairs for _ in range(4)]
+    curves = []
+    for share in (True, False):
+        config = tiny_config(f"model.share_trees={share}", "optim.lr=1e-2", "user_model.lr=1e-2")
+        model, losses = tiny_model(config), []
+        optimizer = make_optimizer(config, model)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"]
+        reference = score(model, votes, None, 4)
+        for step in range(10):
+            losses.append(accumulate_gradients(config, model, votes, reference, range(step % 4, 16, 2)).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], abs=1e-9)
+    assert curves[0][-1] < 0.7 * curves[0][0]
 
 
 def test_linear_aggregator_by_hand():
@@ -162,7 +170,7 @@ def test_linear_aggregator_by_hand():
         model.aggregator.linear.weight += 0.05 * torch.randn(32, 32 + 3 * 32, dtype=torch.float64)
         model.aggregator.linear.bias += 0.1
     (c,) = random_comparisons(1)
-    found = model(collate([c]), torch.tensor([2]))
+    found = model(model.collate([c], [2]))
     W, b = model.aggregator.linear.weight, model.aggregator.linear.bias
     e_u = (model.user_model.e_UD + model.user_model.offsets_MUD[1]).flatten()
     for y, log_p in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
@@ -177,10 +185,11 @@ def test_linear_aggregator_by_hand():
 def test_a_fresh_linear_aggregator_changes_nothing():
     config = tiny_config("user_model.aggregator=linear")
     model = tiny_model(config)
-    batch = collate(random_comparisons(3))
+    comparisons = random_comparisons(3)
     with model.as_reference():
-        reference = model(batch, None)
-    assert torch.allclose(model(batch, torch.tensor([1, 2, 0])).chosen, reference.chosen, atol=1e-12)
+        reference = model(model.collate(comparisons, None))
+    found = model(model.collate(comparisons, [1, 2, 0]))
+    assert torch.allclose(found.chosen, reference.chosen, atol=1e-12)
 
 
 def test_the_reference_sees_user_text_or_not_by_its_prefix():

@@ -14,7 +14,8 @@ from helpers import (
     tiny_model,
 )
 
-from prlhf.batching import collate_responses, distinct_responses
+from prlhf.batching import Reading, lay_out
+from prlhf.config import ModelConfig
 from prlhf.data import Comparison, UserIndex
 from prlhf.encoding import Encoder, EncodingReport, pair_question
 from prlhf.evaluation import score_users
@@ -53,13 +54,13 @@ def plain_state(backbone, model, prefix, response, user_UD):
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("kind", ["uniform", "individual", "cluster"])
-@pytest.mark.parametrize("layout", ["tree", "rows"])
+@pytest.mark.parametrize("layout", ["tree", "packed", "rows"])
 def test_soft_prompt_reward_is_the_head_on_the_last_token(family, kind, layout):
     config = tiny_config(*SOFT, f"user_model.kind={kind}", family=family)
     model, plain = moved(config)
     comparisons = random_comparisons(6, user_text=True)
     users = [c.user for c in comparisons]
-    found = score(model, comparisons, users, batch_size=4, layout=layout)
+    found = score(model, comparisons, users, batch_size=4, config=ModelConfig(layout=layout))
     e_BUD = model.user_model(torch.tensor(users))
     for i, c in enumerate(comparisons):
         for response, reward in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
@@ -89,22 +90,16 @@ def votes(*users):
     return [(flipped if i % 2 else pair)._replace(user=user) for i, user in enumerate(users)] + [other]
 
 
-def test_a_response_of_several_comparisons_is_there_once():
-    batch = distinct_responses(votes(1, 2, 3))
-    assert len(batch.responses) == 4
-    assert batch.index_B2.tolist() == [[0, 1], [1, 0], [0, 1], [2, 3]]
-
-
 def test_responses_to_one_prompt_share_rows_and_see_only_the_prompt():
     """Nine responses to two prompts in rows of 12 tokens: each last state is that of the response alone."""
     config = tiny_config(*LINEAR)
     model, plain = moved(config)
     prefixes = ((1, 5, 6), (1, 7))
-    responses = [(prefixes[i % 2], tuple(range(10 + i, 12 + i + i % 4))) for i in range(9)]
-    batch = collate_responses(responses, row_tokens=12)
+    readings = [Reading(i % 3, prefixes[i % 2], tuple(range(10 + i, 12 + i + i % 4))) for i in range(9)]
+    batch = lay_out(readings, model.layout("tree"), tree_tokens=12)
     assert batch.input_ids_RT.shape[0] < 9 and batch.input_ids_RT.shape[1] <= 12
-    states_MD = model.states_at(batch, batch.last_at_M, None)
-    for (prefix, response), state in zip(responses, states_MD):
+    states_MD = model.states_at(batch, batch.last_at_M)
+    for (_, prefix, response), state in zip(readings, states_MD):
         assert (state - plain_state(plain, model, prefix, response, None)).abs().max() < 1e-10
 
 
@@ -116,8 +111,10 @@ def test_both_branches_and_all_users_of_a_pair_share_one_backbone_pass():
     )
     comparisons = votes(1, 2, 3, 0)
     accumulate_gradients(tiny_config(*LINEAR), model, comparisons, None, range(5))
-    distinct = collate_responses(distinct_responses(comparisons).responses)
-    assert positions == [distinct.input_ids_RT.numel()]
+    (pair, *_, other) = comparisons
+    responses = [len(ids) for c in (pair, other) for ids in (c.chosen, c.rejected)]
+    assert len(positions) == 1 and positions[0] <= 2 * max(pair.length, other.length)
+    assert sum(responses) < positions[0] < 5 * pair.length
 
 
 @pytest.mark.parametrize("base", [SOFT, LINEAR, PAIRWISE])
@@ -133,7 +130,7 @@ def test_the_gradient_is_that_of_plain_branch_losses(base):
     total = 0.0
     for c in comparisons:
         for user, weight in ((c.user, 0.3), (0, 0.7)):
-            r = model(model.collate([c], "rows"), torch.tensor([user]))
+            r = model(model.collate([c], [user], ModelConfig(layout="rows")))
             z = torch.stack([r.y1_first, r.y1_second]) if base == PAIRWISE else r.chosen - r.rejected
             loss = -(0.9 * torch.log(torch.sigmoid(z)) + 0.1 * torch.log(torch.sigmoid(-z))).mean() / len(comparisons)
             (weight * loss).backward()
@@ -257,7 +254,8 @@ def test_single_responses_have_the_rewards_of_comparisons(base):
     users = [c.user for c in comparisons]
     expected = score(model, comparisons, users, 5)
     with torch.no_grad():
-        found = model.rewards([c.prefix for c in comparisons], [c.rejected for c in comparisons], torch.tensor(users))
+        readings = [Reading(c.user, tuple(c.prefix), tuple(c.rejected)) for c in comparisons]
+        found = model.rewards(readings)
     assert (found - expected.rejected).abs().max() < 1e-10
 
 

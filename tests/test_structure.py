@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Data flows one way: each module imports only from those above it.
 ORDER = [
     "errors", "config", "data", "encoding", "rules", "batching", "backbones", "data_check", "user_models", "logprobs",
-    "lora", "losses", "personalized", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
+    "logprobs_triton", "lora", "losses", "personalized", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
     "runs", "training_log", "loop", "sampling", "responses", "rewards", "report", "compare", "simulate", "lengths",
     "reference_table", "data.__main__",
 ]  # fmt: skip
@@ -63,6 +63,7 @@ def test_nothing_is_imported_that_is_not_a_core_dependency():
         "prlhf",
         "matplotlib",
         "jinja2",
+        "triton",  # comes with torch where there is a GPU, and is imported nowhere else
     }
     standard = __import__("sys").stdlib_module_names
     for path in [*FILES.values(), *ROOT.glob("*.py")]:

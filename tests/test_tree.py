@@ -14,9 +14,11 @@ from helpers import (
     tiny_config,
     tiny_model,
 )
+from torch.nn.attention.flex_attention import create_mask
 
-from prlhf.backbones import random_backbone, use_sdpa
-from prlhf.batching import CHOSEN, PAD, PREFIX, REJECTED, collate, tree_mask
+from prlhf.backbones import random_backbone, tree_block_mask, use_tree_attention
+from prlhf.batching import PREFIX, Layout, collate, tree_mask
+from prlhf.config import ModelConfig
 from prlhf.losses import log_ratio_margin, sigmoid_loss
 from prlhf.personalized import build_model
 
@@ -25,12 +27,14 @@ def loss_of(policy, reference):
     return sigmoid_loss(log_ratio_margin(policy, reference), 0.3).mean()
 
 
-def layout_loss(model, comparisons, layout):
-    users = torch.tensor([c.user for c in comparisons])
-    reference_batch = collate(comparisons, layout, reference=True)
+def batch_of(model, comparisons, config=ModelConfig()):
+    return model.collate(comparisons, [c.user for c in comparisons], config)
+
+
+def layout_loss(model, comparisons, config):
     with model.as_reference():
-        reference = model(reference_batch, None)
-    return loss_of(model(collate(comparisons, layout), users), reference)
+        reference = model(model.collate(comparisons, None, config))
+    return loss_of(model(batch_of(model, comparisons, config)), reference)
 
 
 def plain_loss(backbone, model, comparisons):
@@ -48,17 +52,21 @@ def plain_loss(backbone, model, comparisons):
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("user_text", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_tree_rows_and_plain_sequences_agree(family, user_text, checkpointing):
-    config = tiny_config(f"model.gradient_checkpointing={checkpointing}", family=family)
+@pytest.mark.parametrize("checkpointing", [(), ("model.gradient_checkpointing=true", "model.checkpoint_every=2")])
+def test_all_layouts_and_plain_sequences_agree(family, user_text, checkpointing):
     comparisons = random_comparisons(6, user_text=user_text)
+    voters = [c._replace(user=1 + i) for i, c in enumerate(comparisons[:3])]
+    flipped = [c._replace(chosen=c.rejected, rejected=c.chosen) for c in voters]
+    comparisons += [*voters, *flipped]  # pairs judged by several users, and the other way round
 
-    results = {}
-    for layout in ("tree", "rows"):
+    config, results = tiny_config(family=family), {}
+    for layout, share in (("tree", True), ("tree", False), ("packed", True), ("packed", False), ("rows", True)):
+        keys = (f"model.layout={layout}", f"model.share_trees={share}", *checkpointing)
+        config = tiny_config(*keys, family=family)
         model = tiny_model(config).train()
-        loss = layout_loss(model, comparisons, layout)
+        loss = layout_loss(model, comparisons, config.model)
         loss.backward()
-        results[layout] = (loss.item(), gradients(model))
+        results[layout, share] = (loss.item(), gradients(model))
 
     model, backbone = tiny_model(config), plain_backbone(config)
     loss = plain_loss(backbone, model, comparisons)
@@ -81,38 +89,87 @@ def test_gptj_sdpa_equals_hugging_faces_attention():
             p *= 5  # attention that is far from uniform
             q *= 5
         expected = theirs(ids).logits
-        assert torch.allclose(use_sdpa(ours)(ids).logits, expected, atol=1e-5 * expected.abs().max().item())
+        assert torch.allclose(use_tree_attention(ours)(ids).logits, expected, atol=1e-5 * expected.abs().max().item())
 
 
 def test_tree_mask_by_hand():
-    segments = torch.tensor([[PREFIX, PREFIX, CHOSEN, REJECTED, PAD]])
+    trees = torch.tensor([[1, 1, 1, 1, 2, 2, 0, 0]])
+    segments = torch.tensor([[PREFIX, PREFIX, 1, 2, PREFIX, 1, PREFIX, PREFIX]])
     expected = [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],  # the rejected response does not see the chosen one
-        [0, 0, 0, 0, 1],  # padding sees itself alone
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0, 0],  # the second response does not see the first
+        [0, 0, 0, 0, 1, 0, 0, 0],  # the second tree does not see the first
+        [0, 0, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 0],  # padding sees padding alone
+        [0, 0, 0, 0, 0, 0, 1, 1],
     ]
-    assert tree_mask(segments)[0, 0].int().tolist() == expected
+    assert tree_mask(trees, segments)[0, 0].int().tolist() == expected
+
+
+def test_the_block_mask_is_the_dense_mask():
+    """FlexAttention's mask function, position by position, and its attention in a forward pass, on packed trees."""
+    model = tiny_model(tiny_config())
+    comparisons = random_comparisons(7)
+    batch = batch_of(model, comparisons, ModelConfig(layout="packed"))
+    dense, blocks = tree_mask(batch.trees_RT, batch.segments_RT), tree_block_mask(batch)
+    T = dense.shape[-1]
+    found = blocks.mask_mod(torch.tensor(0), torch.tensor(0), torch.arange(T)[:, None], torch.arange(T)[None])
+    assert torch.equal(found, dense[0, 0])
+    computed = create_mask(blocks.mask_mod, 1, 1, T, T, device="cpu")
+    assert torch.equal(computed, dense)
 
 
 def test_a_tree_by_hand():
     (c,) = random_comparisons(1)
     c = c._replace(prefix=[1, 10, 11], chosen=[20, 21, 2], rejected=[30, 2])
-    batch = collate([c])
-    assert batch.input_ids_RT.tolist() == [[1, 10, 11, 20, 21, 2, 30, 2]]
-    assert batch.positions_RT.tolist() == [[0, 1, 2, 3, 4, 5, 3, 4]]
-    assert batch.predicted_at_N.tolist() == [2, 3, 4, 2, 6]  # both first tokens are predicted at the prefix's end
+    batch = collate([c], [4], Layout("tree", vectors=2, slot=1))
+    assert batch.input_ids_RT.tolist() == [[1, 0, 0, 10, 11, 20, 21, 2, 30, 2]]
+    assert batch.vectors_at_SU.tolist() == [[1, 2]] and batch.users_S.tolist() == [4]
+    assert batch.segments_RT.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 2, 2]]
+    assert batch.positions_RT.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 5, 6]]
+    assert batch.predicted_at_N.tolist() == [4, 5, 6, 4, 8]  # both first tokens are predicted at the prefix's end
     assert batch.targets_N.tolist() == [20, 21, 2, 30, 2]
-    assert batch.response_N.tolist() == [0, 0, 0, 1, 1]
+    assert batch.reading_N.tolist() == [0, 0, 0, 1, 1]
+    assert batch.last_at_M.tolist() == [7, 9]
+
+
+def votes(*users):
+    """One pair judged by several users, every other one the other way round."""
+    (c,) = random_comparisons(1)
+    flipped = c._replace(chosen=c.rejected, rejected=c.chosen)
+    return [(flipped if i % 2 else c)._replace(user=user) for i, user in enumerate(users)]
+
+
+def test_what_is_read_alike_is_there_once():
+    pair = votes(1, 2, 1, 2)
+    by_user = collate(pair, [1, 2, 1, 2], Layout(vectors=3, slot=1))
+    assert len(by_user.input_ids_RT) == 2 and by_user.users_S.tolist() == [1, 2]
+    assert by_user.chosen_rejected_B2.tolist() == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    generic = collate(pair, [0] * 4, Layout(vectors=3, slot=1))
+    assert len(generic.input_ids_RT) == 1 and len(generic.readings) == 2
+    behind = collate(pair, [1, 2, 1, 2], Layout())  # the backbone does not read the user: one tree, two readers
+    assert len(behind.input_ids_RT) == 1 and behind.users_M.tolist() == [1, 1, 2, 2]
+    assert behind.last_at_M[0] == behind.last_at_M[3] and behind.last_at_M[1] == behind.last_at_M[2]
+    alone = collate(pair, [0] * 4, Layout(vectors=3, slot=1, share=False))
+    assert len(alone.input_ids_RT) == 4 and len(alone.readings) == 8
+
+
+def test_responses_to_one_prompt_share_trees_of_limited_length():
+    c = random_comparisons(1)[0]._replace(prefix=[1, 5])
+    same_prompt = [c._replace(chosen=[10 + i] * 60, rejected=[20 + i] * 60) for i in range(4)]
+    batch = collate(same_prompt, [0] * 4)
+    assert batch.input_ids_RT.shape == (2, 242)  # four responses of 60 tokens each fit 256
+    assert collate(same_prompt, [0] * 4, Layout("rows")).input_ids_RT.shape == (8, 62)
+    assert collate(same_prompt, [0] * 4, Layout("packed")).input_ids_RT.shape == (1, 512)
 
 
 def test_changing_one_response_leaves_the_other_alone():
     model = tiny_model(tiny_config())
     first, second = random_comparisons(2)
     other = first._replace(chosen=second.chosen)
-    users = torch.tensor([1])
-    a, b = model(collate([first]), users), model(collate([other]), users)
+    a, b = (model(model.collate([c], [1])) for c in (first, other))
     assert a.rejected.item() == pytest.approx(b.rejected.item(), abs=1e-12)
     assert a.chosen.item() != pytest.approx(b.chosen.item(), abs=1e-3)
 
@@ -131,7 +188,7 @@ def test_other_llama_like_families_take_the_tree(family):
     model = build_model(tiny_config(), TOKENIZER, 4, backbone)
     model.user_slot = 1
     comparisons = random_comparisons(4)
-    found = model(collate(comparisons), torch.tensor([c.user for c in comparisons]))
+    found = model(batch_of(model, comparisons))
     for b, c in enumerate(comparisons):
         vectors = model.user_model(torch.tensor([c.user]))[0]
         expected = plain_log_prob(backbone, c.prefix, c.rejected, vectors)
@@ -148,8 +205,7 @@ def test_bfloat16_weights_give_float32_log_probs_near_the_float32_models(family,
         models.append(build_model(config, TOKENIZER, 4))
         models[-1].user_slot = 1
     comparisons = random_comparisons(6)
-    users = torch.tensor([c.user for c in comparisons])
-    exact, rounded = (model(collate(comparisons), users) for model in models)
+    exact, rounded = (model(batch_of(model, comparisons)) for model in models)
     assert rounded.chosen.dtype == torch.float32
     assert torch.allclose(exact.chosen, rounded.chosen, rtol=0.01, atol=0.05)
     rounded.chosen.sum().backward()

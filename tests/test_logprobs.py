@@ -1,0 +1,164 @@
+"""The three implementations of log-probs against float64 and against torch as one would write it, at odd shapes."""
+
+import pytest
+import torch
+
+from prlhf import logprobs
+from prlhf.logprobs import IGNORED, log_probs
+
+SHAPES = [(5, 7, 11), (70, 33, 300), (37, 65, 1031)]  # positions, width, vocabulary: sizes that divide by nothing
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several chunks and tiles, and ragged last ones, at these sizes."""
+    kernels = logprobs._triton()
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 5000)
+    monkeypatch.setattr(logprobs, "KEPT_SLOPES", 800)
+    monkeypatch.setattr(logprobs, "RECOMPUTED", 30)
+    monkeypatch.setattr(kernels, "ROWS", 16)
+    monkeypatch.setattr(kernels, "TILE", 512)
+    monkeypatch.setattr(kernels, "BLOCK_N", 16)
+    monkeypatch.setattr(kernels, "BLOCK_V", 64)
+    monkeypatch.setattr(kernels, "BLOCK_D", 32)
+
+
+def inputs(shape, dtype, bias, device="cpu"):
+    """Hidden states, weight, bias and targets with peaked and flat distributions, and incoming gradients."""
+    N, D, V = shape
+    generator = torch.Generator().manual_seed(N)
+    hidden = torch.randn(N, D, generator=generator) * torch.linspace(0.1, 3, N)[:, None]
+    weight = torch.randn(V, D, generator=generator) / D**0.5
+    tensors = [hidden, weight, torch.randn(V, generator=generator) if bias else None]
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[::2] = (hidden @ weight.T).argmax(dim=1)[::2]  # likely ones, with small slopes
+    tensors = [None if t is None else t.to(dtype).to(device) for t in tensors]
+    return tensors, targets.to(device), torch.randn(N, generator=generator).to(device)
+
+
+def computed(tensors, targets, grad, function):
+    """log p and the gradients for hidden states, weight and bias."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in tensors]
+    log_p = function(*leaves, targets)
+    log_p.backward(grad.to(log_p))
+    return [log_p.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def as_one_writes_it(hidden, weight, bias, targets):
+    """In the inputs' own type."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return logits.float().log_softmax(dim=-1)[torch.arange(len(targets)), targets]
+
+
+def in_float64(hidden, weight, bias, targets):
+    bias = None if bias is None else bias.double()
+    logits = hidden.double() @ weight.double().T + (0 if bias is None else bias)
+    return logits.log_softmax(dim=-1)[torch.arange(len(targets)), targets]
+
+
+def errors(found, exact):
+    return [((f.double() - e.double()).norm() / e.double().norm()).item() for f, e in zip(found, exact)]
+
+
+def impl(name):
+    return lambda *arguments: log_probs(*arguments, impl=name)
+
+
+@pytest.mark.parametrize("name", ["chunked", "triton"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errors_are_no_larger_than_those_of_torch_at_the_same_type(name, dtype, bias, shape):
+    """Values, and gradients of hidden states, weight and bias, by norm. In float32 both round alike, in another order."""
+    tensors, targets, grad = inputs(shape, dtype, bias)
+    exact = computed([None if t is None else t.double() for t in tensors], targets, grad, in_float64)
+    found = errors(computed(tensors, targets, grad, impl(name)), exact)
+    plain = errors(computed(tensors, targets, grad, as_one_writes_it), exact)
+    slack = 1e-6 if dtype == torch.float32 else 0.0
+    assert all(f <= p + slack for f, p in zip(found, plain)), (found, plain)
+    assert found[0] < 1e-6  # half-precision inputs round no logit
+
+
+@pytest.mark.parametrize("name", ["torch", "chunked"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_float64_is_exact(name, bias):
+    tensors, targets, grad = inputs(SHAPES[1], torch.float64, bias)
+    exact = computed(tensors, targets, grad, in_float64)
+    for found, expected in zip(computed(tensors, targets, grad, impl(name)), exact):
+        assert torch.allclose(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", logprobs.IMPLEMENTATIONS)
+def test_values_without_a_gradient_are_those_with_one(name):
+    (hidden, weight, bias), targets, _ = inputs(SHAPES[1], torch.float32, True)
+    with torch.no_grad():
+        alone = log_probs(hidden, weight, bias, targets, name)
+    trained = log_probs(hidden.requires_grad_(), weight, bias, targets, name)
+    assert torch.allclose(alone, trained.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", logprobs.IMPLEMENTATIONS)
+def test_a_frozen_head_gets_no_gradient_and_a_frozen_backbone_none_either(name):
+    (hidden, weight, _), targets, grad = inputs(SHAPES[0], torch.float32, False)
+    log_probs(hidden.requires_grad_(), weight, None, targets, name).backward(grad)
+    assert weight.grad is None and hidden.grad is not None
+    hidden = hidden.detach()
+    log_probs(hidden, weight.requires_grad_(), None, targets, name).backward(grad)
+    assert weight.grad is not None and hidden.grad is None
+
+
+@pytest.mark.parametrize("name", logprobs.IMPLEMENTATIONS)
+def test_ignored_positions_count_nothing(name):
+    (hidden, weight, bias), targets, _ = inputs(SHAPES[1], torch.float32, True)
+    ignored = targets.clone()
+    ignored[::3] = IGNORED
+    kept = ignored != IGNORED
+    found = computed((hidden, weight, bias), ignored, torch.ones(len(targets)), impl(name))
+    expected = computed((hidden[kept], weight, bias), targets[kept], torch.ones(int(kept.sum())), impl("torch"))
+    assert torch.all(found[0][~kept] == 0) and torch.all(found[1][~kept] == 0)
+    assert torch.allclose(found[0][kept], expected[0], atol=1e-5)
+    for one, other in zip((found[1][kept], *found[2:]), expected[1:]):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", logprobs.IMPLEMENTATIONS)
+def test_no_positions_at_all(name):
+    (hidden, weight, bias), targets, _ = inputs(SHAPES[0], torch.float32, True)
+    found = computed((hidden[:0], weight, bias), targets[:0], torch.ones(0), impl(name))
+    assert found[0].shape == (0,) and all(torch.all(g == 0) for g in found[1:])
+
+
+@pytest.mark.parametrize("name", ["chunked", "triton"])
+def test_no_tensor_of_all_logits_is_made(name):
+    """The bytes of the largest tensor that any operation returns, forward and backward."""
+    (hidden, weight, bias), targets, grad = inputs((150, 16, 1031), torch.float32, True)
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        found = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.found = max(self.found, tensor.nbytes)
+            return out
+
+    with Largest() as largest:
+        computed((hidden, weight, bias), targets, grad, impl(name))
+    all_logits = len(hidden) * len(weight) * hidden.itemsize
+    assert weight.nbytes <= largest.found < all_logits / 4
+
+    with Largest() as largest:
+        computed((hidden, weight, bias), targets, grad, impl("torch"))
+    assert largest.found >= all_logits  # what the readable one does, so the measure measures
+
+
+def test_bad_arguments_are_named():
+    (hidden, weight, _), targets, _ = inputs(SHAPES[0], torch.float32, False)
+    with pytest.raises(ValueError, match="impl 'flash': expected one of torch, chunked, triton"):
+        log_probs(hidden, weight, None, targets, "flash")
+    with pytest.raises(ValueError, match="float64"):
+        log_probs(hidden.double(), weight.double(), None, targets, "triton")
+    with pytest.raises(ValueError, match="width 6, weight of width 7"):
+        log_probs(hidden[:, :-1], weight, None, targets, "triton")
