@@ -1,0 +1,178 @@
+"""What log-probs cost beside the matrix products they are made of.
+
+    python benchmarks/logprob.py [--positions 8192 --width 4096 --vocabulary 128256 --dtype bfloat16] [--out FILE.json]
+
+forward: log p of every target without gradients (reference, evaluation), over one matrix product of that size.
+training: forward, and backward for the hidden states with a frozen head (LoRA), over three such products.
+The implementations take turns; medians over the rounds. First all must agree with float64 on a part. Extra memory is what
+is allocated beyond inputs and the hidden states' gradient, on a GPU alone. Others are measured where they install:
+cut-cross-entropy, liger-kernel, torch's own F.linear_cross_entropy.
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prlhf.errors import run_command
+from prlhf.logprobs import log_probs
+from prlhf.loop import keep_freed_memory
+
+LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> (N,)
+
+
+def full_logits(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """As one would write it, in the inputs' type."""
+    logits_NV = (hidden_ND @ weight_VD.T).float()
+    return logits_NV.log_softmax(dim=-1).gather(1, targets_N[:, None])[:, 0]
+
+
+def implementations(cuda: bool) -> dict[str, LogProbs]:
+    """What is measured, by name."""
+    found: dict[str, LogProbs] = {
+        "full logits": full_logits,
+        "torch.compile of full logits": torch.compile(full_logits),
+        "prlhf torch": lambda h, w, t: log_probs(h, w, None, t, "torch"),
+        "prlhf chunked": lambda h, w, t: log_probs(h, w, None, t, "chunked"),
+    }
+    if cuda:
+        found["prlhf triton"] = lambda h, w, t: log_probs(h, w, None, t, "triton")
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        from torch.nn.functional import linear_cross_entropy
+
+        found["F.linear_cross_entropy"] = lambda h, w, t: -linear_cross_entropy(h, w, t, reduction="none")
+    if cuda and importlib.util.find_spec("cut_cross_entropy"):
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        found["cut-cross-entropy"] = lambda h, w, t: -cut(h, w, t, reduction="none")
+    if cuda and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+        found["Liger"] = lambda h, w, t: (
+            -Liger.apply(h, w, t, None, None, -100, 0.0, 0.0, "none")[0]  # its gradient assumes equal weights
+        )
+    return found
+
+
+def training(function: LogProbs, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_N: Tensor) -> Tensor:
+    """Forward and backward; the hidden states' gradient."""
+    leaf_ND = hidden_ND.detach().requires_grad_()
+    log_p_N = function(leaf_ND, weight_VD, targets_N)
+    log_p_N.backward(grad_N.to(log_p_N.dtype))
+    return leaf_ND.grad
+
+
+def three_products(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_N: Tensor) -> None:
+    """The matrix products of a forward pass, a second one of the logits, and the hidden states' gradient."""
+    for _ in range(2):
+        logits_NV = hidden_ND @ weight_VD.T
+    logits_NV @ weight_VD
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def extra_memory_mb(function: Callable[[], object]) -> float:
+    """Most memory allocated on the GPU by a call, beyond what was there before, in MB."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positions", type=int, default=8192 if cuda else 560)
+    parser.add_argument("--width", type=int, default=4096 if cuda else 576)
+    parser.add_argument("--vocabulary", type=int, default=128256 if cuda else 49152)
+    parser.add_argument(
+        "--dtype", default="bfloat16" if cuda else "float32", choices=("float32", "bfloat16", "float16")
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", help="also write the table as JSON")
+    args = parser.parse_args()
+    keep_freed_memory()
+    device, dtype = "cuda" if cuda else "cpu", getattr(torch, args.dtype)
+    N, D, V = args.positions, args.width, args.vocabulary
+    generator = torch.Generator(device).manual_seed(0)
+    hidden_ND = torch.randn(N, D, generator=generator, device=device).to(dtype)
+    weight_VD = (torch.randn(V, D, generator=generator, device=device) / D**0.5).to(dtype)
+    targets_N = torch.randint(V, (N,), generator=generator, device=device)
+    grad_N = torch.randn(N, generator=generator, device=device)
+    inputs = (hidden_ND, weight_VD, targets_N)
+
+    arms = implementations(cuda)
+    part = slice(0, 64)
+    truth = full_logits(hidden_ND[part].double(), weight_VD.double(), targets_N[part])
+    errors = {}
+    for name, function in list(arms.items()):
+        try:
+            with torch.no_grad():
+                found = function(hidden_ND[part], weight_VD, targets_N[part]).double()
+            training(function, hidden_ND[part], weight_VD, targets_N[part], grad_N[part])
+        except Exception as error:  # another project's kernel on a machine that it does not run on
+            if name.startswith(("prlhf", "full")):
+                raise
+            print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            del arms[name]
+            continue
+        errors[name] = ((found - truth).norm() / truth.norm()).item()
+        if errors[name] > 1e-2:
+            raise SystemExit(f"{name}: relative error {errors[name]:.1e} against float64: not the same function")
+
+    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "matrix products alone": (lambda: hidden_ND @ weight_VD.T, lambda: three_products(*inputs, grad_N))
+    }
+    for name, function in arms.items():
+        calls[name] = (lambda f=function: f(*inputs), lambda f=function: training(f, *inputs, grad_N))
+    times: dict[str, list[list[float]]] = {name: [[], []] for name in calls}
+    for number in range(args.rounds + 1):
+        for name, (forward, both) in calls.items():
+            with torch.no_grad():
+                forward_s = seconds(forward)
+            both_s = seconds(both)
+            if number:  # after the warm-up
+                times[name][0].append(forward_s)
+                times[name][1].append(both_s)
+
+    rows = []
+    bare = [statistics.median(t) for t in times["matrix products alone"]]
+    gradient_mb = hidden_ND.nbytes / 1e6
+    for name, (forward, both) in calls.items():
+        forward_ratio, training_ratio = (statistics.median(t) / b for t, b in zip(times[name], bare))
+        row = {"name": name, "forward": forward_ratio, "training": training_ratio, "error": errors.get(name)}
+        if cuda:
+            with torch.no_grad():
+                row["forward_mb"] = extra_memory_mb(forward)
+            row["training_mb"] = extra_memory_mb(both) - gradient_mb
+        rows.append(row)
+    print(
+        f"N = {N}, D = {D}, V = {V}, {args.dtype}, {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}"
+    )
+    print("| | forward / 1 product | training / 3 products | extra MB, forward | extra MB, training | relative error |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        memory = [f"{row[key]:.0f}" if key in row else "-" for key in ("forward_mb", "training_mb")]
+        error = "-" if row["error"] is None else f"{row['error']:.1e}"
+        print(f"| {row['name']} | {row['forward']:.2f} | {row['training']:.2f} | {' | '.join(memory)} | {error} |")
+    if args.out:
+        Path(args.out).write_text(
+            json.dumps({"arguments": vars(args), "seconds": times, "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,344 @@
+"""Seconds a training step takes, against TRL's DPOTrainer on the same comparisons.
+
+    pip install -c constraints.txt -e '.[bench]' && make model
+    python benchmarks/step.py [--shape tldr | chat] [--rounds 5] [--comparisons 4] [--lora 0] [--out FILE.json]
+
+One step is one update: forward and backward passes over the same comparisons in the same order, clipping, AdamW. The arms
+take turns within a run, and medians over the rounds are compared: on a shared machine separate runs differ by a factor of
+two. First all arms that compute the same thing must agree on the loss. Peak memory is that of one process an arm, over two
+steps (on a CPU all of the process, imports included: TRL's are some 0.3 GB more).
+
+prlhf      plain DPO (uniform user, T_u = 0); reference computed before, once
+prlhf pdpo P-DPO, both branches (individual users, T_u = 10, alpha 0.5); reference as above
+rows       the same P-DPO as one would write it: both responses as rows of their own in both branches, the model's logits at
+           all positions, the reference computed in the step
+trl        TRL's DPOTrainer with its defaults, but for: float32, precomputed reference, dropout and checkpointing as here;
+           one arm for each per-device batch size, of which the fastest counts. On a GPU Liger's kernels where installed
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
+
+import torch
+from shapes import random_comparisons
+
+from prlhf import config as config_module
+from prlhf.backbones import choose_device, load_tokenizer, load_weights
+from prlhf.encoding import EncodedComparison
+from prlhf.errors import run_command
+from prlhf.loop import accumulate_gradients, keep_freed_memory, make_optimizer
+from prlhf.losses import ResponseLogProbs
+from prlhf.personalized import build_model
+from prlhf.scoring import score
+from prlhf.training_log import peak_memory_gb
+
+P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
+ARMS = {"prlhf": ("user_model.kind=uniform", "user_model.tokens=0"), "prlhf pdpo": P_DPO, "rows": P_DPO}
+USERS = 4
+NOISE = 1e-3  # what the policy's weights are moved by, so that the losses are not log 2
+
+
+class Arm:
+    """A way to take a training step."""
+
+    optimizer: torch.optim.Optimizer
+    reference_s = 0.0  # seconds the reference took, once, before the first step
+
+    def accumulate(self) -> float:
+        """Forward and backward passes over all comparisons; returns the loss."""
+        raise NotImplementedError
+
+    def step(self, apply: bool = True) -> float:
+        """One update, or, to warm up, all of it but the change of the weights; returns the loss."""
+        loss = self.accumulate()
+        torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        if apply:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+def moved(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Move the backbone's weights a little, in every arm alike."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters:
+            p += (NOISE * torch.randn(p.shape, generator=generator)).to(p)
+
+
+class Ours(Arm):
+    """A step of this project, by the function that its training loop calls."""
+
+    def __init__(self, name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]):
+        keys = [f"model.name={args.model}", f"optim.micro_batch_size={args.micro_batch}", f"lora.rank={args.lora}"]
+        keys += [f"model.gradient_checkpointing={args.checkpointing}", f"model.dtype={args.dtype}", "optim.lr=1e-6"]
+        self.config = config_module.load(None, [*keys, *ARMS[name], *args.set])
+        self.model = build_model(self.config, load_tokenizer(self.config.model), USERS).to(choose_device("auto"))
+        self.comparisons = comparisons
+        started = time.perf_counter()
+        self.reference = self.compute_reference()
+        self.reference_s = time.perf_counter() - started
+        moved([p for p in self.model.backbone.parameters() if p.requires_grad])
+        self.optimizer = make_optimizer(self.config, self.model)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"]
+        self.model.train()
+
+    def compute_reference(self) -> ResponseLogProbs:
+        return score(self.model, self.comparisons, None, self.config.optim.micro_batch_size, self.config.model)
+
+    def accumulate(self) -> float:
+        update = range(len(self.comparisons))
+        return accumulate_gradients(self.config, self.model, self.comparisons, self.reference, update).loss
+
+
+class Rows(Ours):
+    """P-DPO without any of what this project saves."""
+
+    def __init__(self, name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]):
+        super().__init__(name, args, comparisons)
+        config = self.config.model
+        self.reference_model = load_weights(config.name, config.dtype).to(self.model.device)  # as before the first step
+
+    def log_probs(self, backbone: torch.nn.Module, c: EncodedComparison, user: int | None) -> torch.Tensor:
+        """log p(y | x, u) of both responses, (2,), from two padded rows and all their logits."""
+        device = self.model.device
+        rows = [torch.tensor([*c.prefix, *y], device=device) for y in (c.chosen, c.rejected)]
+        ids_2T = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        real_2T = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        embeddings_2TD, vectors = backbone.get_input_embeddings()(ids_2T), 0
+        if user is not None:
+            user_2UD = self.model.user_model(torch.tensor([user, user], device=device)).to(embeddings_2TD.dtype)
+            embeddings_2TD, vectors = torch.cat([user_2UD, embeddings_2TD], dim=1), user_2UD.shape[1]
+            real_2T = torch.cat([real_2T.new_ones(2, vectors), real_2T], dim=1)
+        logits_2TV = backbone(inputs_embeds=embeddings_2TD, attention_mask=real_2T, use_cache=False).logits
+        start = vectors + len(c.prefix)
+        sums = []
+        for row, y in enumerate((c.chosen, c.rejected)):
+            log_p = logits_2TV[row].float().log_softmax(dim=-1)[start - 1 : start - 1 + len(y)]
+            sums.append(log_p.gather(1, torch.tensor(y, device=device)[:, None]).sum())
+        return torch.stack(sums)
+
+    def accumulate(self) -> float:
+        total = 0.0
+        for c in self.comparisons:
+            with torch.no_grad():
+                reference = self.log_probs(self.reference_model, c, None)
+            for user in (c.user, 0):
+                ratio = self.log_probs(self.model.backbone, c, user) - reference
+                loss = -torch.nn.functional.logsigmoid(0.1 * (ratio[0] - ratio[1])) * 0.5 / len(self.comparisons)
+                loss.backward()
+                total += loss.item()
+        return total
+
+
+class TRL(Arm):
+    """A step of DPOTrainer: its collator, its training_step, and AdamW as here. The batch sizes share one model."""
+
+    def __init__(self, args: argparse.Namespace, comparisons: list[EncodedComparison]):
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import DPOConfig, DPOTrainer
+
+        name = str(Path(args.model).expanduser())
+        device = choose_device("auto")
+        dtype = getattr(torch, args.dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        peft = None
+        if args.lora:
+            from peft import LoraConfig
+
+            peft = LoraConfig(r=args.lora, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer_config = DPOConfig(
+            output_dir=tempfile.mkdtemp(), max_length=None, use_cpu=device == "cpu",
+            bf16=dtype == torch.bfloat16, gradient_checkpointing=args.checkpointing, precompute_ref_log_probs=True,
+            report_to="none", disable_tqdm=True, beta=0.1,
+        )  # fmt: skip
+        dummy = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        self.trainer = DPOTrainer(
+            model, args=trainer_config, train_dataset=dummy, processing_class=tokenizer, peft_config=peft
+        )
+        self.trainer.model.to(device)
+        if args.checkpointing:  # what Trainer.train would do
+            self.trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(self.trainer.model, {"fused_linear_cross_entropy": False})
+        self.comparisons, self.device, self.batches = comparisons, device, {}
+        self.batch_size = args.trl_batch[0]
+        for size in args.trl_batch:
+            started = time.perf_counter()
+            self.batches[size] = self.with_reference(size)
+            self.reference_s = min(self.reference_s or math.inf, time.perf_counter() - started)
+        parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
+        moved(parameters)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
+        self.trainer.optimizer = self.optimizer
+
+    @staticmethod
+    def labels(args: argparse.Namespace) -> list[str]:
+        """The names of the arm with each batch size."""
+        return [f"trl, batch {size}" for size in args.trl_batch]
+
+    def with_reference(self, size: int) -> list[dict[str, torch.Tensor]]:
+        """The comparisons in TRL's batches of `size`, with TRL's reference log-probs."""
+        batches = []
+        for start in range(0, len(self.comparisons), size):
+            part = self.comparisons[start : start + size]
+            rows = [{"prompt_ids": c.prefix, "chosen_ids": c.chosen, "rejected_ids": c.rejected} for c in part]
+            batch = {name: t.to(self.device) for name, t in self.trainer.data_collator(rows).items()}
+            reference = self.trainer.compute_ref_log_probs(self.trainer.model, batch)
+            batches.append(batch | dict(zip(("ref_chosen_logps", "ref_rejected_logps"), reference)))
+        return batches
+
+    def accumulate(self) -> float:
+        batches = self.batches[self.batch_size]
+        self.trainer.current_gradient_accumulation_steps = len(batches)
+        return sum(self.trainer.training_step(self.trainer.model, dict(batch)).item() for batch in batches)
+
+
+def check_losses(losses: dict[str, float]) -> None:
+    """All plain DPO arms have one loss, and both P-DPO arms another; else the times would compare different things."""
+    plain = {name: loss for name, loss in losses.items() if name == "prlhf" or name.startswith("trl")}
+    personal = {name: loss for name, loss in losses.items() if name not in plain}
+    for same in (plain, personal):
+        if same and max(same.values()) - min(same.values()) > 1e-3 * max(same.values()):
+            raise SystemExit(f"the arms do not compute the same loss: {same}")
+
+
+def made(label: str, args: argparse.Namespace, comparisons: list[EncodedComparison]) -> Arm:
+    """The arm of a label: "trl, batch 2" is the trainer with that batch size."""
+    name, _, size = label.partition(", batch ")
+    if name == "rows":
+        return Rows(name, args, comparisons)
+    if name != "trl":
+        return Ours(name, args, comparisons)
+    args.trl_batch = [int(size)] if size else args.trl_batch
+    return TRL(args, comparisons)
+
+
+def measured_memory(name: str) -> float:
+    """Peak memory in GB of a process that takes two steps of one arm."""
+    arguments = [*sys.argv[1:], "--memory-of", name]
+    out = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout
+    return float(out.strip().splitlines()[-1])
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="~/.cache/prlhf/SmolLM2-135M-Instruct")
+    parser.add_argument("--shape", default="tldr", choices=("tldr", "chat"))
+    parser.add_argument("--comparisons", type=int, default=4, help="per update")
+    parser.add_argument("--micro-batch", type=int, default=1, help="trees per forward pass")
+    parser.add_argument("--trl-batch", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--lora", type=int, default=0, help="rank; 0 is full fine-tuning")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--arms", nargs="+", default=[*ARMS, "trl"], choices=[*ARMS, "trl"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for the prlhf arms")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="also write the table as JSON")
+    return parser.parse_args()
+
+
+def comparisons_of(args: argparse.Namespace) -> list[EncodedComparison]:
+    """The comparisons of the update, random tokens of the model's vocabulary."""
+    vocabulary = len(load_tokenizer(config_module.load(None, [f"model.name={args.model}"]).model))
+    return random_comparisons(args.shape, args.comparisons, vocabulary, USERS, args.seed)
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    keep_freed_memory()  # for all arms alike
+    comparisons = comparisons_of(args)
+    if args.memory_of:
+        arm = made(args.memory_of, args, comparisons)
+        arm.step()
+        arm.step()  # AdamW's moments are there now
+        print(peak_memory_gb())
+        return
+
+    labels = [label for name in args.arms for label in (TRL.labels(args) if name == "trl" else [name])]
+    memory = {} if args.no_memory else {label: measured_memory(label) for label in labels}
+    arms = {name: made(name, args, comparisons) for name in args.arms}
+    seconds: dict[str, list[float]] = {label: [] for label in labels}
+    losses: dict[str, float] = {}
+    for number in range(args.rounds + 1):
+        for label in labels:
+            name, _, size = label.partition(", batch ")
+            if size:
+                arms[name].batch_size = int(size)
+            started = time.perf_counter()
+            loss = arms[name].step(apply=number > 0)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number == 0:  # the warm-up
+                losses[label] = loss
+            else:
+                seconds[label].append(time.perf_counter() - started)
+        if number == 0:
+            check_losses(losses)
+    references = {label: arms[label.partition(",")[0]].reference_s for label in labels}
+    report(args, comparisons, seconds, references, memory)
+
+
+def report(
+    args: argparse.Namespace,
+    comparisons: Sequence[EncodedComparison],
+    seconds: dict[str, list[float]],
+    references: dict[str, float],
+    memory: dict[str, float],
+) -> None:
+    """Print the table, and write it as JSON where that is asked for."""
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    trl = {name: t for name, t in medians.items() if name.startswith("trl")}
+    best = min(trl, key=lambda name: trl[name]) if trl else None
+    useful = sum(c.length for c in comparisons)
+    rows = []
+    for name, median in medians.items():
+        rows.append(
+            {
+                "arm": name,
+                "comparisons_per_s": len(comparisons) / median,
+                "useful_tokens_per_s": useful / median,
+                "slowest_over_fastest_round": max(seconds[name]) / min(seconds[name]),
+                "times_trl": medians[best] / median if best else None,
+                "memory_gb": memory.get(name),
+                "memory_over_trl": memory[name] / memory[best] if best and memory else None,
+                "reference_in_steps": references[name] / median,
+            }
+        )
+    print("| | comparisons/s | useful tokens/s | speed over TRL's best | peak GB | over TRL's | reference, in steps |")
+    print("|---|---|---|---|---|---|---|")
+    for r in rows:
+        cells = [f"{r['comparisons_per_s']:.3f}", f"{r['useful_tokens_per_s']:.0f}"]
+        cells += ["-" if r["times_trl"] is None else f"{r['times_trl']:.2f}"]
+        cells += ["-" if r["memory_gb"] is None else f"{r['memory_gb']:.2f}"]
+        cells += ["-" if r["memory_over_trl"] is None else f"{r['memory_over_trl']:.2f}"]
+        print(f"| {r['arm']} | " + " | ".join([*cells, f"{r['reference_in_steps']:.2f}"]) + " |")
+    if args.out:
+        Path(args.out).write_text(
+            json.dumps({"arguments": vars(args), "seconds": seconds, "rows": rows}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)
