@@ -10,15 +10,25 @@ import sys
 from collections import defaultdict
 
 import torch
-from step import arguments, comparisons_of, made
+from step import TRL, arguments, comparisons_of, made
 from torch.profiler import ProfilerActivity, profile
 
 from prlhf.errors import run_command
 from prlhf.loop import keep_freed_memory
 
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear", "aten::baddbmm"),
-    "attention": ("attention", "flex", "aten::_softmax"),
+    "matrix products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::addmm_",
+        "aten::bmm",
+        "aten::linear",
+        "aten::baddbmm",
+        "gemm",
+        "nvjet",
+        "cutlass",
+    ),
+    "attention": ("attention", "flex", "flash", "aten::_softmax"),
     "optimiser": ("_foreach", "_fused_adam", "Optimizer"),
     "copies and layout": ("aten::copy_", "aten::cat", "aten::contiguous", "aten::clone", "aten::index", "aten::fill_"),
 }
@@ -37,14 +47,17 @@ def main() -> None:
     keep_freed_memory()
     comparisons = comparisons_of(args)
     cuda = torch.cuda.is_available()
-    for name in args.arms:
+    for name in [label for arm in args.arms for label in (TRL.labels(args) if arm == "trl" else [arm])]:
         arm = made(name, args, comparisons)
         arm.step()
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
             arm.step()
         times: dict[str, float] = defaultdict(float)
         for event in profiled.key_averages():
-            times[kind(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
+            if not cuda:
+                times[kind(event.key)] += event.self_cpu_time_total
+            elif event.device_type == torch.autograd.DeviceType.CUDA:  # the kernels themselves
+                times[kind(event.key)] += event.self_device_time_total
         total = sum(times.values())
         shares = sorted(times.items(), key=lambda item: -item[1])
         print(f"{name}: " + ", ".join(f"{label} {100 * t / total:.0f}%" for label, t in shares), file=sys.stdout)

@@ -5,8 +5,8 @@
 
 One step is one update: forward and backward passes over the same comparisons in the same order, clipping, AdamW. The arms
 take turns within a run, and medians over the rounds are compared: on a shared machine separate runs differ by a factor of
-two. First all arms that compute the same thing must agree on the loss. Peak memory is that of one process an arm, over two
-steps (on a CPU all of the process, imports included: TRL's are some 0.3 GB more).
+two. First all arms that compute the same thing must agree on the loss. Each arm is a process of its own, as its users would
+run it, which works while the others wait; peak memory is that of the process (on a CPU with imports, of which TRL has more).
 
 prlhf      plain DPO (uniform user, T_u = 0); reference computed before, once
 prlhf pdpo P-DPO, both branches (individual users, T_u = 10, alpha 0.5); reference as above
@@ -19,7 +19,6 @@ trl        TRL's DPOTrainer with its defaults, but for: float32, precomputed ref
 import argparse
 import importlib.util
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -97,7 +96,7 @@ class Ours(Arm):
         self.model.train()
 
     def compute_reference(self) -> ResponseLogProbs:
-        return score(self.model, self.comparisons, None, self.config.optim.micro_batch_size, self.config.model)
+        return score(self.model, self.comparisons, None, self.config.optim.micro_batch_size)
 
     def accumulate(self) -> float:
         update = range(len(self.comparisons))
@@ -145,9 +144,9 @@ class Rows(Ours):
 
 
 class TRL(Arm):
-    """A step of DPOTrainer: its collator, its training_step, and AdamW as here. The batch sizes share one model."""
+    """A step of DPOTrainer: its collator, its training_step, and AdamW as here."""
 
-    def __init__(self, args: argparse.Namespace, comparisons: list[EncodedComparison]):
+    def __init__(self, batch_size: int, args: argparse.Namespace, comparisons: list[EncodedComparison]):
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from trl import DPOConfig, DPOTrainer
@@ -178,15 +177,13 @@ class TRL(Arm):
             from transformers.integrations.liger import apply_liger_kernel
 
             apply_liger_kernel(self.trainer.model, {"fused_linear_cross_entropy": False})
-        self.comparisons, self.device, self.batches = comparisons, device, {}
-        self.batch_size = args.trl_batch[0]
-        for size in args.trl_batch:
-            started = time.perf_counter()
-            self.batches[size] = self.with_reference(size)
-            self.reference_s = min(self.reference_s or math.inf, time.perf_counter() - started)
+        self.comparisons, self.device = comparisons, device
+        started = time.perf_counter()
+        self.batches = self.with_reference(batch_size)
+        self.reference_s = time.perf_counter() - started
         parameters = [p for p in self.trainer.model.parameters() if p.requires_grad]
         moved(parameters)
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, fused=True)
         self.trainer.optimizer = self.optimizer
 
     @staticmethod
@@ -206,9 +203,8 @@ class TRL(Arm):
         return batches
 
     def accumulate(self) -> float:
-        batches = self.batches[self.batch_size]
-        self.trainer.current_gradient_accumulation_steps = len(batches)
-        return sum(self.trainer.training_step(self.trainer.model, dict(batch)).item() for batch in batches)
+        self.trainer.current_gradient_accumulation_steps = len(self.batches)
+        return sum(self.trainer.training_step(self.trainer.model, dict(batch)).item() for batch in self.batches)
 
 
 def check_losses(losses: dict[str, float]) -> None:
@@ -227,15 +223,47 @@ def made(label: str, args: argparse.Namespace, comparisons: list[EncodedComparis
         return Rows(name, args, comparisons)
     if name != "trl":
         return Ours(name, args, comparisons)
-    args.trl_batch = [int(size)] if size else args.trl_batch
-    return TRL(args, comparisons)
+    return TRL(int(size), args, comparisons)
 
 
-def measured_memory(name: str) -> float:
-    """Peak memory in GB of a process that takes two steps of one arm."""
-    arguments = [*sys.argv[1:], "--memory-of", name]
-    out = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout
-    return float(out.strip().splitlines()[-1])
+class Worker:
+    """An arm in a process of its own, which does something only when it is asked to."""
+
+    MARK = "answer: "
+
+    def __init__(self, label: str):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], "--worker", label],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        )  # fmt: skip
+        self.reference_s = self.answer()["reference_s"]
+
+    def answer(self) -> dict[str, float]:
+        """What the process says next."""
+        for line in self.process.stdout:
+            if line.startswith(self.MARK):
+                return json.loads(line[len(self.MARK) :])
+        raise SystemExit("a worker died; its messages are above")
+
+    def ask(self, what: str) -> dict[str, float]:
+        """Take a "step", or a "warm-up" that leaves the weights as they are: loss, seconds, peak_gb."""
+        self.process.stdin.write(what + "\n")
+        return self.answer()
+
+
+def work(arm: Arm) -> None:
+    """A worker's loop: a line in, an answer out."""
+
+    def answer(**numbers: float) -> None:
+        print(Worker.MARK + json.dumps(numbers), flush=True)
+
+    answer(reference_s=arm.reference_s)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        loss = arm.step(apply=line.strip() == "step")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        answer(loss=loss, seconds=time.perf_counter() - started, peak_gb=peak_memory_gb())
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -252,8 +280,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--arms", nargs="+", default=[*ARMS, "trl"], choices=[*ARMS, "trl"])
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for the prlhf arms")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="also write the table as JSON")
     return parser.parse_args()
@@ -267,37 +294,24 @@ def comparisons_of(args: argparse.Namespace) -> list[EncodedComparison]:
 
 def main() -> None:
     args = arguments(__doc__)
-    keep_freed_memory()  # for all arms alike
     comparisons = comparisons_of(args)
-    if args.memory_of:
-        arm = made(args.memory_of, args, comparisons)
-        arm.step()
-        arm.step()  # AdamW's moments are there now
-        print(peak_memory_gb())
+    if args.worker:
+        if not args.worker.startswith("trl"):
+            keep_freed_memory()  # as train.py does
+        work(made(args.worker, args, comparisons))
         return
 
     labels = [label for name in args.arms for label in (TRL.labels(args) if name == "trl" else [name])]
-    memory = {} if args.no_memory else {label: measured_memory(label) for label in labels}
-    arms = {name: made(name, args, comparisons) for name in args.arms}
+    workers = {label: Worker(label) for label in labels}
+    check_losses({label: worker.ask("warm-up")["loss"] for label, worker in workers.items()})
     seconds: dict[str, list[float]] = {label: [] for label in labels}
-    losses: dict[str, float] = {}
-    for number in range(args.rounds + 1):
-        for label in labels:
-            name, _, size = label.partition(", batch ")
-            if size:
-                arms[name].batch_size = int(size)
-            started = time.perf_counter()
-            loss = arms[name].step(apply=number > 0)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number == 0:  # the warm-up
-                losses[label] = loss
-            else:
-                seconds[label].append(time.perf_counter() - started)
-        if number == 0:
-            check_losses(losses)
-    references = {label: arms[label.partition(",")[0]].reference_s for label in labels}
-    report(args, comparisons, seconds, references, memory)
+    memory: dict[str, float] = {}
+    for _ in range(args.rounds):
+        for label, worker in workers.items():
+            found = worker.ask("step")
+            seconds[label].append(found["seconds"])
+            memory[label] = found["peak_gb"]
+    report(args, comparisons, seconds, {label: worker.reference_s for label, worker in workers.items()}, memory)
 
 
 def report(
@@ -321,8 +335,8 @@ def report(
                 "useful_tokens_per_s": useful / median,
                 "slowest_over_fastest_round": max(seconds[name]) / min(seconds[name]),
                 "times_trl": medians[best] / median if best else None,
-                "memory_gb": memory.get(name),
-                "memory_over_trl": memory[name] / memory[best] if best and memory else None,
+                "memory_gb": memory[name],
+                "memory_over_trl": memory[name] / memory[best] if best else None,
                 "reference_in_steps": references[name] / median,
             }
         )
@@ -331,7 +345,7 @@ def report(
     for r in rows:
         cells = [f"{r['comparisons_per_s']:.3f}", f"{r['useful_tokens_per_s']:.0f}"]
         cells += ["-" if r["times_trl"] is None else f"{r['times_trl']:.2f}"]
-        cells += ["-" if r["memory_gb"] is None else f"{r['memory_gb']:.2f}"]
+        cells += [f"{r['memory_gb']:.2f}"]
         cells += ["-" if r["memory_over_trl"] is None else f"{r['memory_over_trl']:.2f}"]
         print(f"| {r['arm']} | " + " | ".join([*cells, f"{r['reference_in_steps']:.2f}"]) + " |")
     if args.out:

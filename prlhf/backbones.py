@@ -10,7 +10,7 @@ import logging
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -67,7 +67,7 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states (R, T, D), after the final norm: what the head reads.
 
-    mask: boolean (R, 1, T, S), True where a query sees a key; S counts the cached positions too.
+    mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it; S counts the cached positions too.
     """
     output = model.base_model(
         inputs_embeds=embeddings_RTD,
@@ -86,6 +86,14 @@ def attention_mask(batch: PreferenceBatch) -> Tensor | BlockMask:
     return tree_block_mask(batch)
 
 
+def takes_flex_attention(model: PreTrainedModel) -> bool:
+    """Whether FlexAttention computes this model's attention: heads of 16 or more, and no dropout in it."""
+    config = model.config
+    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    return heads >= 16 and dropout == 0.0
+
+
 def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
     """`tree_mask` as FlexAttention's blocks of 128 x 128 positions."""
     trees_RT, segments_RT = batch.trees_RT, batch.segments_RT
@@ -99,7 +107,14 @@ def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
     return create_block_mask(sees, R, None, T, T, device=device, _compile=device.type == "cuda")
 
 
-def _tree_attention(attention, query: Tensor, key: Tensor, value: Tensor, attention_mask, **options):
+def _tree_attention(
+    attention: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
     """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention."""
     flexible = isinstance(attention_mask, BlockMask)
     forward = flex_attention_forward if flexible else sdpa_attention_forward
@@ -109,7 +124,9 @@ def _tree_attention(attention, query: Tensor, key: Tensor, value: Tensor, attent
 AttentionInterface.register("trees", _tree_attention)
 
 
-def _gptj_attention(attention, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None):
+def _gptj_attention(
+    attention: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask
+) -> tuple[Tensor, None]:
     """GPTJAttention._attn, softmax(Q K^T / sqrt(d) + mask) V, by the same two; heads (R, H, T, d) in and out."""
     options = {"dropout": attention.attn_dropout.p if attention.training else 0.0}
     query, key = query.to(value.dtype), key.to(value.dtype)

@@ -8,8 +8,8 @@ and the position ids of each go on from the prefix. The user vectors e_u are not
 free. A response that is in several comparisons of a batch, read by the same user, is there once; what does not depend
 on the user at all (the reference, and the aggregators behind the backbone) is there once for all users.
 
-Layouts: "tree" has one tree a row; "packed" all trees in one row, without padding; "rows" one response a row and nothing
-shared, which is the plain and readable reference of both.
+Layouts: "tree" has one tree a row; "packed" all trees in one row, without padding; "rows" one reading a row with the prompt
+before each, which is the plain and readable reference of both.
 
 Shape suffixes: B comparisons, M readings (a response as one user reads it), S trees, R rows, T positions in a row,
 N response tokens, U user vectors, D width.
@@ -27,8 +27,11 @@ from prlhf.encoding import EncodedComparison
 
 PREFIX = 0  # the segment that all of a tree sees
 TREE_TOKENS = 256  # a tree takes further responses up to this length, or that of the longest comparison
+READERS = (
+    16  # comparisons per tree, on average, that a forward pass may take: what is behind the backbone is each one's own
+)
 PACK_MULTIPLE = 128  # a packed row's length: FlexAttention works in blocks of this size
-SHAPES = ("_RT", "_R", "_N", "_M", "_B", "_B2", "_S", "_SU")
+SHAPES = ("_RT", "_N", "_M", "_B", "_B2", "_S", "_SU")
 
 
 class Reading(NamedTuple):
@@ -233,7 +236,7 @@ def length_bucketed_updates(
 def micro_batches(trees: Sequence[Hashable], lengths: Sequence[int], size: int) -> list[list[int]]:
     """Cut the indices of `trees` into groups with at most `size` different trees each, of similar length.
 
-    The longest come first (memory peaks at once); equal trees stay together.
+    The longest come first (memory peaks at once); equal trees stay together, up to READERS * size of them.
     """
     first: dict[Hashable, int] = {}
     for i, tree in enumerate(trees):
@@ -241,7 +244,8 @@ def micro_batches(trees: Sequence[Hashable], lengths: Sequence[int], size: int) 
     groups: list[list[int]] = []
     inside: set[Hashable] = set()
     for i in sorted(range(len(trees)), key=lambda i: (-lengths[i], first[trees[i]], i)):
-        if not groups or (trees[i] not in inside and len(inside) == size):
+        full = len(groups[-1]) == READERS * size if groups else True
+        if full or (trees[i] not in inside and len(inside) == size):
             groups.append([])
             inside = set()
         groups[-1].append(i)

@@ -67,9 +67,7 @@ def score_users(
     # In one go, so that what does not depend on the reader is shared: everything as user 0, then known users' own.
     rows = [*range(len(users)), *(i for _ in readers for i in known)]
     as_users = [0] * len(users) + [as_users[i] for as_users in readers for i in known]
-    scored = score(
-        model, [comparisons[i] for i in rows], as_users, config.evaluate.batch_size, config.model, title="evaluation"
-    )
+    scored = score(model, [comparisons[i] for i in rows], as_users, config.evaluate.batch_size, title="evaluation")
     generic = type(scored)(*(t[: len(users)] for t in scored))
     rows_K = torch.tensor(known, dtype=torch.long)
 

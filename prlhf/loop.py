@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from prlhf import checkpoint
 from prlhf.batching import length_bucketed_updates, micro_batches, pair_of
@@ -77,18 +78,23 @@ def accumulate_gradients(
     if not model.backbone_reads_users:
         plan = [[item for branch in plan for item in branch]]  # one backbone pass serves both branches and all users
 
+    losses: list[Tensor] = []
+    margins: list[tuple[Sequence[str], Tensor]] = []
     for items in plan:
         of_items = [comparisons[item.index] for item in items]
         trees = tree_keys(model, of_items, [item.user for item in items])
         for part in micro_batches(trees, [c.length for c in of_items], config.optim.micro_batch_size):
             indices, names, users, weights = zip(*(items[i] for i in part))
-            outputs = model(model.collate([comparisons[i] for i in indices], users, config.model))
+            outputs = model(model.collate([comparisons[i] for i in indices], users))
             part_reference = select(reference, indices, model.device)
             losses_B = preference_loss(config.loss, outputs, part_reference)
             loss = (torch.tensor(weights, dtype=torch.float64).to(losses_B) * losses_B).sum() / len(update)
             loss.backward()
-            sums.loss += loss.item()
-            sums.add_margins(names, reward_margin(config.loss, outputs, part_reference).detach())
+            losses.append(loss.detach())
+            margins.append((names, reward_margin(config.loss, outputs, part_reference).detach()))
+    sums.loss = torch.stack(losses).sum().item()  # read here, once: a GPU need not wait for it in between
+    for names, margins_B in margins:
+        sums.add_margins(names, margins_B)
     return sums
 
 
@@ -130,7 +136,7 @@ def make_optimizer(config: Config, model: PersonalizedModel) -> torch.optim.Adam
         },
     ]
     betas = (config.optim.beta1, config.optim.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.optim.lr, betas=betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.optim.lr, betas=betas, fused=True)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The personalised models: backbone + user model + aggregator, from a batch of comparisons to what the loss takes.
 
 PersonalizedLM, pi_P(y | x, u) (paper, section 4.2). The soft-prompt aggregator puts e_u = f_im(u_p) before the
-prompt's embeddings (after BOS); the linear one computes h' = W [h; e_u] + b and lets the head read h'. With users=None
-the model is the reference pi_SFT: no e_u, no aggregator, adapters off.
+prompt's embeddings (after BOS); the linear one computes h' = W [h; e_u] + b and lets the head read h'. Within
+`as_reference`, on a batch without users, it is the reference pi_SFT: no e_u, no aggregator, adapters off.
 
 PersonalizedRewardModel, r_P(x, y, u), reads the last hidden state h of the response's last token (EOS). Soft prompt:
 r = v . h, and the backbone has seen e_u; linear head: r = e_u . h, and the backbone knows nothing of the user.
@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ from prlhf.backbones import (
     load_backbone,
     lora_targets,
     prepare_blocks,
+    takes_flex_attention,
 )
 from prlhf.batching import Layout, PreferenceBatch, Reading, collate, lay_out
 from prlhf.config import Config, ModelConfig
@@ -62,8 +64,11 @@ class LinearAggregator(nn.Module):
 class PersonalizedModel(nn.Module):
     """What the models share: a backbone that may read user vectors before the prompt."""
 
-    def __init__(self, backbone: PreTrainedModel, user_model: nn.Module, users: int, user_slot: int):
+    def __init__(
+        self, backbone: PreTrainedModel, user_model: nn.Module, users: int, user_slot: int, config: ModelConfig
+    ):
         super().__init__()
+        self.config = config  # how it computes: layout, sharing, log-probs
         self.users = users  # known ones, numbered 1..users
         self.user_slot = user_slot  # where in a tree the user vectors go: behind BOS, or 0
         self.backbone = backbone
@@ -93,22 +98,22 @@ class PersonalizedModel(nn.Module):
         longest = max(len(c.prefix) + max(len(c.chosen), len(c.rejected)) for c in comparisons)
         check_positions(self.backbone, longest + self.vectors)
 
-    def layout(self, kind: str, share: bool = True) -> Layout:
-        """How this model wants readings laid out; kind "auto" is packed on a GPU and tree elsewhere."""
+    @property
+    def layout(self) -> Layout:
+        """How readings are laid out for this model; "auto" is packed on a GPU that takes it, and tree elsewhere."""
+        kind = self.config.layout
         if kind == "auto":
-            kind = "packed" if self.device.type == "cuda" else "tree"
-        return Layout(kind, self.vectors, self.user_slot, share)
+            kind = "packed" if self.device.type == "cuda" and takes_flex_attention(self.backbone) else "tree"
+        return Layout(kind, self.vectors, self.user_slot, self.config.share_trees)
 
-    def collate(
-        self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None, config: ModelConfig = ModelConfig()
-    ) -> PreferenceBatch:
+    def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
         """Comparisons, each as one of `users` reads it, as the batch that `forward` takes; None: for the reference."""
-        layout = self.layout(config.layout, config.share_trees)
-        if users is None:
-            layout = layout._replace(vectors=0)
+        layout = self.layout if users is not None else self.layout._replace(vectors=0)
         return collate(comparisons, users, layout).to(self.device)
 
-    def states(self, embeddings_RTD: Tensor, mask: Tensor, positions_RT: Tensor, cache: Cache | None = None) -> Tensor:
+    def states(
+        self, embeddings_RTD: Tensor, mask: Tensor | BlockMask, positions_RT: Tensor, cache: Cache | None = None
+    ) -> Tensor:
         """The backbone's last hidden states (R, T, D)."""
         return hidden_states(self.backbone, embeddings_RTD, mask, positions_RT, cache)
 
@@ -135,11 +140,10 @@ class PersonalizedLM(PersonalizedModel):
         aggregator: LinearAggregator | None,
         users: int,
         user_slot: int,
-        log_probs_impl: str | None = None,
+        config: ModelConfig,
     ):
-        super().__init__(backbone, user_model, users, user_slot)
+        super().__init__(backbone, user_model, users, user_slot, config)
         self.aggregator = aggregator  # None: soft prompt
-        self.log_probs_impl = log_probs_impl
 
     @property
     def backbone_reads_users(self) -> bool:
@@ -169,7 +173,7 @@ class PersonalizedLM(PersonalizedModel):
             user_NUD = self.user_model(batch.users_M)[batch.reading_N]
         weight_VD, bias_V = head(self.backbone)
         read_ND = self.read_out(hidden_ND, user_NUD)
-        token_log_probs_N = log_probs(read_ND, weight_VD, bias_V, batch.targets_N, self.log_probs_impl)
+        token_log_probs_N = log_probs(read_ND, weight_VD, bias_V, batch.targets_N, self.config.log_probs)
         return sum_by_response(token_log_probs_N, batch)
 
     @contextlib.contextmanager
@@ -198,11 +202,11 @@ class PersonalizedRewardModel(PersonalizedModel):
         value_head: nn.Linear | None,
         users: int,
         user_slot: int,
-        frozen: bool = False,
+        config: ModelConfig,
     ):
-        super().__init__(backbone, user_model, users, user_slot)
+        super().__init__(backbone, user_model, users, user_slot, config)
         self.value_head = value_head  # None: linear head, e_u itself
-        self.keeps_states = frozen and value_head is None
+        self.keeps_states = config.frozen and value_head is None
         self.known_states: dict[Reading, Tensor] = {}  # by user 0, as no user changes them
 
     @property
@@ -222,7 +226,7 @@ class PersonalizedRewardModel(PersonalizedModel):
         self.eval()
         parts = []
         for start in tqdm(range(0, len(readings), batch_size), desc="hidden states", leave=False, disable=None):
-            batch = lay_out(readings[start : start + batch_size], self.layout("auto")).to(self.device)
+            batch = lay_out(readings[start : start + batch_size], self.layout).to(self.device)
             parts.append(self.states_at(batch, batch.last_at_M).cpu())
         self.train(training)
         return torch.cat(parts)
@@ -254,7 +258,7 @@ class PersonalizedRewardModel(PersonalizedModel):
     def rewards(self, readings: Sequence[Reading]) -> Tensor:
         """r_P(x, y, u) of single responses, (M,)."""
         check_positions(self.backbone, max(len(r.prefix) + len(r.response) for r in readings) + self.vectors)
-        return self.read_rewards(lay_out(readings, self.layout("auto")).to(self.device))
+        return self.read_rewards(lay_out(readings, self.layout).to(self.device))
 
 
 class PairwisePreferenceModel(PersonalizedModel):
@@ -264,9 +268,15 @@ class PairwisePreferenceModel(PersonalizedModel):
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, user_model: nn.Module, question: PairQuestion, users: int, user_slot: int
+        self,
+        backbone: PreTrainedModel,
+        user_model: nn.Module,
+        question: PairQuestion,
+        users: int,
+        user_slot: int,
+        config: ModelConfig,
     ):
-        super().__init__(backbone, user_model, users, user_slot)
+        super().__init__(backbone, user_model, users, user_slot, config)
         self.answers = [question.answer_a, question.answer_b]
 
     def forward(self, batch: PreferenceBatch) -> Answers:
@@ -311,11 +321,11 @@ def build_model(
     prepare_blocks(backbone, config.model)
     slot = len(bos_ids(tokenizer))
     if config.method == "pairwise":
-        return PairwisePreferenceModel(backbone, user_model, pair_question(tokenizer), users, slot)
+        return PairwisePreferenceModel(backbone, user_model, pair_question(tokenizer), users, slot, config.model)
     if config.method == "prm":
         value_head = None if linear else nn.Linear(width, 1, bias=False, dtype=dtype)
         if value_head is not None:
             nn.init.zeros_(value_head.weight)  # every reward starts at 0
-        return PersonalizedRewardModel(backbone, user_model, value_head, users, slot, config.model.frozen)
+        return PersonalizedRewardModel(backbone, user_model, value_head, users, slot, config.model)
     aggregator = LinearAggregator(width, config.user_model.tokens, dtype) if linear else None
-    return PersonalizedLM(backbone, user_model, aggregator, users, slot, config.model.log_probs)
+    return PersonalizedLM(backbone, user_model, aggregator, users, slot, config.model)

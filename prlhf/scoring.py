@@ -6,7 +6,6 @@ import torch
 from tqdm import tqdm
 
 from prlhf.batching import micro_batches, pair_of
-from prlhf.config import ModelConfig
 from prlhf.encoding import EncodedComparison
 from prlhf.losses import Outputs, ResponseLogProbs
 from prlhf.personalized import PersonalizedModel
@@ -17,13 +16,12 @@ def score(
     comparisons: Sequence[EncodedComparison],
     users: Sequence[int] | None,
     batch_size: int,
-    config: ModelConfig = ModelConfig(),
     title: str | None = None,
 ) -> Outputs:
     """log p(y|x, u), or r(x, y, u), of both responses of each comparison, on the CPU in the comparisons' order.
 
-    users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix. Nothing is computed
-    twice within a batch of at most `batch_size` trees, nor, as equal trees stay together, mostly not at all.
+    users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix. batch_size: trees per
+    forward pass; equal ones are computed once, and are kept together.
     """
     model.check_lengths(comparisons)
     outputs: list[Outputs] = []
@@ -37,9 +35,9 @@ def score(
             chosen = [comparisons[i] for i in indices]
             if users is None:
                 with model.as_reference():
-                    scored = model(model.collate(chosen, None, config))
+                    scored = model(model.collate(chosen, None))
             else:
-                scored = model(model.collate(chosen, [users[i] for i in indices], config))
+                scored = model(model.collate(chosen, [users[i] for i in indices]))
             outputs.append(type(scored)(*(t.cpu() for t in scored)))
             order += indices
             bar.update(len(indices))

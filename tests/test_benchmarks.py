@@ -32,7 +32,7 @@ def model(tmp_path):
 def test_step_prints_a_table_and_writes_json(model, tmp_path):
     out = tmp_path / "step.json"
     arms = ("--arms", "prlhf", "prlhf pdpo", "rows")
-    table = run("step.py", "--model", model, "--comparisons", 2, "--rounds", 2, "--no-memory", "--out", out, *arms)
+    table = run("step.py", "--model", model, "--comparisons", 2, "--rounds", 2, "--out", out, *arms)
     assert [row["arm"] for row in json.loads(out.read_text())["rows"]] == ["prlhf", "prlhf pdpo", "rows"]
     assert "| prlhf pdpo | " in table
 

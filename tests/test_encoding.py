@@ -156,3 +156,5 @@ def test_micro_batches_put_the_longest_first_and_equal_trees_together():
     assert micro_batches(trees, lengths, 2) == [[2, 0, 3], [4, 1, 5]]
     assert micro_batches(trees, lengths, 1) == [[2], [0, 3], [4], [1, 5]]
     assert micro_batches(trees, lengths, 9) == [[2, 0, 3, 4, 1, 5]]
+    votes = micro_batches(["a"] * 40 + ["b"] * 2, [1] * 42, 2)  # no more than 16 comparisons a tree, on average
+    assert [len(part) for part in votes] == [32, 10]

@@ -15,7 +15,6 @@ from helpers import (
 )
 
 from prlhf.batching import Reading, lay_out
-from prlhf.config import ModelConfig
 from prlhf.data import Comparison, UserIndex
 from prlhf.encoding import Encoder, EncodingReport, pair_question
 from prlhf.evaluation import score_users
@@ -56,11 +55,11 @@ def plain_state(backbone, model, prefix, response, user_UD):
 @pytest.mark.parametrize("kind", ["uniform", "individual", "cluster"])
 @pytest.mark.parametrize("layout", ["tree", "packed", "rows"])
 def test_soft_prompt_reward_is_the_head_on_the_last_token(family, kind, layout):
-    config = tiny_config(*SOFT, f"user_model.kind={kind}", family=family)
+    config = tiny_config(*SOFT, f"user_model.kind={kind}", f"model.layout={layout}", family=family)
     model, plain = moved(config)
     comparisons = random_comparisons(6, user_text=True)
     users = [c.user for c in comparisons]
-    found = score(model, comparisons, users, batch_size=4, config=ModelConfig(layout=layout))
+    found = score(model, comparisons, users, batch_size=4)
     e_BUD = model.user_model(torch.tensor(users))
     for i, c in enumerate(comparisons):
         for response, reward in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
@@ -96,7 +95,7 @@ def test_responses_to_one_prompt_share_rows_and_see_only_the_prompt():
     model, plain = moved(config)
     prefixes = ((1, 5, 6), (1, 7))
     readings = [Reading(i % 3, prefixes[i % 2], tuple(range(10 + i, 12 + i + i % 4))) for i in range(9)]
-    batch = lay_out(readings, model.layout("tree"), tree_tokens=12)
+    batch = lay_out(readings, model.layout, tree_tokens=12)
     assert batch.input_ids_RT.shape[0] < 9 and batch.input_ids_RT.shape[1] <= 12
     states_MD = model.states_at(batch, batch.last_at_M)
     for (_, prefix, response), state in zip(readings, states_MD):
@@ -126,11 +125,11 @@ def test_the_gradient_is_that_of_plain_branch_losses(base):
     found = accumulate_gradients(config, model, comparisons, None, list(range(len(comparisons))))
     found_grad = gradients(model)
 
-    model = tiny_model(config, noise=0.05)
+    model = tiny_model(tiny_config(*base, "model.layout=rows"), noise=0.05)
     total = 0.0
     for c in comparisons:
         for user, weight in ((c.user, 0.3), (0, 0.7)):
-            r = model(model.collate([c], [user], ModelConfig(layout="rows")))
+            r = model(model.collate([c], [user]))
             z = torch.stack([r.y1_first, r.y1_second]) if base == PAIRWISE else r.chosen - r.rejected
             loss = -(0.9 * torch.log(torch.sigmoid(z)) + 0.1 * torch.log(torch.sigmoid(-z))).mean() / len(comparisons)
             (weight * loss).backward()

@@ -14,11 +14,10 @@ from helpers import (
     tiny_config,
     tiny_model,
 )
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from prlhf.backbones import random_backbone, tree_block_mask, use_tree_attention
-from prlhf.batching import PREFIX, Layout, collate, tree_mask
-from prlhf.config import ModelConfig
+from prlhf.batching import PACK_MULTIPLE, PREFIX, Layout, collate, tree_mask
 from prlhf.losses import log_ratio_margin, sigmoid_loss
 from prlhf.personalized import build_model
 
@@ -27,14 +26,14 @@ def loss_of(policy, reference):
     return sigmoid_loss(log_ratio_margin(policy, reference), 0.3).mean()
 
 
-def batch_of(model, comparisons, config=ModelConfig()):
-    return model.collate(comparisons, [c.user for c in comparisons], config)
+def batch_of(model, comparisons):
+    return model.collate(comparisons, [c.user for c in comparisons])
 
 
-def layout_loss(model, comparisons, config):
+def layout_loss(model, comparisons):
     with model.as_reference():
-        reference = model(model.collate(comparisons, None, config))
-    return loss_of(model(batch_of(model, comparisons, config)), reference)
+        reference = model(model.collate(comparisons, None))
+    return loss_of(model(batch_of(model, comparisons)), reference)
 
 
 def plain_loss(backbone, model, comparisons):
@@ -64,7 +63,7 @@ def test_all_layouts_and_plain_sequences_agree(family, user_text, checkpointing)
         keys = (f"model.layout={layout}", f"model.share_trees={share}", *checkpointing)
         config = tiny_config(*keys, family=family)
         model = tiny_model(config).train()
-        loss = layout_loss(model, comparisons, config.model)
+        loss = layout_loss(model, comparisons)
         loss.backward()
         results[layout, share] = (loss.item(), gradients(model))
 
@@ -109,16 +108,31 @@ def test_tree_mask_by_hand():
 
 
 def test_the_block_mask_is_the_dense_mask():
-    """FlexAttention's mask function, position by position, and its attention in a forward pass, on packed trees."""
-    model = tiny_model(tiny_config())
-    comparisons = random_comparisons(7)
-    batch = batch_of(model, comparisons, ModelConfig(layout="packed"))
+    """Position by position, and in what FlexAttention computes with its blocks (forward: on a CPU it has no backward)."""
+    batch = batch_of(tiny_model(tiny_config("model.layout=packed")), random_comparisons(40))
     dense, blocks = tree_mask(batch.trees_RT, batch.segments_RT), tree_block_mask(batch)
     T = dense.shape[-1]
-    found = blocks.mask_mod(torch.tensor(0), torch.tensor(0), torch.arange(T)[:, None], torch.arange(T)[None])
-    assert torch.equal(found, dense[0, 0])
-    computed = create_mask(blocks.mask_mod, 1, 1, T, T, device="cpu")
-    assert torch.equal(computed, dense)
+    assert T > 2 * PACK_MULTIPLE and blocks.sparsity() > 0  # some blocks are left out
+    assert torch.equal(create_mask(blocks.mask_mod, 1, 1, T, T, device="cpu"), dense)
+    q, k, v = torch.randn(3, 1, 2, T, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = flex_attention(q, k, v, block_mask=blocks)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+    assert (found - expected).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a GPU")
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_packed_rows_on_a_gpu_are_trees(family):
+    comparisons, results = random_comparisons(40), []
+    for layout in ("packed", "tree"):
+        keys = (f"model.layout={layout}", "model.width=64", "model.log_probs=chunked")
+        model = build_model(tiny_config(*keys, family=family), TOKENIZER, 4).cuda()
+        model.user_slot = 1
+        out = model(batch_of(model, comparisons))
+        (out.chosen - out.rejected).sum().backward()
+        results.append([out.chosen, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for packed, tree in zip(*results):
+        assert torch.allclose(packed, tree, rtol=1e-3, atol=1e-3 * tree.abs().max().item())
 
 
 def test_a_tree_by_hand():
