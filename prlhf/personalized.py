@@ -170,7 +170,7 @@ class PersonalizedLM(PersonalizedModel):
         hidden_ND = self.states_at(batch, batch.predicted_at_N)
         user_NUD = None
         if self.aggregator is not None and batch.users_M is not None:
-            user_NUD = self.user_model(batch.users_M)[batch.reading_N]
+            user_NUD = self.user_model(batch.users_M).index_select(0, batch.reading_N)
         weight_VD, bias_V = head(self.backbone)
         read_ND = self.read_out(hidden_ND, user_NUD)
         token_log_probs_N = log_probs(read_ND, weight_VD, bias_V, batch.targets_N, self.config.log_probs)
@@ -252,7 +252,7 @@ class PersonalizedRewardModel(PersonalizedModel):
 
     def forward(self, batch: PreferenceBatch) -> Rewards:
         """r_P(x, y, u) of both responses of each comparison."""
-        rewards_B2 = self.read_rewards(batch)[batch.chosen_rejected_B2]
+        rewards_B2 = of_comparisons(self.read_rewards(batch), batch)
         return Rewards(rewards_B2[:, 0], rewards_B2[:, 1], batch.margin_B.to(rewards_B2))
 
     def rewards(self, readings: Sequence[Reading]) -> Tensor:
@@ -287,16 +287,24 @@ class PairwisePreferenceModel(PersonalizedModel):
         bias_2 = None if bias_V is None else bias_V[self.answers].to(dtype)
         logits_M2 = nn.functional.linear(hidden_MD.to(dtype), weight_VD[self.answers].to(dtype), bias_2)
         # y1 is A in the first order, B in the second.
-        a_over_b_B2 = (logits_M2[:, 0] - logits_M2[:, 1])[batch.chosen_rejected_B2]
+        a_over_b_B2 = of_comparisons(logits_M2[:, 0] - logits_M2[:, 1], batch)
         return Answers(a_over_b_B2[:, 0], -a_over_b_B2[:, 1], batch.margin_B.to(a_over_b_B2))
+
+
+def of_comparisons(values_M: Tensor, batch: PreferenceBatch) -> Tensor:
+    """Each comparison's two of the readings' values, (B, 2).
+
+    Not by indexing, whose backward pass adds up equal indices in any order: resuming must be exact.
+    """
+    return values_M.index_select(0, batch.chosen_rejected_B2.flatten()).view(-1, 2)
 
 
 def sum_by_response(token_log_probs_N: Tensor, batch: PreferenceBatch) -> ResponseLogProbs:
     """log p(y|x) = sum of its tokens' log-probs, for both responses of every comparison."""
     zeros_M = token_log_probs_N.new_zeros(len(batch.readings))
-    sums_B2 = zeros_M.index_add(0, batch.reading_N, token_log_probs_N)[batch.chosen_rejected_B2]
+    sums_B2 = of_comparisons(zeros_M.index_add(0, batch.reading_N, token_log_probs_N), batch)
     ones_N = torch.ones_like(token_log_probs_N.detach())
-    lengths_B2 = zeros_M.index_add(0, batch.reading_N, ones_N)[batch.chosen_rejected_B2]
+    lengths_B2 = of_comparisons(zeros_M.index_add(0, batch.reading_N, ones_N), batch)
     return ResponseLogProbs(sums_B2[:, 0], sums_B2[:, 1], lengths_B2[:, 0], lengths_B2[:, 1])
 
 
