@@ -136,7 +136,7 @@ def make_optimizer(config: Config, model: PersonalizedModel) -> torch.optim.Adam
         },
     ]
     betas = (config.optim.beta1, config.optim.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.optim.lr, betas=betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.optim.lr, betas=betas, fused=True)
 
 
 @dataclass
