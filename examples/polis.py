@@ -5,8 +5,8 @@
 Trains a vanilla reward model, individual users, and 5 and 10 clusters with both values of alpha, for every seed, by
 train.py; evaluates each on the three held-out files by evaluate.py; and compares them by prlhf.compare. The same command
 again goes on where it stopped. --set reaches every run: `model.frozen=true lora.rank=0` is the frozen-backbone table,
-`user_model.aggregator=soft_prompt user_model.tokens=4 user_model.init=vocabulary` the other aggregator. --voters N keeps the first N known voters and the first N unknown ones, for
-a machine on which all of them take too long.
+`user_model.aggregator=soft_prompt user_model.tokens=4 user_model.init=vocabulary` the other aggregator. --voters N keeps
+the first N known voters and the first N unknown ones, for a machine on which all of them take too long.
 """
 
 import argparse

@@ -34,7 +34,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
-from prlhf.batching import PREFIX, PreferenceBatch, tree_mask
+from prlhf.batching import PreferenceBatch, sees, tree_mask
 from prlhf.config import ModelConfig
 from prlhf.errors import UserError
 
@@ -98,13 +98,11 @@ def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
     """`tree_mask` as FlexAttention's blocks of 128 x 128 positions."""
     trees_RT, segments_RT = batch.trees_RT, batch.segments_RT
 
-    def sees(r: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        key_segment = segments_RT[r, key]
-        of_the_response = (key_segment == PREFIX) | (key_segment == segments_RT[r, query])
-        return (key <= query) & (trees_RT[r, key] == trees_RT[r, query]) & of_the_response
+    def mask(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(trees_RT, segments_RT, row, query, key)
 
     (R, T), device = trees_RT.shape, trees_RT.device
-    return create_block_mask(sees, R, None, T, T, device=device, _compile=device.type == "cuda")
+    return create_block_mask(mask, R, None, T, T, device=device, _compile=device.type == "cuda")
 
 
 def _tree_attention(

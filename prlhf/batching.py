@@ -191,16 +191,22 @@ def lay_out(
     )
 
 
-def tree_mask(trees_RT: Tensor, segments_RT: Tensor) -> Tensor:
-    """Which key each query sees, (R, 1, T, T) boolean: what came before in its tree, of the prefix or its own response.
+def sees(trees_RT: Tensor, segments_RT: Tensor, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Whether position `query` of a row sees position `key`: it came before in its tree, in the prefix or its response.
 
-    Padding is a tree of its own, so that no softmax is empty.
+    row, query and key are indices of one shape, or of shapes that broadcast. Padding is a tree of its own, so that no
+    softmax is empty.
     """
-    T = segments_RT.shape[1]
-    earlier_TT = torch.ones(T, T, dtype=torch.bool, device=segments_RT.device).tril()
-    same_tree = trees_RT[:, :, None] == trees_RT[:, None, :]
-    query, key = segments_RT[:, :, None], segments_RT[:, None, :]
-    return (earlier_TT & same_tree & ((key == PREFIX) | (key == query)))[:, None]
+    key_segment = segments_RT[row, key]
+    of_the_response = (key_segment == PREFIX) | (key_segment == segments_RT[row, query])
+    return (key <= query) & (trees_RT[row, key] == trees_RT[row, query]) & of_the_response
+
+
+def tree_mask(trees_RT: Tensor, segments_RT: Tensor) -> Tensor:
+    """What each query `sees`, (R, 1, T, T) boolean."""
+    (R, T), device = trees_RT.shape, trees_RT.device
+    row, at = torch.arange(R, device=device)[:, None, None], torch.arange(T, device=device)
+    return sees(trees_RT, segments_RT, row, at[:, None], at)[:, None]
 
 
 def pair_of(comparison: EncodedComparison) -> Hashable:

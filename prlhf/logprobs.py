@@ -12,13 +12,15 @@ multiplies the slope by the incoming gradient. The head's own gradient, where it
     d L / d W = sum_n g_n (onehot(t_n) - s_n)^T h_n,   g_n = dL / d log_p(n)
 
 (The usual order, forward and then recomputing backward, takes three matrix products for the hidden states' gradient; this
-takes two, as long as the slopes, which are as large as the hidden states, find room.) Shape suffixes: N positions, D width, V vocabulary, C positions of a chunk.
+takes two, as long as the slopes, which are as large as the hidden states, find room.)
+
+Shape suffixes: N positions, D width, V vocabulary, C positions of a chunk.
 """
 
 import importlib
 import importlib.util
 import os
-from types import ModuleType
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,10 +31,8 @@ from prlhf.errors import UserError
 IMPLEMENTATIONS = ("torch", "chunked", "triton")
 IGNORED = -100  # a target that counts nothing: its log-prob and gradient are 0
 CHUNK_LOGITS = 2**24  # logits in memory at once, for `chunked`: 64 MB in float32; fewer are slower on a CPU
-KEPT_SLOPES = (
-    2**22
-)  # elements of the slopes kept for the backward pass (16 MB); those of further positions are computed
-RECOMPUTED = 1024  # again there, so many positions at a time
+KEPT_SLOPES = 2**22  # elements of the slopes kept for the backward pass: 16 MB in float32
+RECOMPUTED = 1024  # positions whose slopes are computed at a time in the backward pass, beyond those kept
 
 
 def log_probs(
@@ -95,7 +95,7 @@ class HeadGradients(NamedTuple):
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, slope: bool, impl: str) -> Tensor:
-        one_pass = _triton().one_pass if impl == "triton" else chunked_pass
+        one_pass, _ = _passes(impl)
         kept = min(len(hidden_ND), KEPT_SLOPES // hidden_ND.shape[1]) if slope else 0
         parts, slope_KD = [], None
         if kept:
@@ -113,8 +113,7 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx, grad_N: Tensor):
         *inputs, max_N, sum_N, slope_KD = ctx.saved_tensors
         hidden_ND, weight_VD, bias_V, targets_N = inputs
-        one_pass = _triton().one_pass if ctx.impl == "triton" else chunked_pass
-        head_gradients = _triton().head_gradients if ctx.impl == "triton" else chunked_head_gradients
+        one_pass, head_gradients = _passes(ctx.impl)
         hidden_grad_ND, head_grad = None, HeadGradients(None, None)
         if ctx.needs_input_grad[0]:
             hidden_grad_ND, kept = torch.empty_like(hidden_ND), 0 if slope_KD is None else len(slope_KD)
@@ -129,9 +128,15 @@ class _LogProbs(torch.autograd.Function):
         return hidden_grad_ND, head_grad.weight_VD, head_grad.bias_V, None, None, None
 
 
-def _triton() -> ModuleType:
-    """The Triton kernels, imported where they are used: Triton comes with torch for GPUs alone."""
-    return importlib.import_module("prlhf.logprobs_triton")
+def _passes(impl: str) -> tuple[Callable[..., Pass], Callable[..., HeadGradients]]:
+    """The pass over the vocabulary and the head's gradients of an implementation.
+
+    Triton's are imported where they are used: Triton comes with torch for GPUs alone.
+    """
+    if impl == "chunked":
+        return chunked_pass, chunked_head_gradients
+    kernels = importlib.import_module("prlhf.logprobs_triton")
+    return kernels.one_pass, kernels.head_gradients
 
 
 def _readable(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """The GPU side of `logprobs`: Triton kernels around the vocabulary, two designs for two purposes.
 
-Values alone of half-precision inputs (reference, evaluation): one fused kernel. Each program multiplies a block of positions with blocks of the
-vocabulary and keeps the running maximum and sum of exponentials; no logit reaches memory. As the forward pass of
-cut cross-entropy (Wijmans et al. 2024, arXiv 2411.09009).
+Values alone of half-precision inputs (reference, evaluation): one fused kernel. Each program multiplies a block of
+positions with blocks of the vocabulary and keeps the running maximum and sum of exponentials; no logit reaches memory.
+As the forward pass of cut cross-entropy (Wijmans et al. 2024, arXiv 2411.09009).
 
-Values and slope (training), and float32, for which only the vendor's product is quick: the vendor's matrix product writes the logits of a tile of the vocabulary, small enough to
-stay in the L2 cache; a kernel turns them into unnormalised softmax weights, and the vendor's product takes their weighted
-sum of the rows of W. This is attention of the hidden states over the vocabulary, with keys and values W and FlashAttention's
-running maximum (Dao et al. 2022, arXiv 2205.14135), so the slope W[t] - softmax(z) W is done when the log-probs are.
+Values and slope (training), and float32, for which only the vendor's product is quick: the vendor's matrix product writes
+the logits of a tile of the vocabulary, small enough to stay in the L2 cache; a kernel turns them into unnormalised softmax
+weights, and the vendor's product takes their weighted sum of the rows of W. This is attention of the hidden states over
+the vocabulary, with keys and values W and FlashAttention's running maximum (Dao et al. 2022, arXiv 2205.14135), so the
+slope W[t] - softmax(z) W is done when the log-probs are.
 
 Nothing of size (N, V) exists. Shape suffixes as in `logprobs`; C positions of a chunk, S shares of the vocabulary.
 """
@@ -66,6 +67,16 @@ def _fused_values(
 
 
 @triton.jit
+def _tile_row(logits, bias, row, columns, first, width, HAS_BIAS: tl.constexpr):
+    """One row's tile of logits z with the bias of its part of the vocabulary; -inf beyond its width."""
+    inside = columns < width
+    z = tl.load(logits + row * width + columns, mask=inside, other=float("-inf"))
+    if HAS_BIAS:
+        z += tl.load(bias + first + columns, mask=inside, other=0.0).to(tl.float32)
+    return z
+
+
+@triton.jit
 def _softmax_step(
     logits, bias, targets, running_max, running_sum, target_logit, weighted_CD, first, width, D,
     HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -73,14 +84,11 @@ def _softmax_step(
     """One row's tile of logits z becomes exp(z - max), with the row's running maximum, sum and, WEIGHTED, weighted sum."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
-    inside = columns < width
-    z = tl.load(logits + row * width + columns, mask=inside, other=float("-inf"))
-    if HAS_BIAS:
-        z += tl.load(bias + first + columns, mask=inside, other=0.0).to(tl.float32)
+    z = _tile_row(logits, bias, row, columns, first, width, HAS_BIAS)
     old_max = tl.load(running_max + row)
     new_max = tl.maximum(old_max, tl.max(z, axis=0))
     exponentials = tl.exp(z - new_max)
-    tl.store(logits + row * width + columns, exponentials, mask=inside)
+    tl.store(logits + row * width + columns, exponentials, mask=columns < width)
     shrink = tl.exp(old_max - new_max)
     tl.store(running_sum + row, tl.load(running_sum + row) * shrink + tl.sum(exponentials, axis=0))
     tl.store(running_max + row, new_max)
@@ -101,14 +109,11 @@ def _logits_gradient(
     """One row's tile of logits z becomes dL/dz = g (onehot(target) - softmax(z))."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
-    inside = columns < width
-    z = tl.load(logits + row * width + columns, mask=inside, other=float("-inf"))
-    if HAS_BIAS:
-        z += tl.load(bias + first + columns, mask=inside, other=0.0).to(tl.float32)
+    z = _tile_row(logits, bias, row, columns, first, width, HAS_BIAS)
     onehot = tl.where(columns == tl.load(targets + row) - first, 1.0, 0.0)
     softmax = tl.exp(z - tl.load(maxima + row)) / tl.load(sums + row)
     gradient = tl.load(grad + row) * (onehot - softmax)
-    tl.store(logits + row * width + columns, gradient, mask=inside)
+    tl.store(logits + row * width + columns, gradient, mask=columns < width)
 
 
 def one_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, slope: bool) -> Pass:
@@ -178,17 +183,9 @@ def head_gradients(
         for hidden_CD, targets_C, max_C, sum_C, grad_C in chunks if len(hidden_ND) else ():
             logits_CT = _product(hidden_CD, tile_TD.T)
             _logits_gradient[(len(hidden_CD),)](
-                logits_CT,
-                bias_V,
-                targets_C,
-                max_C,
-                sum_C,
-                grad_C,
-                first,
-                len(tile_TD),
-                HAS_BIAS=bias_V is not None,
-                TILE=TILE,
-            )
+                logits_CT, bias_V, targets_C, max_C, sum_C, grad_C, first, len(tile_TD),
+                HAS_BIAS=bias_V is not None, TILE=TILE,
+            )  # fmt: skip
             _add_product(tile_grad_TD, logits_CT.to(hidden_CD.dtype).T, hidden_CD)
             tile_grad_T += logits_CT.sum(dim=0)
         weight_grad_VD[first : first + TILE] = tile_grad_TD

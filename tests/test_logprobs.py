@@ -1,5 +1,6 @@
 """The three implementations of log-probs against float64 and against torch as one would write it, at odd shapes."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -23,7 +24,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(logprobs, "KEPT_SLOPES", 800)
     monkeypatch.setattr(logprobs, "RECOMPUTED", 30)
     if find_spec("triton"):
-        kernels = logprobs._triton()
+        kernels = import_module("prlhf.logprobs_triton")
         for name, size in (("ROWS", 16), ("TILE", 512), ("BLOCK_N", 16), ("BLOCK_V", 64), ("BLOCK_D", 32)):
             monkeypatch.setattr(kernels, name, size)
 
