@@ -10,7 +10,7 @@ import sys
 from collections import defaultdict
 
 import torch
-from step import TRL, arguments, comparisons_of, made
+from step import arguments, comparisons_of, labels, made
 from torch.profiler import ProfilerActivity, profile
 
 from prlhf.errors import run_command
@@ -18,20 +18,12 @@ from prlhf.loop import keep_freed_memory
 
 KINDS = {
     "matrix products": (
-        "aten::mm",
-        "aten::addmm",
-        "aten::addmm_",
-        "aten::bmm",
-        "aten::linear",
-        "aten::baddbmm",
-        "gemm",
-        "nvjet",
-        "cutlass",
+        "aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear", "aten::baddbmm", "gemm", "nvjet", "cutlass",
     ),
     "attention": ("attention", "flex", "flash", "aten::_softmax"),
     "optimiser": ("_foreach", "_fused_adam", "Optimizer"),
     "copies and layout": ("aten::copy_", "aten::cat", "aten::contiguous", "aten::clone", "aten::index", "aten::fill_"),
-}
+}  # fmt: skip
 
 
 def kind(operation: str) -> str:
@@ -47,7 +39,7 @@ def main() -> None:
     keep_freed_memory()
     comparisons = comparisons_of(args)
     cuda = torch.cuda.is_available()
-    for name in [label for arm in args.arms for label in (TRL.labels(args) if arm == "trl" else [arm])]:
+    for name in labels(args):
         arm = made(name, args, comparisons)
         arm.step()
         with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:

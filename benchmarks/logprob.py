@@ -14,8 +14,9 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from prlhf.logprobs import log_probs
 from prlhf.loop import keep_freed_memory
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> (N,)
+Call = Callable[[], object]
 
 
 def full_logits(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -60,22 +62,31 @@ def implementations(cuda: bool) -> dict[str, LogProbs]:
     return found
 
 
-def training(function: LogProbs, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_N: Tensor) -> Tensor:
+class Inputs(NamedTuple):
+    """What log-probs are computed from, and the gradient that comes back."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    targets_N: Tensor
+    grad_N: Tensor
+
+
+def training(function: LogProbs, inputs: Inputs) -> Tensor:
     """Forward and backward; the hidden states' gradient."""
-    leaf_ND = hidden_ND.detach().requires_grad_()
-    log_p_N = function(leaf_ND, weight_VD, targets_N)
-    log_p_N.backward(grad_N.to(log_p_N.dtype))
+    leaf_ND = inputs.hidden_ND.detach().requires_grad_()
+    log_p_N = function(leaf_ND, inputs.weight_VD, inputs.targets_N)
+    log_p_N.backward(inputs.grad_N.to(log_p_N.dtype))
     return leaf_ND.grad
 
 
-def three_products(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, grad_N: Tensor) -> None:
+def three_products(inputs: Inputs) -> None:
     """The matrix products of a forward pass, a second one of the logits, and the hidden states' gradient."""
     for _ in range(2):
-        logits_NV = hidden_ND @ weight_VD.T
-    logits_NV @ weight_VD
+        logits_NV = inputs.hidden_ND @ inputs.weight_VD.T
+    logits_NV @ inputs.weight_VD
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function: Call) -> float:
     started = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -83,13 +94,60 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def extra_memory_mb(function: Callable[[], object]) -> float:
+def extra_memory_mb(function: Call) -> float:
     """Most memory allocated on the GPU by a call, beyond what was there before, in MB."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def checked(arms: dict[str, LogProbs], inputs: Inputs) -> dict[str, float]:
+    """Each arm's relative error against float64, on 64 positions; arms that do not run here are taken out of `arms`."""
+    hidden_ND, _, targets_N, grad_N = (t[:64] for t in inputs)
+    part = Inputs(hidden_ND, inputs.weight_VD, targets_N, grad_N)
+    truth = full_logits(hidden_ND.double(), inputs.weight_VD.double(), targets_N)
+    errors = {}
+    for name, function in list(arms.items()):
+        try:
+            with torch.no_grad():
+                found = function(hidden_ND, inputs.weight_VD, targets_N).double()
+            training(function, part)
+        except Exception as error:  # another project's kernel on a machine that it does not run on
+            if name.startswith(("prlhf", "full")):
+                raise
+            print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            del arms[name]
+            continue
+        errors[name] = ((found - truth).norm() / truth.norm()).item()
+        if errors[name] > 1e-2:
+            raise SystemExit(f"{name}: relative error {errors[name]:.1e} against float64: not the same function")
+    return errors
+
+
+def measured(calls: dict[str, tuple[Call, Call]], rounds: int) -> dict[str, list[list[float]]]:
+    """Seconds of each arm's forward pass and of its training, by round; the arms take turns, after one to warm up."""
+    times: dict[str, list[list[float]]] = {name: [[], []] for name in calls}
+    for number in range(rounds + 1):
+        for name, (forward, both) in calls.items():
+            with torch.no_grad():
+                forward_s = seconds(forward)
+            both_s = seconds(both)
+            if number:
+                times[name][0].append(forward_s)
+                times[name][1].append(both_s)
+    return times
+
+
+def report(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    print("| | forward / 1 product | training / 3 products | extra MB, forward | extra MB, training | relative error |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        memory = [f"{row[key]:.0f}" if key in row else "-" for key in ("forward_mb", "training_mb")]
+        error = "-" if row["error"] is None else f"{row['error']:.1e}"
+        print(f"| {row['name']} | {row['forward']:.2f} | {row['training']:.2f} | {' | '.join(memory)} | {error} |")
 
 
 def main() -> None:
@@ -111,67 +169,31 @@ def main() -> None:
     hidden_ND = torch.randn(N, D, generator=generator, device=device).to(dtype)
     weight_VD = (torch.randn(V, D, generator=generator, device=device) / D**0.5).to(dtype)
     targets_N = torch.randint(V, (N,), generator=generator, device=device)
-    grad_N = torch.randn(N, generator=generator, device=device)
-    inputs = (hidden_ND, weight_VD, targets_N)
-
+    inputs = Inputs(hidden_ND, weight_VD, targets_N, torch.randn(N, generator=generator, device=device))
     arms = implementations(cuda)
-    part = slice(0, 64)
-    truth = full_logits(hidden_ND[part].double(), weight_VD.double(), targets_N[part])
-    errors = {}
-    for name, function in list(arms.items()):
-        try:
-            with torch.no_grad():
-                found = function(hidden_ND[part], weight_VD, targets_N[part]).double()
-            training(function, hidden_ND[part], weight_VD, targets_N[part], grad_N[part])
-        except Exception as error:  # another project's kernel on a machine that it does not run on
-            if name.startswith(("prlhf", "full")):
-                raise
-            print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
-            del arms[name]
-            continue
-        errors[name] = ((found - truth).norm() / truth.norm()).item()
-        if errors[name] > 1e-2:
-            raise SystemExit(f"{name}: relative error {errors[name]:.1e} against float64: not the same function")
-
-    calls: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "matrix products alone": (lambda: hidden_ND @ weight_VD.T, lambda: three_products(*inputs, grad_N))
-    }
+    errors = checked(arms, inputs)
+    calls = {"matrix products alone": (lambda: hidden_ND @ weight_VD.T, lambda: three_products(inputs))}
     for name, function in arms.items():
-        calls[name] = (lambda f=function: f(*inputs), lambda f=function: training(f, *inputs, grad_N))
-    times: dict[str, list[list[float]]] = {name: [[], []] for name in calls}
-    for number in range(args.rounds + 1):
-        for name, (forward, both) in calls.items():
-            with torch.no_grad():
-                forward_s = seconds(forward)
-            both_s = seconds(both)
-            if number:  # after the warm-up
-                times[name][0].append(forward_s)
-                times[name][1].append(both_s)
-
-    rows = []
+        calls[name] = (
+            lambda f=function: f(hidden_ND, weight_VD, targets_N), lambda f=function: training(f, inputs)
+        )  # fmt: skip
+    times = measured(calls, args.rounds)
     bare = [statistics.median(t) for t in times["matrix products alone"]]
-    gradient_mb = hidden_ND.nbytes / 1e6
+    rows = []
     for name, (forward, both) in calls.items():
         forward_ratio, training_ratio = (statistics.median(t) / b for t, b in zip(times[name], bare))
         row = {"name": name, "forward": forward_ratio, "training": training_ratio, "error": errors.get(name)}
         if cuda:
             with torch.no_grad():
                 row["forward_mb"] = extra_memory_mb(forward)
-            row["training_mb"] = extra_memory_mb(both) - gradient_mb
+            row["training_mb"] = extra_memory_mb(both) - hidden_ND.nbytes / 1e6
         rows.append(row)
-    print(
-        f"N = {N}, D = {D}, V = {V}, {args.dtype}, {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}"
-    )
-    print("| | forward / 1 product | training / 3 products | extra MB, forward | extra MB, training | relative error |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        memory = [f"{row[key]:.0f}" if key in row else "-" for key in ("forward_mb", "training_mb")]
-        error = "-" if row["error"] is None else f"{row['error']:.1e}"
-        print(f"| {row['name']} | {row['forward']:.2f} | {row['training']:.2f} | {' | '.join(memory)} | {error} |")
+    machine = torch.cuda.get_device_name() if cuda else "CPU"
+    print(f"N = {N}, D = {D}, V = {V}, {args.dtype}, {machine}, torch {torch.__version__}")
+    report(rows)
     if args.out:
-        Path(args.out).write_text(
-            json.dumps({"arguments": vars(args), "seconds": times, "rows": rows}, indent=1) + "\n"
-        )
+        found = {"arguments": vars(args), "seconds": times, "rows": rows}
+        Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

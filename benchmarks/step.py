@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,6 @@ from prlhf.backbones import choose_device, load_tokenizer, load_weights
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import run_command
 from prlhf.loop import accumulate_gradients, keep_freed_memory, make_optimizer
-from prlhf.losses import ResponseLogProbs
 from prlhf.personalized import build_model
 from prlhf.scoring import score
 from prlhf.training_log import peak_memory_gb
@@ -49,15 +49,15 @@ USERS = 4
 NOISE = 1e-3  # what the policy's weights are moved by, so that the losses are not log 2
 
 
-class Arm:
+class Arm(ABC):
     """A way to take a training step."""
 
     optimizer: torch.optim.Optimizer
     reference_s = 0.0  # seconds the reference took, once, before the first step
 
+    @abstractmethod
     def accumulate(self) -> float:
         """Forward and backward passes over all comparisons; returns the loss."""
-        raise NotImplementedError
 
     def step(self, apply: bool = True) -> float:
         """One update, or, to warm up, all of it but the change of the weights; returns the loss."""
@@ -87,16 +87,13 @@ class Ours(Arm):
         self.model = build_model(self.config, load_tokenizer(self.config.model), USERS).to(choose_device("auto"))
         self.comparisons = comparisons
         started = time.perf_counter()
-        self.reference = self.compute_reference()
+        self.reference = score(self.model, comparisons, None, self.config.optim.micro_batch_size)
         self.reference_s = time.perf_counter() - started
         moved([p for p in self.model.backbone.parameters() if p.requires_grad])
         self.optimizer = make_optimizer(self.config, self.model)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"]
         self.model.train()
-
-    def compute_reference(self) -> ResponseLogProbs:
-        return score(self.model, self.comparisons, None, self.config.optim.micro_batch_size)
 
     def accumulate(self) -> float:
         update = range(len(self.comparisons))
@@ -185,11 +182,6 @@ class TRL(Arm):
         moved(parameters)
         self.optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, fused=True)
         self.trainer.optimizer = self.optimizer
-
-    @staticmethod
-    def labels(args: argparse.Namespace) -> list[str]:
-        """The names of the arm with each batch size."""
-        return [f"trl, batch {size}" for size in args.trl_batch]
 
     def with_reference(self, size: int) -> list[dict[str, torch.Tensor]]:
         """The comparisons in TRL's batches of `size`, with TRL's reference log-probs."""
@@ -286,6 +278,12 @@ def arguments(description: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def labels(args: argparse.Namespace) -> list[str]:
+    """The arms asked for, TRL's once for each of its batch sizes."""
+    trl = [f"trl, batch {size}" for size in args.trl_batch]
+    return [label for arm in args.arms for label in (trl if arm == "trl" else [arm])]
+
+
 def comparisons_of(args: argparse.Namespace) -> list[EncodedComparison]:
     """The comparisons of the update, random tokens of the model's vocabulary."""
     vocabulary = len(load_tokenizer(config_module.load(None, [f"model.name={args.model}"]).model))
@@ -296,15 +294,14 @@ def main() -> None:
     args = arguments(__doc__)
     comparisons = comparisons_of(args)
     if args.worker:
-        if not args.worker.startswith("trl"):
+        if args.worker in ("prlhf", "prlhf pdpo"):
             keep_freed_memory()  # as train.py does
         work(made(args.worker, args, comparisons))
         return
 
-    labels = [label for name in args.arms for label in (TRL.labels(args) if name == "trl" else [name])]
-    workers = {label: Worker(label) for label in labels}
+    workers = {label: Worker(label) for label in labels(args)}
     check_losses({label: worker.ask("warm-up")["loss"] for label, worker in workers.items()})
-    seconds: dict[str, list[float]] = {label: [] for label in labels}
+    seconds: dict[str, list[float]] = {label: [] for label in workers}
     memory: dict[str, float] = {}
     for _ in range(args.rounds):
         for label, worker in workers.items():
