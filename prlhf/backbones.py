@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
     AttentionInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
@@ -106,7 +107,7 @@ def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
 
 
 def _tree_attention(
-    attention: torch.nn.Module,
+    attention: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -123,7 +124,7 @@ AttentionInterface.register("trees", _tree_attention)
 
 
 def _gptj_attention(
-    attention: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask
 ) -> tuple[Tensor, None]:
     """GPTJAttention._attn, softmax(Q K^T / sqrt(d) + mask) V, by the same two; heads (R, H, T, d) in and out."""
     options = {"dropout": attention.attn_dropout.p if attention.training else 0.0}
@@ -142,7 +143,7 @@ def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer blocks, in order."""
     return list(model.base_model.h if model.config.model_type == "gptj" else model.base_model.layers)
 
@@ -180,6 +181,37 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
             _expanded(name), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
     return use_tree_attention(model)
+
+
+def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The causal LM of a config with parameters of config.dtype that have shapes and no values (device meta).
+
+    Buffers, such as rotary frequencies, are real. No weights are read: a named model's config.json says it all.
+    """
+    with parameters_on_meta():
+        if config.name is None:
+            return use_tree_attention(random_backbone(config, len(tokenizer), 0))
+        with _explained(config.name):
+            described = AutoConfig.from_pretrained(_expanded(config.name))
+            model = AutoModelForCausalLM.from_config(described, dtype=DTYPES[config.dtype])
+    return use_tree_attention(model.eval())
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Within the context, a module's parameters lose their values as soon as they are registered."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is already there is tied
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def random_backbone(config: ModelConfig, vocabulary: int, seed: int) -> PreTrainedModel:
