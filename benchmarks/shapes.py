@@ -16,6 +16,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "tldr": Shape((300, 100), (35, 12)),
     "chat": Shape((250, 0), (200, 80)),
+    "short": Shape((40, 10), (12, 4)),
 }
 
 

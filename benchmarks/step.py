@@ -39,6 +39,7 @@ from prlhf.backbones import choose_device, load_tokenizer, load_weights
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import run_command
 from prlhf.loop import accumulate_gradients, keep_freed_memory, make_optimizer
+from prlhf.optim import Optimizers, clip
 from prlhf.personalized import build_model
 from prlhf.scoring import score
 from prlhf.training_log import peak_memory_gb
@@ -52,7 +53,7 @@ NOISE = 1e-3  # what the policy's weights are moved by, so that the losses are n
 class Arm(ABC):
     """A way to take a training step."""
 
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Optimizers
     reference_s = 0.0  # seconds the reference took, once, before the first step
 
     @abstractmethod
@@ -62,10 +63,10 @@ class Arm(ABC):
     def step(self, apply: bool = True) -> float:
         """One update, or, to warm up, all of it but the change of the weights; returns the loss."""
         loss = self.accumulate()
-        torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        clip([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         if apply:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return loss
 
 
@@ -90,13 +91,12 @@ class Ours(Arm):
         self.reference = score(self.model, comparisons, None, self.config.optim.micro_batch_size)
         self.reference_s = time.perf_counter() - started
         moved([p for p in self.model.backbone.parameters() if p.requires_grad])
-        self.optimizer = make_optimizer(self.config, self.model)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_lr"]
+        self.optimizer = make_optimizer(self.config, self.model, args.rounds)
         self.model.train()
 
     def accumulate(self) -> float:
         update = range(len(self.comparisons))
+        self.optimizer.catch_up()
         return accumulate_gradients(self.config, self.model, self.comparisons, self.reference, update).loss
 
 

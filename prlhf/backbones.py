@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -23,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
+    GenerationConfig,
     GPTJConfig,
     GPTJForCausalLM,
     LlamaConfig,
@@ -183,6 +185,26 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
     return use_tree_attention(model)
 
 
+def weights_folder(name: str | Path) -> Path:
+    """The folder of a model's safetensors: as named, or the hub's, downloaded where it is not there yet."""
+    path = Path(_expanded(name))
+    if path.is_dir():
+        return path
+    with _explained(name):
+        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+
+
+def word_embeddings(model: PreTrainedModel, folder: Path, config: ModelConfig) -> Tensor:
+    """The input embeddings (V, D) of an empty model, in config.dtype, from the one file in `folder` that has them."""
+    wanted = model.get_input_embeddings().weight
+    name = next(name for name, p in model.named_parameters() if p is wanted)
+    for file in sorted(folder.glob("*.safetensors")):
+        with _explained(folder), safe_open(file, framework="pt") as opened:
+            if name in opened.keys():  # noqa: SIM118 (not a dict)
+                return opened.get_tensor(name).to(DTYPES[config.dtype])
+    raise UserError(f"model {str(folder)!r}: no weight {name!r} in its safetensors files")
+
+
 def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The causal LM of a config with parameters of config.dtype that have shapes and no values (device meta).
 
@@ -194,6 +216,8 @@ def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
         with _explained(config.name):
             described = AutoConfig.from_pretrained(_expanded(config.name))
             model = AutoModelForCausalLM.from_config(described, dtype=DTYPES[config.dtype])
+            with contextlib.suppress(OSError):  # not every model has one
+                model.generation_config = GenerationConfig.from_pretrained(_expanded(config.name))
     return use_tree_attention(model.eval())
 
 

@@ -1,6 +1,7 @@
 """What a run leaves on disk. A directory is complete or it is not there: written aside, synced, then renamed.
 
-checkpoints/step_N/   weights.safetensors (all trained weights), optimizer.pt, users.json, state.json
+checkpoints/step_N/   *.safetensors (trained weights and the optimiser's state, in shards: one file a rank),
+                      checksums-*.json, users.json, state.json
 final/                for use: model.safetensors or adapter_model.safetensors (none if frozen), users.safetensors, users.json,
                       config.yaml, base.json, tokenizer
 """
@@ -13,21 +14,34 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedTokenizerBase
 
 from prlhf import config as config_module
 from prlhf.backbones import load_backbone, load_tokenizer, load_weights
 from prlhf.config import Config
 from prlhf.data import UserIndex
-from prlhf.errors import UserError, did_you_mean
-from prlhf.lora import load_lora, save_lora
+from prlhf.distributed import (
+    barrier,
+    named_parameters,
+    on_main,
+    rank,
+    read_tensors,
+    reason,
+    summed,
+    whole,
+    world_size,
+    write_tensors,
+)
+from prlhf.errors import TrainingError, UserError, did_you_mean
+from prlhf.lora import load_lora, lora_state, save_lora
+from prlhf.optim import Optimizers
 from prlhf.personalized import PersonalizedLM, PersonalizedModel, build_model
 from prlhf.reference import weights_fingerprint
 from prlhf.user_models import UniformUsers, is_personal
@@ -35,21 +49,34 @@ from prlhf.user_models import UniformUsers, is_personal
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A fresh directory to write into; on success it takes the place of `path`, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A fresh directory for all ranks to write into; on success it takes the place of `path`, on failure it is removed."""
     aside = path.parent / f".{path.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        yield aside
+
+    def begin() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(".*.partial"):  # of a process that was killed meanwhile
+            if stale.is_dir():
+                shutil.rmtree(stale, ignore_errors=True)
+        aside.mkdir()
+
+    def finish() -> None:
         for file in [*aside.rglob("*"), aside]:
             _sync(file)
+        old = path.parent / f".{path.name}.old.partial"
         if path.exists():
-            shutil.rmtree(path)
+            os.rename(path, old)
         os.rename(aside, path)
         _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        on_main(begin)
+        yield aside
+        barrier()  # all have written
+        on_main(finish)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
@@ -61,58 +88,79 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that training changes, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def training_tensors(model: nn.Module, optimizer: Optimizers | None) -> dict[str, torch.Tensor]:
+    """What training changes, by name: the trained weights, and the optimiser's state of each."""
+    weights = {name: p for name, p in named_parameters(model).items() if p.requires_grad and p.numel()}
+    tensors = {f"model.{name}": p.detach() for name, p in weights.items()}
+    state = optimizer.state if optimizer else {}
+    for name, p in weights.items():
+        for key, value in state.get(p, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value.view(1) if value.ndim == 0 else value
+    return tensors
 
 
-def save_step(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, users: UserIndex, state: dict[str, Any]
-) -> Path:
-    """Write folder/step_N with all that exact resumption needs: weights, optimiser, random state, `state`."""
+def save_step(folder: Path, model: nn.Module, optimizer: Optimizers, users: UserIndex, state: dict[str, Any]) -> Path:
+    """Write folder/step_N with all that exact resumption needs: weights, optimiser, `state`; each rank its shards.
+
+    TrainingError where it cannot be written (a full disk, say); what was there before stays good.
+    """
     path = folder / f"step_{state['step']}"
-    with written_aside(path) as aside:
-        weights = {name: p.detach().cpu().contiguous() for name, p in trained_parameters(model).items()}
-        save_file(weights, aside / "weights.safetensors")
-        random_state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            random_state["cuda"] = torch.cuda.get_rng_state()
-        torch.save({"optimizer": optimizer.state_dict(), "random": random_state}, aside / "optimizer.pt")
+
+    def write_plain() -> None:
         users.save(aside / "users.json")
         (aside / "state.json").write_text(json.dumps(state) + "\n")
+
+    try:
+        with written_aside(path) as aside:
+            on_main(write_plain)
+            write_tensors(training_tensors(model, optimizer), aside)
+            files = sorted(file for file in aside.iterdir() if not file.name.startswith("checksums"))
+            checksums = {file.name: _checksum(file) for file in files[rank() :: world_size()]}
+            (aside / f"checksums-{rank()}.json").write_text(json.dumps(checksums))
+    except (OSError, CheckpointException) as error:
+        raise TrainingError(f"{path}: cannot be written ({reason(error)}); checkpoints before it are good") from None
     return path
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The `state` that `save_step` wrote. UserError where it is damaged."""
+    """The `state` that `save_step` wrote. UserError where a file of the checkpoint is damaged or missing."""
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
+        checksums: dict[str, str] = {}
+        for file in path.glob("checksums-*.json"):
+            checksums.update(json.loads(file.read_text(encoding="utf-8")))
+        found = {file.name for file in path.iterdir() if not file.name.startswith("checksums-")}
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, str(error)) from None
+    if found != checksums.keys():
+        raise _damaged(path, f"missing, or not written with it: {', '.join(sorted(found ^ checksums.keys()))}")
+    names = sorted(checksums)
+    damaged = torch.zeros(len(names))
+    for i in range(rank(), len(names), world_size()):
+        damaged[i] = _checksum(path / names[i]) != checksums[names[i]]
+    if summed(damaged).any():
+        raise _damaged(path, f"{names[int(damaged.argmax())]} is not what was written")
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
-def load_step(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Put a step's weights (and, where an optimiser is given, its and the random state) back. UserError if damaged."""
-    try:
-        weights = load_file(path / "weights.safetensors")
-        saved = torch.load(path / "optimizer.pt", weights_only=True) if optimizer else None
-    except (OSError, ValueError, RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
-        raise _damaged(path, error) from None
-    parameters = trained_parameters(model)
-    if weights.keys() != parameters.keys():
-        raise UserError(f"{path}: weights of another model (e.g. {sorted(weights.keys() ^ parameters.keys())[0]})")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-    if optimizer and saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random"]["cpu"])
-        if torch.cuda.is_available() and "cuda" in saved["random"]:
-            torch.cuda.set_rng_state(saved["random"]["cuda"])
+def load_step(path: Path, model: nn.Module, optimizer: Optimizers | None = None) -> None:
+    """Put a step's weights, and, where one is given, the optimiser's state back, whatever the number of ranks that saved.
+
+    UserError where it is of another model. `read_state` says whether it is damaged.
+    """
+    read_tensors(training_tensors(model, optimizer), path)
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: damaged checkpoint ({error}); remove it to go on from the one before")
+def _checksum(*files: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with open(file, "rb") as opened:
+            while block := opened.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, reason: str) -> UserError:
+    return UserError(f"{path}: damaged checkpoint ({reason}); remove it to go on from the one before")
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -129,18 +177,30 @@ def save_final(
     users: UserIndex,
     base: str,
 ) -> None:
-    """Write the model for use; `base` is the fingerprint of the weights that training started from."""
+    """Write the model for use; `base` is the fingerprint of the weights that training started from.
+
+    A plain Hugging Face folder, or PEFT adapter, whatever the number of ranks; rank 0 holds all weights meanwhile.
+    """
+    named_parameters(model)  # sharded from here on, where the model is
+    adapters = whole(lora_state(model.backbone))
+    trained = not config.lora.rank and not config.model.frozen
+    weights = whole(dict(model.backbone.named_parameters()) if trained else {})
+    users_state = whole(_user_state(model))
     with written_aside(path) as aside:
-        if config.lora.rank:
-            save_lora(model.backbone, config.lora, config.model.name, aside)
-        elif not config.model.frozen:
-            model.backbone.save_pretrained(aside)
-        save_file(_user_state(model), aside / "users.safetensors")
-        users.save(aside / "users.json")
-        tokenizer.save_pretrained(aside)
-        (aside / "config.yaml").write_text(config_module.dump(config), encoding="utf-8")
-        described = {"name": config.model.name, "dtype": config.model.dtype, "fingerprint": base}
-        (aside / "base.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+        def write() -> None:
+            if config.lora.rank:
+                save_lora(model.backbone, config.lora, config.model.name, aside, adapters)
+            elif trained:
+                model.backbone.save_pretrained(aside, state_dict=weights)
+            save_file(users_state, aside / "users.safetensors")
+            users.save(aside / "users.json")
+            tokenizer.save_pretrained(aside)
+            (aside / "config.yaml").write_text(config_module.dump(config), encoding="utf-8")
+            described = {"name": config.model.name, "dtype": config.model.dtype, "fingerprint": base}
+            (aside / "base.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+
+        on_main(write)
 
 
 # What decides which model the saved weights are, and what of it may still change: where the base lies, how it computes.
@@ -230,12 +290,7 @@ def base_fingerprint(path: Path) -> str:
 
 def weights_checksum(path: Path) -> str:
     """A hash of all the safetensors files in a folder: which model it holds."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(path.glob("*.safetensors")):
-        with open(file, "rb") as opened:
-            while block := opened.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return _checksum(*sorted(path.glob("*.safetensors")))
 
 
 def _base(path: Path) -> dict[str, str]:
@@ -259,7 +314,7 @@ def _user_modules(model: PersonalizedModel) -> dict[str, nn.Module]:
 
 def _user_state(model: PersonalizedModel) -> dict[str, torch.Tensor]:
     return {
-        f"{part}.{name}": tensor.detach().cpu().contiguous()
+        f"{part}.{name}": tensor
         for part, module in _user_modules(model).items()
         for name, tensor in module.state_dict().items()
     }

@@ -48,6 +48,15 @@ class ModelConfig:
         "Type of the backbone's weights; half types are for LoRA. User model and LoRA are float32 in any case.",
         choices=("float32", "bfloat16", "float16"),
     )
+    compute_dtype: str | None = key(
+        None,
+        "With full fine-tuning: the type that forward and backward passes compute in (mixed precision: weights, sums of "
+        "gradients and moments keep model.dtype). null: model.dtype.",
+        choices=("bfloat16",),
+    )
+    pure_half: bool = key(
+        False, "Full fine-tuning of weights of half type: half the memory, and small updates round to nothing."
+    )
     layout: str = key(
         "auto",
         "tree: prompt once, its responses in one row; packed: all trees of a forward pass in one row, without padding; "
@@ -184,6 +193,18 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
+class FSDPConfig:
+    """How a model is spread over the processes that torchrun starts (FSDP2)."""
+
+    replicas: int = key(
+        1, "Hybrid sharding: whole models, each spread over processes / replicas neighbours (a node, say).", low=1
+    )
+    offload: bool = key(
+        False, "Weights, gradients and moments wait in host memory: slower, for GPUs that are too small."
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """What a training run writes, and when."""
 
@@ -225,6 +246,7 @@ class Config:
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     lora: LoRAConfig = LoRAConfig()
+    fsdp: FSDPConfig = FSDPConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -439,11 +461,19 @@ def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
         fault("model.name", "expected either model.name (a folder or hub name) or model.family (random weights)")
     if config.model.family and config.model.width % (2 * config.model.heads):
         fault("model.width", f"found {config.model.width}, expected a multiple of 2 * model.heads")
-    if config.model.dtype != "float32" and config.lora.rank == 0 and not config.model.frozen:
+    full = config.lora.rank == 0 and not config.model.frozen
+    if config.model.dtype != "float32" and full and not config.model.pure_half:
         fault(
             "model.dtype",
             f"found {config.model.dtype!r}, in which the small updates of full fine-tuning round to "
-            "nothing; expected float32, lora.rank > 0 or model.frozen",
+            "nothing; expected float32 (with model.compute_dtype bfloat16), lora.rank > 0, model.frozen or "
+            "model.pure_half",
+        )
+    if config.model.compute_dtype is not None and (config.model.dtype != "float32" or not full):
+        fault(
+            "model.compute_dtype",
+            f"found {config.model.compute_dtype!r}, expected null with LoRA, a frozen model or half-type weights, which "
+            "compute in model.dtype; or float32 weights and full fine-tuning",
         )
     if config.lora.targets == ():
         fault("lora.targets", "found no names, expected some, or null for all of the family's")

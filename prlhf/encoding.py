@@ -14,7 +14,7 @@ from typing import NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from prlhf.config import DataConfig
+from prlhf.config import Config, DataConfig
 from prlhf.data import Comparison, ComparisonFile, Messages, UserIndex
 from prlhf.errors import UserError
 
@@ -215,3 +215,27 @@ def encode_file(file: ComparisonFile, encoder: Encoder, users: UserIndex) -> Dat
             f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(pairs)} comparisons fits; expected more"
         )
     return Dataset([encoded for encoded, _ in kept], [c for _, c in kept], report)
+
+
+class TrainingData(NamedTuple):
+    """What a config trains and evaluates on, as tokens, and who is known."""
+
+    users: UserIndex
+    train: Dataset
+    valid: Dataset | None
+
+
+def encode_training_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, train: ComparisonFile, valid: ComparisonFile | None
+) -> TrainingData:
+    """The files' comparisons, sampled as the config says, as tokens. UserError where nobody is known and somebody must."""
+    encoder = Encoder(tokenizer, config.data, config.method)
+    most_active = UserIndex.from_comparisons(train.comparisons, config.data.known_users)
+    train = train.sample(config.data.limit, config.seed)
+    users = most_active.with_data(train.comparisons)
+    if len(users) == 0 and config.user_model.kind != "uniform":
+        raise UserError(f"{config.data.train}: no comparison has a user; expected users, or user_model.kind=uniform")
+    encoded = encode_file(train, encoder, users)
+    if valid is None:
+        return TrainingData(users, encoded, None)
+    return TrainingData(users, encoded, encode_file(valid.sample(config.data.valid_limit, config.seed), encoder, users))

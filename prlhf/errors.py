@@ -1,7 +1,9 @@
 """Errors made for the person at the keyboard: what was found, where, and what was expected."""
 
 import difflib
+import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 
 
@@ -11,6 +13,14 @@ class UserError(Exception):
 
 class TrainingError(Exception):
     """Training cannot go on (a loss that is not finite, say). Exit status 1, the last checkpoint stays good."""
+
+
+class Stopped(Exception):
+    """Training was told to stop and did, with nothing lost. Exit status 143, as of a process that SIGTERM ended."""
+
+
+class OtherRankFailed(Exception):
+    """Another of the processes that train together could not go on, or is gone; this one ends too, with status 1."""
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -32,10 +42,19 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # torchrun ends this process where rank 0 had the same to say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except TrainingError as error:
         print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(143)
+    except OtherRankFailed as error:
+        if str(error):
+            print(f"stopped: {error}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)

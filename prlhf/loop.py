@@ -5,27 +5,41 @@
 accumulated over micro-batches, which therefore change memory and speed but never the update.
 """
 
+import contextlib
 import ctypes
 import math
+import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prlhf import checkpoint
 from prlhf.batching import length_bucketed_updates, micro_batches, pair_of
-from prlhf.config import Config, OptimConfig
+from prlhf.config import Config, OptimConfig, UserModelConfig
 from prlhf.data import UserIndex
+from prlhf.distributed import (
+    named_parameters,
+    on_main,
+    rank,
+    share,
+    sum_rows,
+    summed,
+    world_size,
+)
 from prlhf.encoding import Dataset, EncodedComparison
-from prlhf.errors import TrainingError, UserError
+from prlhf.errors import Stopped, TrainingError, UserError
 from prlhf.evaluation import mixed_loss, score_users, summarize
-from prlhf.losses import ResponseLogProbs, branch_weights, preference_loss, reward_margin
+from prlhf.losses import ResponseLogProbs, branch_weights, needs_reference, preference_loss, reward_margin
+from prlhf.optim import Optimizers, RowAdamW, clip
 from prlhf.personalized import PersonalizedModel
-from prlhf.reference import fingerprint_of
+from prlhf.reference import fingerprint_of, reference_log_probs, remember_states
 from prlhf.runs import Run, prune_checkpoints
 from prlhf.scoring import select, tree_keys
 from prlhf.training_log import Sums, TrainingLog
@@ -39,6 +53,24 @@ class Split(NamedTuple):
 
     data: Dataset
     reference: ResponseLogProbs | None
+
+
+def reproducible(config: Config, device: str) -> None:
+    """Seed torch; on a GPU also choose deterministic kernels, so that a resumed run ends bit for bit alike."""
+    torch.manual_seed(config.seed)
+    if device == "cuda" and config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def with_reference(config: Config, model: PersonalizedModel, data: Dataset, base: str) -> Split:
+    """The data with its reference log-probs, which reward models and the reference-free losses do without."""
+    batch_size = config.evaluate.batch_size
+    remember_states(model, data.comparisons, batch_size, base)
+    if not needs_reference(config):
+        return Split(data, None)
+    computes_on = " ".join(filter(None, (model.device.type, config.model.compute_dtype)))
+    return Split(data, reference_log_probs(lambda: model, data.comparisons, batch_size, base, computes_on))
 
 
 class Item(NamedTuple):
@@ -61,6 +93,42 @@ def branches(indices: Sequence[int], users: Sequence[int], alpha: float, persona
     return [branch for branch in (user, generic) if branch]
 
 
+def update_parts(
+    config: Config, model: PersonalizedModel, comparisons: Sequence[EncodedComparison], update: Sequence[int]
+) -> list[list[Item]]:
+    """The micro-batches of an update (indices of comparisons), in the order in which they are computed; small enough to
+    give every rank some."""
+    personal = is_personal(model.user_model, config.loss.alpha)
+    plan = branches(update, [comparisons[i].user for i in update], config.loss.alpha, personal)
+    if not model.backbone_reads_users:
+        plan = [[item for branch in plan for item in branch]]  # one backbone pass serves both branches and all users
+    parts = []
+    for items in plan:
+        of_items = [comparisons[item.index] for item in items]
+        trees = tree_keys(model, of_items, [item.user for item in items])
+        size = min(config.optim.micro_batch_size, math.ceil(len(set(trees)) / world_size()))
+        groups = micro_batches(trees, [c.length for c in of_items], size)
+        parts += [[items[i] for i in group] for group in groups]
+    return parts
+
+
+def part_loss(
+    config: Config,
+    model: PersonalizedModel,
+    comparisons: Sequence[EncodedComparison],
+    reference: ResponseLogProbs | None,
+    items: Sequence[Item],
+    of_update: int,
+) -> tuple[Tensor, Tensor]:
+    """What some items of an update of `of_update` comparisons add to its mean loss, (), and their reward margins (B,)."""
+    indices, _, users, weights = zip(*items)
+    outputs = model(model.collate([comparisons[i] for i in indices], users))
+    part_reference = select(reference, indices, model.device)
+    losses_B = preference_loss(config.loss, outputs, part_reference)
+    loss = (torch.tensor(weights, dtype=torch.float64).to(losses_B) * losses_B).sum() / of_update
+    return loss, reward_margin(config.loss, outputs, part_reference).detach()
+
+
 def accumulate_gradients(
     config: Config,
     model: PersonalizedModel,
@@ -73,29 +141,52 @@ def accumulate_gradients(
     reference: of all comparisons. Returns that loss and what else the log wants to know.
     """
     sums = Sums(updates=1, comparisons=len(update), tokens=sum(comparisons[i].length for i in update))
-    personal = is_personal(model.user_model, config.loss.alpha)
-    plan = branches(update, [comparisons[i].user for i in update], config.loss.alpha, personal)
-    if not model.backbone_reads_users:
-        plan = [[item for branch in plan for item in branch]]  # one backbone pass serves both branches and all users
-
     losses: list[Tensor] = []
     margins: list[tuple[Sequence[str], Tensor]] = []
-    for items in plan:
-        of_items = [comparisons[item.index] for item in items]
-        trees = tree_keys(model, of_items, [item.user for item in items])
-        for part in micro_batches(trees, [c.length for c in of_items], config.optim.micro_batch_size):
-            indices, names, users, weights = zip(*(items[i] for i in part))
-            outputs = model(model.collate([comparisons[i] for i in indices], users))
-            part_reference = select(reference, indices, model.device)
-            losses_B = preference_loss(config.loss, outputs, part_reference)
-            loss = (torch.tensor(weights, dtype=torch.float64).to(losses_B) * losses_B).sum() / len(update)
-            loss.backward()
+    for items, counts in share(update_parts(config, model, comparisons, update)):
+        loss, margins_B = part_loss(config, model, comparisons, reference, items, len(update))
+        (loss * counts).backward()
+        if counts:
             losses.append(loss.detach())
-            margins.append((names, reward_margin(config.loss, outputs, part_reference).detach()))
-    sums.loss = torch.stack(losses).sum().item()  # read here, once: a GPU need not wait for it in between
+            margins.append(([item.branch for item in items], margins_B))
+    for table in model.user_model.tables:
+        sum_rows(table)
+    sums.loss = sum(loss.item() for loss in losses)  # read here: a GPU need not wait for it in between
     for names, margins_B in margins:
         sums.add_margins(names, margins_B)
+    sums.over_ranks()
     return sums
+
+
+@contextlib.contextmanager
+def termination_noted() -> Iterator[threading.Event]:
+    """Within the context SIGTERM does not end the process, but sets the event."""
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Schedule(NamedTuple):
+    """How many updates an epoch has, and the training altogether."""
+
+    per_epoch: int
+    total: int
+
+
+def schedule(config: OptimConfig, comparisons: int) -> Schedule:
+    """The updates that so many comparisons make."""
+    per_epoch = math.ceil(comparisons / config.batch_size)
+    return Schedule(per_epoch, min(per_epoch * config.epochs, config.max_steps or sys.maxsize))
+
+
+def epoch_updates(config: Config, comparisons: Sequence[EncodedComparison], epoch: int) -> list[list[int]]:
+    """The updates of an epoch, as indices of comparisons."""
+    pairs = [pair_of(c) for c in comparisons] if config.optim.pair_updates else None
+    lengths = [c.length for c in comparisons]
+    return length_bucketed_updates(lengths, config.optim.batch_size, config.seed, epoch, pairs)
 
 
 def keep_freed_memory() -> None:
@@ -122,21 +213,32 @@ def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
     return 1.0
 
 
-def make_optimizer(config: Config, model: PersonalizedModel) -> torch.optim.AdamW:
-    """AdamW with two groups: the backbone or its LoRA at optim.lr, and the user model at user_model.lr."""
-    user = model.user_parameters()
-    user_ids = {id(p) for p in user}
-    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in user_ids]
-    groups = [
-        {"params": rest, "base_lr": config.optim.lr, "weight_decay": config.optim.weight_decay},
-        {
-            "params": [p for p in user if p.numel()],
-            "base_lr": config.user_model.lr,
-            "weight_decay": config.user_model.weight_decay,
-        },
-    ]
+def seed_of(seed: int, step: int) -> int:
+    """A seed for an update's dropout on this rank."""
+    return int(fingerprint_of(seed, step, rank())[:15], 16)
+
+
+def make_optimizer(config: Config, model: PersonalizedModel, total_steps: int) -> Optimizers:
+    """AdamW in up to three groups: the backbone or its LoRA at optim.lr; at user_model.lr what users share, and the
+    user model's tables, by rows. No more than total_steps steps can be taken."""
+    parameters = named_parameters(model).values()
+    user_ids = {id(p) for p in model.user_parameters()}
+    tables = [table for table in model.user_model.tables if table.numel()]
+    table_ids = {id(p) for p in model.user_model.tables}
+    rest = [p for p in parameters if p.requires_grad and id(p) not in user_ids]
+    shared = [p for p in model.user_parameters() if p.numel() and id(p) not in table_ids]
+
+    def group(parameters: list[nn.Parameter], keys: OptimConfig | UserModelConfig) -> dict[str, Any]:
+        return {"params": parameters, "lr": keys.lr, "base_lr": keys.lr, "weight_decay": keys.weight_decay}
+
     betas = (config.optim.beta1, config.optim.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.optim.lr, betas=betas, fused=True)
+    groups = [g for g in (group(rest, config.optim), group(shared, config.user_model)) if g["params"]]
+    dense = torch.optim.AdamW(groups, betas=betas, fused=True)
+    for p in (p for group in dense.param_groups for p in group["params"]):  # at once: checkpoints are read into it
+        step = torch.zeros((), dtype=torch.float32, device=p.device)
+        dense.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    by_rows = RowAdamW([group(tables, config.user_model)], total_steps, betas=betas) if tables else None
+    return Optimizers(dense, by_rows)
 
 
 @dataclass
@@ -165,60 +267,70 @@ def train(
     updates in a row whose loss or gradient is not finite; such an update never reaches the weights.
     """
     comparisons = training.data.comparisons
-    lengths = [c.length for c in comparisons]
-    pairs = [pair_of(c) for c in comparisons] if config.optim.pair_updates else None
-    per_epoch = math.ceil(len(comparisons) / config.optim.batch_size)
-    total = min(per_epoch * config.optim.epochs, config.optim.max_steps or sys.maxsize)
-    optimizer = make_optimizer(config, model)
+    per_epoch, total = schedule(config.optim, len(comparisons))
+    optimizer = make_optimizer(config, model, total)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     progress = resume(run, model, optimizer, fingerprint_of(base, users.names, comparisons))
     log = TrainingLog(config, run, progress.step, total)
     if model.device.type == "cpu":
         keep_freed_memory()
     model.train()
+    with termination_noted() as told_to_stop:
+        while progress.step < total:
+            epoch, first = divmod(progress.step, per_epoch)
+            for update in epoch_updates(config, comparisons, epoch)[first : first + total - progress.step]:
+                started = time.perf_counter()
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * learning_rate_factor(progress.step, total, config.optim)
 
-    while progress.step < total:
-        epoch, first = divmod(progress.step, per_epoch)
-        updates = length_bucketed_updates(lengths, config.optim.batch_size, config.seed, epoch, pairs)
-        for update in updates[first : first + total - progress.step]:
-            started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * learning_rate_factor(progress.step, total, config.optim)
+                optimizer.catch_up(model.user_model.rows_of([0, *(comparisons[i].user for i in update)]))
+                torch.manual_seed(seed_of(config.seed, progress.step))  # whatever was drawn before: resuming is exact
+                sums = accumulate_gradients(config, model, comparisons, training.reference, update)
+                norm = clip(parameters, config.optim.max_grad_norm or math.inf)
+                applied = math.isfinite(sums.loss) and math.isfinite(norm)
+                if applied:
+                    optimizer.step()
+                optimizer.zero_grad()
 
-            sums = accumulate_gradients(config, model, comparisons, training.reference, update)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm or math.inf).item()
-            applied = math.isfinite(sums.loss) and math.isfinite(norm)
-            if applied:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-            progress.step += 1
-            log.bar.update()
-            if applied:
-                progress.skipped = 0
-                sums.seconds = time.perf_counter() - started
-                progress.sums.add(sums)
-            else:
-                refuse(config, run, log, progress, sums.loss, norm)
-            if progress.step % config.train.log_every == 0 or progress.step == total:
-                lr, user_lr = optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]
-                where = {"step": progress.step, "epoch": epoch, "lr": lr, "user_lr": user_lr, "grad_norm": norm}
-                log.write({**where, **progress.sums.record()})
-                progress.sums = Sums()
-            evaluate_and_save(config, run, log, model, users, optimizer, progress, valid, last=progress.step == total)
+                progress.step += 1
+                log.bar.update()
+                if applied:
+                    progress.skipped = 0
+                    sums.seconds = time.perf_counter() - started
+                    progress.sums.add(sums)
+                else:
+                    refuse(config, run, log, progress, sums.loss, norm)
+                if progress.step % config.train.log_every == 0 or progress.step == total:
+                    lr, user_lr = optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]
+                    where = {"step": progress.step, "epoch": epoch, "lr": lr, "user_lr": user_lr, "grad_norm": norm}
+                    log.write({**where, **progress.sums.record()})
+                    progress.sums = Sums()
+                evaluate_and_save(
+                    config, run, log, model, users, optimizer, progress, valid, last=progress.step == total
+                )
+                if summed(torch.tensor([float(told_to_stop.is_set())])).item() and progress.step < total:
+                    if progress.step not in checkpoint.steps(run.checkpoints):
+                        save(config, run, model, users, optimizer, progress)
+                    log.close()
+                    raise Stopped(
+                        f"told to (SIGTERM), after update {progress.step}; it is saved, the same command goes on"
+                    )
     log.close()
+    optimizer.catch_up()
     if config.train.final == "best" and progress.best is not None:
-        checkpoint.load_step(run.checkpoints / f"step_{progress.best['step']}", model)
+        best = run.checkpoints / f"step_{progress.best['step']}"
+        checkpoint.read_state(best)  # whether it is whole
+        checkpoint.load_step(best, model)
 
 
-def resume(run: Run, model: PersonalizedModel, optimizer: torch.optim.Optimizer, started_from: str) -> Progress:
+def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_from: str) -> Progress:
     """Load the newest checkpoint, if any, and drop metrics of later updates.
 
     UserError where it started from other base weights, users or data than those at hand.
     """
     found = checkpoint.steps(run.checkpoints)
     if not found:
-        run.forget_after(0)
+        on_main(lambda: run.forget_after(0))
         return Progress(started_from)
     path = found[max(found)]
     state = checkpoint.read_state(path)
@@ -232,8 +344,9 @@ def resume(run: Run, model: PersonalizedModel, optimizer: torch.optim.Optimizer,
             "restore them or use --overwrite"
         )
     checkpoint.load_step(path, model, optimizer)
-    run.forget_after(progress.step)
-    print(f"resuming after update {progress.step}", file=sys.stderr)
+    on_main(lambda: run.forget_after(progress.step))
+    if rank() == 0:
+        print(f"resuming after update {progress.step}", file=sys.stderr)
     return progress
 
 
@@ -255,7 +368,7 @@ def evaluate_and_save(
     log: TrainingLog,
     model: PersonalizedModel,
     users: UserIndex,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     progress: Progress,
     valid: Split | None,
     last: bool,
@@ -267,14 +380,28 @@ def evaluate_and_save(
 
     improved = False
     if valid is not None and due(config.train.eval_every, config.train.eval_last):
+        optimizer.catch_up()
         record = evaluate(config, model, valid, progress.step)
         log.write(record)
         improved = progress.best is None or record["loss"] < progress.best["loss"]
         if improved:
             progress.best = {"step": progress.step, "loss": record["loss"]}
     if improved or due(config.train.save_every):
-        checkpoint.save_step(run.checkpoints, model, optimizer, users, asdict(progress))
-        prune_checkpoints(run, config.train.keep_checkpoints, int(progress.best["step"]) if progress.best else None)
+        save(config, run, model, users, optimizer, progress)
+
+
+def save(
+    config: Config,
+    run: Run,
+    model: PersonalizedModel,
+    users: UserIndex,
+    optimizer: Optimizers,
+    progress: Progress,
+) -> None:
+    """Write a checkpoint, and remove those that are not to be kept."""
+    checkpoint.save_step(run.checkpoints, model, optimizer, users, asdict(progress))
+    best = int(progress.best["step"]) if progress.best else None
+    on_main(lambda: prune_checkpoints(run, config.train.keep_checkpoints, best))
 
 
 def evaluate(config: Config, model: PersonalizedModel, valid: Split, step: int) -> dict[str, Any]:

@@ -31,8 +31,9 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.enabled = True
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, dtype=dtype, device=base.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, dtype=dtype, device=base.weight.device))
+        where = {"dtype": dtype, "device": "cpu" if base.weight.is_meta else base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **where))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **where))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,9 +94,15 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_lora(model: nn.Module, config: LoRAConfig, base_name: str | None, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json; `PeftModel.from_pretrained` reads them too."""
-    state = {name: tensor.to("cpu").contiguous() for name, tensor in lora_state(model).items()}
+def save_lora(
+    model: nn.Module, config: LoRAConfig, base_name: str | None, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write adapter_model.safetensors and adapter_config.json; `PeftModel.from_pretrained` reads them too.
+
+    state: the adapters' weights (`lora_state`), where those of the model are sharded.
+    """
+    state = lora_state(model) if state is None else state
+    state = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     described = {
         "peft_type": "LORA",

@@ -22,7 +22,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf.backbones import (
@@ -73,11 +72,16 @@ class PersonalizedModel(nn.Module):
         self.user_slot = user_slot  # where in a tree the user vectors go: behind BOS, or 0
         self.backbone = backbone
         self.user_model = user_model
+        self._device: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone's weights are."""
-        return self.backbone.device
+        """Where it computes: where the backbone's weights are, unless it was set because they wait elsewhere."""
+        return self._device or self.backbone.device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self._device = device
 
     @property
     def backbone_reads_users(self) -> bool:
@@ -220,23 +224,21 @@ class PersonalizedRewardModel(PersonalizedModel):
         return super().user_parameters() + value_head
 
     @torch.no_grad()
-    def states_of(self, readings: Sequence[Reading], batch_size: int) -> Tensor:
+    def states_of(self, readings: Sequence[Reading]) -> Tensor:
         """Last hidden states (M, D), on the CPU, of responses that nobody in particular reads, in eval mode."""
         training = self.training
         self.eval()
-        parts = []
-        for start in tqdm(range(0, len(readings), batch_size), desc="hidden states", leave=False, disable=None):
-            batch = lay_out(readings[start : start + batch_size], self.layout).to(self.device)
-            parts.append(self.states_at(batch, batch.last_at_M).cpu())
+        batch = lay_out(readings, self.layout).to(self.device)
+        states_MD = self.states_at(batch, batch.last_at_M).cpu()
         self.train(training)
-        return torch.cat(parts)
+        return states_MD
 
     def known_states_of(self, readings: Sequence[Reading]) -> Tensor:
         """Last hidden states (M, D) of a frozen backbone, from what is known where it is."""
         readings = [reading._replace(user=0) for reading in readings]
         missing = [reading for reading in dict.fromkeys(readings) if reading not in self.known_states]
         if missing:
-            self.known_states.update(zip(missing, self.states_of(missing, len(missing)).to(self.device).unbind()))
+            self.known_states.update(zip(missing, self.states_of(missing).to(self.device).unbind()))
         return torch.stack([self.known_states[reading] for reading in readings])
 
     def read_rewards(self, batch: PreferenceBatch) -> Tensor:
@@ -252,8 +254,8 @@ class PersonalizedRewardModel(PersonalizedModel):
 
     def forward(self, batch: PreferenceBatch) -> Rewards:
         """r_P(x, y, u) of both responses of each comparison."""
-        rewards_B2 = of_comparisons(self.read_rewards(batch), batch)
-        return Rewards(rewards_B2[:, 0], rewards_B2[:, 1], batch.margin_B.to(rewards_B2))
+        chosen_B, rejected_B = of_comparisons(self.read_rewards(batch), batch)
+        return Rewards(chosen_B, rejected_B, batch.margin_B.to(chosen_B))
 
     def rewards(self, readings: Sequence[Reading]) -> Tensor:
         """r_P(x, y, u) of single responses, (M,)."""
@@ -287,44 +289,52 @@ class PairwisePreferenceModel(PersonalizedModel):
         bias_2 = None if bias_V is None else bias_V[self.answers].to(dtype)
         logits_M2 = nn.functional.linear(hidden_MD.to(dtype), weight_VD[self.answers].to(dtype), bias_2)
         # y1 is A in the first order, B in the second.
-        a_over_b_B2 = of_comparisons(logits_M2[:, 0] - logits_M2[:, 1], batch)
-        return Answers(a_over_b_B2[:, 0], -a_over_b_B2[:, 1], batch.margin_B.to(a_over_b_B2))
+        first_B, second_B = of_comparisons(logits_M2[:, 0] - logits_M2[:, 1], batch)
+        return Answers(first_B, -second_B, batch.margin_B.to(first_B))
 
 
-def of_comparisons(values_M: Tensor, batch: PreferenceBatch) -> Tensor:
-    """Each comparison's two of the readings' values, (B, 2).
+def of_comparisons(values_M: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """Each comparison's two of the readings' values: the chosen's (B,), and the rejected's (B,).
 
     Not by indexing, whose backward pass adds up equal indices in any order: resuming must be exact.
     """
-    return values_M.index_select(0, batch.chosen_rejected_B2.flatten()).view(-1, 2)
+    chosen_B, rejected_B = batch.chosen_rejected_B2.unbind(dim=1)
+    return values_M.index_select(0, chosen_B), values_M.index_select(0, rejected_B)
 
 
 def sum_by_response(token_log_probs_N: Tensor, batch: PreferenceBatch) -> ResponseLogProbs:
     """log p(y|x) = sum of its tokens' log-probs, for both responses of every comparison."""
     zeros_M = token_log_probs_N.new_zeros(len(batch.readings))
-    sums_B2 = of_comparisons(zeros_M.index_add(0, batch.reading_N, token_log_probs_N), batch)
+    sums = of_comparisons(zeros_M.index_add(0, batch.reading_N, token_log_probs_N), batch)
     ones_N = torch.ones_like(token_log_probs_N.detach())
-    lengths_B2 = of_comparisons(zeros_M.index_add(0, batch.reading_N, ones_N), batch)
-    return ResponseLogProbs(sums_B2[:, 0], sums_B2[:, 1], lengths_B2[:, 0], lengths_B2[:, 1])
+    lengths = of_comparisons(zeros_M.index_add(0, batch.reading_N, ones_N), batch)
+    return ResponseLogProbs(*sums, *lengths)
 
 
 def build_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, users: int, backbone: PreTrainedModel | None = None
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    users: int,
+    backbone: PreTrainedModel | None = None,
+    vocabulary_VD: Tensor | None = None,
 ) -> PersonalizedModel:
-    """The model of a config for `users` known users: backbone (loaded unless given), LoRA, user model, aggregator."""
+    """The model of a config for `users` known users: backbone (loaded unless given), LoRA, user model, aggregator.
+
+    vocabulary_VD: the word embeddings that user vectors start from, where the backbone given has no values yet.
+    """
     backbone = backbone if backbone is not None else load_backbone(config.model, tokenizer, config.seed)
-    vocabulary_VD = backbone.get_input_embeddings().weight
-    width, linear = vocabulary_VD.shape[1], config.user_model.aggregator == "linear"
-    dtype = torch.promote_types(vocabulary_VD.dtype, torch.float32)
+    embeddings_VD = backbone.get_input_embeddings().weight
+    width, linear = embeddings_VD.shape[1], config.user_model.aggregator == "linear"
+    dtype = torch.promote_types(embeddings_VD.dtype, torch.float32)
     user_model = build_user_model(
-        config.user_model, users, vocabulary_VD, torch.Generator().manual_seed(config.seed),
+        config.user_model, users, embeddings_VD if vocabulary_VD is None else vocabulary_VD, torch.Generator().manual_seed(config.seed),
         reward_head=config.method == "prm" and linear,
     )  # fmt: skip
     if config.model.frozen:
         backbone.requires_grad_(False)
     elif config.lora.rank:
         add_lora(backbone, config.lora, lora_targets(backbone, config.lora.targets), config.seed)
-    elif config.method == "prm" and backbone.get_output_embeddings().weight is not vocabulary_VD:
+    elif config.method == "prm" and backbone.get_output_embeddings().weight is not embeddings_VD:
         backbone.get_output_embeddings().requires_grad_(False)  # the LM head, of which a reward model has no use
     prepare_blocks(backbone, config.model)
     slot = len(bos_ids(tokenizer))

@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from prlhf.batching import Reading
+from prlhf.distributed import from_main, full, gathered_rows, named_parameters, on_main, rank, share, summed, world_size
 from prlhf.encoding import EncodedComparison
 from prlhf.lora import LoRALinear
 from prlhf.losses import ResponseLogProbs
@@ -36,12 +38,16 @@ def cache_dir() -> Path:
 
 def weights_fingerprint(backbone: nn.Module) -> str:
     """A hash of the backbone's architecture and all its weights, adapters left out (LoRA does not change it)."""
-    digest = hashlib.blake2b(digest_size=16)
     shape = {k: v for k, v in backbone.config.to_dict().items() if k not in NOT_ARCHITECTURE}
-    digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
-    for name, weight in _base_parameters(backbone):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(_bytes(weight))
+    digest = hashlib.blake2b(json.dumps(shape, sort_keys=True, default=str).encode(), digest_size=16)
+    weights = _base_parameters(backbone)
+    hashes = torch.zeros(len(weights), 16, dtype=torch.int32)  # of each weight, by one of the ranks
+    for i, (_, weight) in enumerate(weights):
+        whole = full(weight)
+        if i % world_size() == rank():
+            hashes[i] = torch.tensor(list(hashlib.blake2b(_bytes(whole), digest_size=16).digest()))
+    for (name, weight), digits in zip(weights, summed(hashes).tolist()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + bytes(digits))
     return digest.hexdigest()
 
 
@@ -62,7 +68,7 @@ def reference_log_probs(
 
     reference: gives the model, asked for only where the cache does not hold what is needed.
     weights: its `weights_fingerprint`, taken while the weights still are the reference's.
-    device: what it computes on; another kind of device rounds differently.
+    device: what it computes on, and in which type if not the weights': others round differently.
     """
 
     def compute() -> Tensor:
@@ -86,23 +92,42 @@ def remember_states(
     both = ((c.prefix, response) for c in comparisons for response in (c.chosen, c.rejected))
     readings = list(dict.fromkeys(Reading(0, tuple(prefix), tuple(response)) for prefix, response in both))
     path = cache_dir() / "states" / f"{fingerprint_of(weights, model.device.type, readings)}.safetensors"
-    states = _cached(path, len(readings), lambda: model.states_of(readings, batch_size).T)
+    states = _cached(path, len(readings), lambda: _states(model, readings, batch_size).T)
     model.known_states.update(zip(readings, states.T.contiguous().to(model.device).unbind()))
 
 
+def _states(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:
+    """Last hidden states (M, D), of which each rank computes some."""
+    rows: list[int] = []
+    parts: list[Tensor] = []
+    bar = tqdm(total=len(readings), desc="hidden states", leave=False, disable=None if rank() == 0 else True)
+    for start, counts in share(range(0, len(readings), batch_size)):
+        some = readings[start : start + batch_size]
+        states = model.states_of(some)
+        parts.append(states[: len(some) * counts])
+        rows += range(start, start + len(some) * counts)
+        bar.update(len(some) * world_size())
+    bar.close()
+    return gathered_rows(rows, torch.cat(parts), len(readings))
+
+
 def _cached(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
-    """The tensor (_, count) in a cache file that is named by its fingerprint; computed and written where it is not."""
-    cached = _read(path, path.stem, count)
-    if cached is None:
+    """The tensor (_, count) in a cache file that is named by its fingerprint; computed and written where it is not.
+
+    Rank 0 reads and writes; what it knows, all know.
+    """
+    cached = on_main(lambda: _read(path, path.stem, count))
+    if not summed(torch.tensor([float(cached is not None)])):
         cached = compute()
-        _write(path, path.stem, cached)
-    return cached
+        on_main(lambda: _write(path, path.stem, cached))
+        return cached
+    return from_main(cached)
 
 
 def _base_parameters(backbone: nn.Module) -> list[tuple[str, Tensor]]:
     adapters = {id(p) for m in backbone.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)}
-    named = [(name.replace(".base.", "."), p) for name, p in backbone.named_parameters() if id(p) not in adapters]
-    return sorted(named, key=lambda pair: pair[0])
+    named = named_parameters(backbone).items()
+    return sorted((name.replace(".base.", "."), p) for name, p in named if id(p) not in adapters)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 from prlhf import checkpoint
 from prlhf import config as config_module
 from prlhf.config import Config
+from prlhf.distributed import on_main
 from prlhf.errors import UserError
 
 WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "final", "eval", "tensorboard")  # what --overwrite removes
@@ -22,7 +23,7 @@ class Run(NamedTuple):
     """An opened run directory; `lock` is held while it lives."""
 
     path: Path
-    lock: IO[str]
+    lock: IO[str] | None  # on rank 0
 
     @property
     def final(self) -> Path:
@@ -41,15 +42,18 @@ class Run(NamedTuple):
 
     def begin(self, config: Config, overwrite: bool) -> None:
         """Write config.yaml, after removing what an earlier run left where `overwrite`."""
-        if overwrite:
-            for entry in (self.path / name for name in WRITTEN):
+
+        def write() -> None:
+            for entry in (self.path / name for name in WRITTEN if overwrite):
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)
                 else:
                     entry.unlink(missing_ok=True)
-        aside = self.path / ".config.yaml.partial"
-        aside.write_text(config_module.dump(config), encoding="utf-8")
-        os.replace(aside, self.path / "config.yaml")
+            aside = self.path / ".config.yaml.partial"
+            aside.write_text(config_module.dump(config), encoding="utf-8")
+            os.replace(aside, self.path / "config.yaml")
+
+        on_main(write)
 
     @property
     def finished(self) -> bool:
@@ -84,6 +88,11 @@ def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
     is in use by another process.
     """
     path = Path(config.run_dir or Path("runs") / name).expanduser()
+    lock = on_main(lambda: _held(path, config, overwrite))
+    return Run(path, lock)
+
+
+def _held(path: Path, config: Config, overwrite: bool) -> IO[str]:
     if path.exists() and not path.is_dir():
         raise UserError(f"run_dir: {path} is a file, expected a folder")
     if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists() and not _is_run(path):
@@ -103,7 +112,7 @@ def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
                 + "\n".join(f"  {line}" for line in differing)
                 + "\nexpected the same config, another run_dir, or --overwrite"
             )
-    return run
+    return run.lock
 
 
 def _is_run(path: Path) -> bool:

@@ -6,6 +6,7 @@ import torch
 from tqdm import tqdm
 
 from prlhf.batching import micro_batches, pair_of
+from prlhf.distributed import gathered_rows, rank, share, world_size
 from prlhf.encoding import EncodedComparison
 from prlhf.losses import Outputs, ResponseLogProbs
 from prlhf.personalized import PersonalizedModel
@@ -21,30 +22,29 @@ def score(
     """log p(y|x, u), or r(x, y, u), of both responses of each comparison, on the CPU in the comparisons' order.
 
     users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix. batch_size: trees per
-    forward pass; equal ones are computed once, and are kept together.
+    forward pass; equal ones are computed once, and are kept together. Ranks share the work, and all know the result.
     """
     model.check_lengths(comparisons)
     outputs: list[Outputs] = []
     order: list[int] = []
     training = model.training
     model.eval()
-    bar = tqdm(total=len(comparisons), desc=title, disable=None if title else True, leave=False)
+    bar = tqdm(total=len(comparisons), desc=title, disable=None if title and rank() == 0 else True, leave=False)
     trees = tree_keys(model, comparisons, users)
     with torch.no_grad():
-        for indices in micro_batches(trees, [c.length for c in comparisons], batch_size):
+        for indices, counts in share(micro_batches(trees, [c.length for c in comparisons], batch_size)):
             chosen = [comparisons[i] for i in indices]
             if users is None:
                 with model.as_reference():
                     scored = model(model.collate(chosen, None))
             else:
                 scored = model(model.collate(chosen, [users[i] for i in indices]))
-            outputs.append(type(scored)(*(t.cpu() for t in scored)))
-            order += indices
-            bar.update(len(indices))
+            outputs.append(type(scored)(*(t[: len(indices) * counts].cpu() for t in scored)))
+            order += indices * counts
+            bar.update(len(indices) * world_size())
     bar.close()
     model.train(training)
-    back = torch.tensor(order).argsort()
-    return type(outputs[0])(*(torch.cat(parts)[back] for parts in zip(*outputs)))
+    return type(outputs[0])(*(gathered_rows(order, torch.cat(parts), len(comparisons)) for parts in zip(*outputs)))
 
 
 def tree_keys(

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prlhf.config import Config
+from prlhf.distributed import rank, summed
 from prlhf.errors import UserError
 from prlhf.runs import Run
 
@@ -46,6 +47,15 @@ class Sums:
             for name in mine:
                 mine[name] += theirs[name]
 
+    def over_ranks(self) -> None:
+        """Add what the ranks saw of one update: its loss, margins and accuracies."""
+        mine = (self.margin, self.right, self.seen)
+        values = torch.tensor([self.loss, *(counts[name] for counts in mine for name in counts)], dtype=torch.float64)
+        self.loss, *rest = summed(values).tolist()
+        for counts in mine:
+            for name in counts:
+                counts[name] = type(counts[name])(rest.pop(0))
+
     def record(self) -> dict[str, Any]:
         """Means over the updates and over each branch's comparisons; null where nothing was counted."""
 
@@ -71,15 +81,20 @@ def peak_memory_gb() -> float:
 
 
 class TrainingLog:
-    """Writes records to metrics.jsonl, to the screen above the progress bar, and to TensorBoard."""
+    """Writes records to metrics.jsonl, to the screen above the progress bar, and to TensorBoard; on rank 0 alone."""
 
     def __init__(self, config: Config, run: Run, first: int, total: int):
         self.run = run
-        self.writer = _tensorboard(run, first) if config.train.tensorboard else None
-        self.bar = tqdm(total=total, initial=first, desc="training", unit="update", disable=None)
+        self.speaks = rank() == 0
+        self.writer = _tensorboard(run, first) if config.train.tensorboard and self.speaks else None
+        self.bar = tqdm(
+            total=total, initial=first, desc="training", unit="update", disable=None if self.speaks else True
+        )
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one record, which has at least "step"; what is not finite becomes text, JSON having no such number."""
+        if not self.speaks:
+            return
         plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.run.log(plain)
         numbers = {k: v for k, v in plain.items() if isinstance(v, float)}

@@ -4,13 +4,40 @@
     individual   f(0) = e_0,  f(i) = e_0 + o_i           (without a shared component: f(i) = o_i)
     cluster      f(u) = V w_u,  V of shape (K, T_u, D), w_u in R^K or, with softmax, on the simplex
 
-Shape suffixes: B users asked for, M users known, U = T_u vectors a user, D width, K clusters, V vocabulary.
+What users do not share lies in `tables`, one row a user. A batch reads a few rows, and its gradient is one of these rows.
+
+Shape suffixes: B users asked for, M users known, U = T_u vectors a user, D width, K clusters, V vocabulary, R rows.
 """
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from prlhf.config import UserModelConfig
+
+
+class _ReadRows(torch.autograd.Function):
+    """As nn.functional.embedding with sparse=True, for a table of any number of dimensions."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows_B: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_B)
+        ctx.shape = table.shape
+        return table.index_select(0, rows_B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows_B,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(rows_B[None], grad, ctx.shape, check_invariants=False), None
+
+
+def read_rows(table: Tensor, rows_B: Tensor) -> Tensor:
+    """Rows (B, ...) of a table (rows, ...), whose gradient for the table is sparse: COO over dim 0."""
+    return _ReadRows.apply(table, rows_B)
 
 
 class UniformUsers(nn.Module):
@@ -24,6 +51,15 @@ class UniformUsers(nn.Module):
     def tokens(self) -> int:
         """T_u."""
         return self.e_UD.shape[0]
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """None: nothing differs between users."""
+        return []
+
+    def rows_of(self, users: Iterable[int]) -> Tensor:
+        """The rows of `tables` that these users read: none, (0,)."""
+        return torch.zeros(0, dtype=torch.long)
 
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers -> (B, U, D)."""
@@ -44,14 +80,21 @@ class IndividualUsers(nn.Module):
         """T_u."""
         return self.e_UD.shape[0]
 
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """Parameters with one row a user: the offsets."""
+        return [self.offsets_MUD]
+
+    def rows_of(self, users: Iterable[int]) -> Tensor:
+        """The rows of `tables` that known ones of these users read, (R,), each once: i - 1 of user i."""
+        return torch.tensor(sorted({user - 1 for user in users if user}), dtype=torch.long)
+
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers, 0 for unknown -> (B, U, D)."""
         if len(self.offsets_MUD) == 0:
             return self.e_UD.expand(len(users_B), -1, -1)
         known_B = (users_B > 0)[:, None, None]
-        offsets_BUD = nn.functional.embedding(
-            (users_B - 1).clamp(min=0), self.offsets_MUD.flatten(1)
-        ).view(len(users_B), *self.e_UD.shape)  # fmt: skip
+        offsets_BUD = read_rows(self.offsets_MUD, (users_B - 1).clamp(min=0))
         if not self.shared:
             return torch.where(known_B, offsets_BUD, self.e_UD)
         return self.e_UD + torch.where(known_B, offsets_BUD, 0.0)
@@ -71,9 +114,18 @@ class ClusterUsers(nn.Module):
         """T_u."""
         return self.V_KUD.shape[1]
 
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """Parameters with one row a user: the weights."""
+        return [self.w_MK]
+
+    def rows_of(self, users: Iterable[int]) -> Tensor:
+        """The rows of `tables` that these users read, (R,), each once: u of user u."""
+        return torch.tensor(sorted(set(users)), dtype=torch.long)
+
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers, 0 for unknown -> (B, U, D)."""
-        w_BK = nn.functional.embedding(users_B, self.w_MK)
+        w_BK = read_rows(self.w_MK, users_B)
         if self.softmax:
             w_BK = w_BK.softmax(dim=-1)
         return torch.einsum("bk,kud->bud", w_BK, self.V_KUD)

@@ -93,7 +93,7 @@ def plain_log_prob(backbone, prefix: list[int], response: list[int], user_UD: to
 
 
 def gradients(module) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return {name: p.grad.to_dense().clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-10) -> None:

@@ -47,3 +47,15 @@ def test_logprob_prints_a_table_and_writes_json(tmp_path):
     assert "| prlhf chunked | " in run("logprob.py", *sizes, "--out", out)
     rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
     assert rows["prlhf chunked"]["error"] < 1e-6
+
+
+def test_users_prints_a_table_and_writes_json(tmp_path):
+    out = tmp_path / "users.json"
+    small = ("--users", 3, 50, "--width", 32, "--comparisons", 2, "--gap", 4, "--rounds", 2, "--reads", 3)
+    table = run("users.py", *small, "--new-tokens", 2, "--out", out)
+    assert "| individual | 3 | " in table and "| cluster | 50 | " in table
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["kind"], row["users"]) for row in rows] == [
+        (kind, m) for kind in ("individual", "cluster") for m in (3, 50)
+    ]
+    assert rows[0]["over_smallest"] == 1 and rows[1]["late_user"] == 49

@@ -149,11 +149,10 @@ def test_sharing_leaves_the_loss_curve_as_it_is():
     for share in (True, False):
         config = tiny_config(f"model.share_trees={share}", "optim.lr=1e-2", "user_model.lr=1e-2")
         model, losses = tiny_model(config), []
-        optimizer = make_optimizer(config, model)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base_lr"]
+        optimizer = make_optimizer(config, model, total_steps=10)
         reference = score(model, votes, None, 4)
         for step in range(10):
+            optimizer.catch_up()
             losses.append(accumulate_gradients(config, model, votes, reference, range(step % 4, 16, 2)).loss)
             optimizer.step()
             optimizer.zero_grad()

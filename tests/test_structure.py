@@ -11,9 +11,9 @@ from prlhf.reference_table import with_table
 ROOT = Path(__file__).resolve().parent.parent
 # Data flows one way: each module imports only from those above it.
 ORDER = [
-    "errors", "config", "data", "encoding", "rules", "batching", "backbones", "data_check", "user_models", "logprobs",
-    "logprobs_triton", "lora", "losses", "personalized", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
-    "runs", "training_log", "loop", "sampling", "responses", "rewards", "report", "compare", "simulate", "lengths",
+    "errors", "allocations", "config", "data", "encoding", "rules", "batching", "backbones", "data_check", "user_models", "logprobs",
+    "logprobs_triton", "lora", "losses", "personalized", "distributed", "optim", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
+    "runs", "training_log", "loop", "dry_run", "sampling", "responses", "rewards", "report", "compare", "simulate", "lengths",
     "reference_table", "data.__main__",
 ]  # fmt: skip
 
@@ -55,7 +55,8 @@ def test_nothing_is_imported_that_is_not_a_core_dependency():
     allowed = {
         "torch",
         "transformers",
-        "tokenizers",
+        "tokenizers",  # comes with transformers
+        "huggingface_hub",  # as well
         "safetensors",
         "numpy",
         "tqdm",
@@ -69,6 +70,20 @@ def test_nothing_is_imported_that_is_not_a_core_dependency():
     for path in [*FILES.values(), *ROOT.glob("*.py")]:
         roots = {name.split(".")[0] for name in imported(path)}
         assert roots - standard <= allowed, (path, roots - standard - allowed)
+
+
+def test_nothing_is_unpickled_and_no_code_comes_with_a_model():
+    """Weights are safetensors: no torch.load and no pickle anywhere, so neither without weights_only=True."""
+    for path in [*FILES.values(), *ROOT.glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not {"pickle", "shelve", "marshal", "dill", "joblib"} & set(imported(path)), path
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            assert name not in {"torch.load", "eval", "exec", "np.load", "yaml.load", "yaml.unsafe_load"}, (path, name)
+            keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert keywords.get("trust_remote_code", "False") == "False", path
+            if name == "AutoModelForCausalLM.from_pretrained":
+                assert keywords["use_safetensors"] == "True" and keywords["trust_remote_code"] == "False", path
 
 
 def test_setup_cfg_asks_for_the_core_alone():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_comparisons, tiny_config, tiny_model
+from helpers import gradients, random_comparisons, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 import train as train_script
@@ -49,6 +49,11 @@ def weights(run_dir):
     return {f"{p.name}:{k}": v for p in sorted(final.glob("*.safetensors")) for k, v in load_file(p).items()}
 
 
+def step_tensors(path):
+    """What a checkpoint of one process holds, by name."""
+    return {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
@@ -79,8 +84,10 @@ def test_newest_and_best_checkpoints_stay(monkeypatch, tmp_path):
     evals = [r for r in records(tmp_path / "a") if r.get("eval")]
     best = min(evals, key=lambda r: r["loss"])["step"]
     assert set(checkpoint.steps(tmp_path / "a" / "checkpoints")) == {10, 12, best}
-    kept = load_file(tmp_path / "a" / "checkpoints" / f"step_{best}" / "weights.safetensors")
-    assert torch.equal(kept["user_model.e_UD"], load_file(tmp_path / "a/final/users.safetensors")["user_model.e_UD"])
+    kept = step_tensors(tmp_path / "a" / "checkpoints" / f"step_{best}")
+    assert torch.equal(
+        kept["model.user_model.e_UD"], load_file(tmp_path / "a/final/users.safetensors")["user_model.e_UD"]
+    )
 
 
 @pytest.mark.parametrize("mode", ["lora", "full", "mixed"])
@@ -210,11 +217,19 @@ def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path
         with pytest.raises(UserError, match="users or base model are not those"):
             run(monkeypatch, tmp_path / f"a{number}")
         monkeypatch.setattr(train_script, "read_comparisons", read_comparisons)
-    for name in ("weights.safetensors", "optimizer.pt", "state.json"):
-        step = unfinished(name)
-        (step / name).write_bytes((step / name).read_bytes()[:-100])
-        with pytest.raises(UserError, match="damaged checkpoint"):
-            run(monkeypatch, tmp_path / name)
+    names = [file.name for file in unfinished("names").iterdir()]
+    assert {name.partition("-")[0] for name in names} == {"shard", "checksums", "state.json", "users.json"}
+    for name in names:
+        whole = (step := unfinished(name)).joinpath(name).read_bytes()
+        flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+        for damaged in (whole[:-10], flipped, None):
+            (step / name).unlink()
+            if damaged is not None:
+                (step / name).write_bytes(damaged)
+            with pytest.raises(UserError, match="damaged checkpoint"):
+                run(monkeypatch, tmp_path / name)
+            (step / name).write_bytes(whole)
+        run(monkeypatch, tmp_path / name)
 
 
 def toy_split(model, count=8):
@@ -260,7 +275,7 @@ def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
     model, twin = tiny_model(config), tiny_model(config)
     split = toy_split(model)
     loop.accumulate_gradients(config, twin, split.data.comparisons, split.reference, range(8))
-    grads = {n: p.grad for n, p in twin.named_parameters() if p.grad is not None}
+    grads = gradients(twin)
     norm = math.sqrt(sum((g**2).sum().item() for g in grads.values()))
     assert norm > 0.01
     loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, None)

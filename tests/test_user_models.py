@@ -27,8 +27,9 @@ def test_individual_is_shared_plus_offset_and_user_zero_is_shared_alone():
 def test_an_unknown_user_never_moves_an_offset():
     model = IndividualUsers(torch.randn(2, 4), torch.randn(3, 2, 4))
     model(torch.tensor([0, 2])).sum().backward()
-    assert model.offsets_MUD.grad[[0, 2]].abs().max() == 0  # users 1 and 3 were not there, user 0 has no offset
-    assert torch.equal(model.offsets_MUD.grad[1], torch.ones(2, 4))
+    grad = model.offsets_MUD.grad.to_dense()
+    assert grad[[0, 2]].abs().max() == 0  # users 1 and 3 were not there, user 0 has no offset
+    assert torch.equal(grad[1], torch.ones(2, 4))
     assert torch.equal(model.e_UD.grad, 2 * torch.ones(2, 4))
 
 
@@ -73,3 +74,39 @@ def test_the_same_seed_gives_the_same_user_model():
 def test_no_known_user_at_all():
     model, _ = build(users=0)
     assert torch.equal(model(torch.tensor([0]))[0], model.e_UD)
+
+
+@pytest.mark.parametrize("kind", ["individual", "individual alone", "cluster"])
+def test_a_tables_gradient_is_the_rows_read_and_that_of_the_dense_table(kind):
+    """Two backward passes, in which some users come twice, against the same tensors read by plain indexing."""
+    shared, table = torch.randn(3, 2, 4), torch.randn(6, 3) if kind == "cluster" else torch.randn(5, 2, 4)
+    model = {
+        "individual": lambda: IndividualUsers(shared[0], table.clone()),
+        "individual alone": lambda: IndividualUsers(shared[0], table.clone(), shared=False),
+        "cluster": lambda: ClusterUsers(shared, table.clone(), softmax=True),
+    }[kind]()
+    dense = table.clone().requires_grad_()
+    for users in ([4, 1, 4, 0], [1, 2]):
+        weights = torch.randn(len(users), 2, 4)
+        (model(torch.tensor(users)) * weights).sum().backward()
+        for user, weight in zip(users, weights):
+            if kind == "cluster":
+                out = sum(w * v for w, v in zip(dense[user].softmax(0), shared))
+            else:
+                out = dense[user - 1] if user else torch.zeros(2, 4)
+            if out.requires_grad:
+                (out * weight).sum().backward()
+    (found,) = model.tables
+    assert found.grad.is_sparse and found.grad.sparse_dim() == 1
+    assert torch.allclose(found.grad.to_dense(), dense.grad, atol=1e-6)
+    read = set(found.grad.coalesce().indices()[0].tolist())
+    assert set(model.rows_of([4, 1, 4, 0, 1, 2]).tolist()) == set(dense.grad.flatten(1).any(1).nonzero()[:, 0].tolist())
+    assert read == set(model.rows_of([4, 1, 0, 2]).tolist())
+
+
+def test_rows_of_users():
+    individual, cluster = build()[0], build("user_model.kind=cluster")[0]
+    assert individual.rows_of([3, 0, 1, 3]).tolist() == [0, 2]
+    assert cluster.rows_of([3, 0, 1, 3]).tolist() == [0, 1, 3]
+    uniform = build("user_model.kind=uniform")[0]
+    assert uniform.tables == [] and uniform.rows_of([0, 2]).tolist() == []

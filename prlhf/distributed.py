@@ -1,0 +1,327 @@
+"""One training run on many processes: the process group, FSDP2 around a finished model, and what ranks tell each other.
+
+torchrun starts W processes ("ranks"). Every rank computes the same plan for an update and takes every W-th of its
+micro-batches (`share`); losses are divided by the whole update's size, and gradients are *summed* over ranks, so the
+update is the same whatever W is. Without torchrun W is 1 and all of this is the identity.
+
+The model is sharded from outside (`shard`): `fully_shard` around each block and around the whole, which knows nothing of
+it. Tables with a row a user are not sharded: each rank holds them, and sums the gradients of the few rows that an
+update touches. A named model's weights are read after that, each rank its own rows (`load_weights_into`).
+"""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from prlhf.backbones import DTYPES, blocks, empty_backbone, weights_folder, word_embeddings
+from prlhf.config import Config
+from prlhf.errors import OtherRankFailed, UserError
+from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build_model
+
+T = TypeVar("T")
+PATIENCE = timedelta(
+    hours=2
+)  # the others wait while rank 0 writes a large model; of a dead rank torchrun knows at once
+CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that is gone
+
+
+def world_size() -> int:
+    """W, how many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 is the one that writes and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def process_group(config: Config, device: str) -> Iterator[None]:
+    """Within the context the processes that torchrun started know each other; each has a GPU of its own on `device` cuda.
+
+    A group that is there already stays. One process alone gets one too where the config shards (`sharded`). UserError where W does not fit fsdp.replicas.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size % config.fsdp.replicas:
+        raise UserError(f"fsdp.replicas: found {config.fsdp.replicas}, expected a divisor of the {size} processes")
+    if dist.is_initialized() or (size == 1 and not sharded(config)):
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if size > 1:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, dist.DistError) or any(sign in str(error) for sign in CONNECTION_LOST):
+            raise OtherRankFailed(
+                f"process {rank()} lost another one, which died or left; the last checkpoint is good, and the same command goes on"
+            ) from None
+        raise
+    dist.destroy_process_group()
+
+
+def sharded(config: Config) -> bool:
+    """Whether the model is sharded by FSDP2: with several processes, and where the config asks for what it alone does."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several or config.model.compute_dtype is not None or config.fsdp.offload
+
+
+def share(parts: Sequence[T]) -> list[tuple[T, bool]]:
+    """This rank's of an update's micro-batches, as many on every rank; False marks one that only fills up and counts nothing.
+
+    Ranks must compute alike, as each forward and backward pass is a collective operation.
+    """
+    W = world_size()
+    rounds = -(-len(parts) // W)
+    mine = [r * W + rank() for r in range(rounds)]
+    return [(parts[min(i, len(parts) - 1)], i < len(parts)) for i in mine]
+
+
+def summed(values: Tensor) -> Tensor:
+    """The elementwise sum of a tensor on the CPU over ranks, in `values` itself."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_main(values: Tensor | None) -> Tensor:
+    """Rank 0's tensor, of one of `DTYPES` or float64, on every rank."""
+    if world_size() == 1:
+        return values
+    types = [*DTYPES.values(), torch.float64]
+    shape = torch.zeros(8, dtype=torch.long)
+    if rank() == 0:
+        described = [types.index(values.dtype), values.ndim, *values.shape]
+        shape[: len(described)] = torch.tensor(described)
+    dtype, ndim, *sizes = summed(shape).tolist()
+    if rank() != 0:
+        values = torch.zeros(sizes[:ndim], dtype=types[dtype])
+    return summed(values.clone())
+
+
+def gathered_rows(rows: Sequence[int], values: Tensor, count: int) -> Tensor:
+    """(count, ...) from each rank's `values` (n, ...) for the `rows` that it has; every row is one rank's."""
+    found = values.new_zeros(count, *values.shape[1:])
+    found[torch.tensor(rows, dtype=torch.long)] = values
+    return summed(found)
+
+
+def sum_rows(table: nn.Parameter) -> None:
+    """Sum a table's sparse gradient over ranks, in place; what travels are the rows that are in it."""
+    W = world_size()
+    if W == 1:
+        return
+    grad = table.grad
+    if grad is None:
+        nothing = torch.zeros(1, 0, dtype=torch.long), table.new_empty(0, *table.shape[1:])
+        grad = torch.sparse_coo_tensor(*nothing, table.shape, check_invariants=False)
+    grad = grad.coalesce()
+    n, r = grad._nnz(), rank()
+    counts_W = torch.zeros(W, dtype=torch.long)
+    counts_W[r] = n
+    most = int(summed(counts_W).max())  # every rank's counts now
+    rows_WN = torch.zeros(W, most, dtype=torch.long)
+    values_WN = torch.zeros(W, most, *table.shape[1:], dtype=table.dtype)
+    rows_WN[r, :n], values_WN[r, :n] = grad.indices()[0], grad.values()
+    real_WN = torch.arange(most) < counts_W[:, None]
+    rows, values = summed(rows_WN)[real_WN], summed(values_WN)[real_WN]
+    table.grad = torch.sparse_coo_tensor(
+        rows[None].to(table.device), values.to(table.device), table.shape, check_invariants=False
+    ).coalesce()
+
+
+def on_main(function: Callable[[], T]) -> T | None:
+    """What `function` returns on rank 0, while the others wait; None there. An exception on rank 0 ends all ranks."""
+    if world_size() == 1:
+        return function()
+    result, failure = None, None
+    if rank() == 0:
+        try:
+            result = function()
+        except BaseException as error:
+            failure = error
+    failed = summed(torch.tensor([float(failure is not None)])).item()
+    if failure is not None:
+        raise failure
+    if failed:
+        raise OtherRankFailed
+    return result
+
+
+def say(text: str) -> None:
+    """Print a line for the person at the keyboard, once."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    summed(torch.zeros(1))
+
+
+def shard(model: PersonalizedModel, config: Config, device: str) -> None:
+    """Shard a model's parameters over the ranks (FSDP2), in place: each block, and the rest together.
+
+    Gradients are summed, in float32. model.compute_dtype: what the backbone computes in; fsdp.replicas: hybrid sharding, a
+    whole model on every W / replicas neighbours; fsdp.offload: parameters, gradients and moments wait in host memory.
+    Parameters of the backbone may be on the device meta; `load_weights_into` gives them values.
+    """
+    model.device = torch.device(device)
+    for part in model.children():
+        if part is not model.backbone:
+            part.to(device)
+    compute = DTYPES[config.model.compute_dtype] if config.model.compute_dtype else None
+    options = {
+        "mesh": device_mesh(config, device),
+        "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if config.fsdp.offload else OffloadPolicy(),
+    }
+    ours = [part for part in model.children() if part is not model.backbone]  # in float32, whatever the backbone's type
+    whole = {p for part in ours for p in part.parameters() if p.numel() == 0} | set(model.user_model.tables)
+    for part in ours:
+        if set(part.parameters()) - whole:
+            in_float32 = options | {"mp_policy": MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)}
+            fully_shard(part, **in_float32, ignored_params=whole)
+    for block in blocks(model.backbone):
+        fully_shard(block, **options)
+    fully_shard(model, **options, ignored_params=whole)
+    if isinstance(model, PersonalizedRewardModel):
+        register_fsdp_forward_method(model, "states_of")  # which computes without `forward`
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def training_model(config: Config, tokenizer: PreTrainedTokenizerBase, users: int, device: str) -> PersonalizedModel:
+    """The model of a config for `users` known users on `device`; sharded over the ranks where it is `sharded`.
+
+    Of a sharded model with a name no rank ever holds all weights: it is described first and then read, shard by shard.
+    """
+    if not sharded(config):
+        return build_model(config, tokenizer, users).to(device)
+    if config.model.name is None:
+        model = build_model(config, tokenizer, users)
+        shard(model, config, device)
+        return model
+    folder = weights_folder(config.model.name)
+    backbone = empty_backbone(config.model, tokenizer)
+    model = build_model(config, tokenizer, users, backbone, word_embeddings(backbone, folder, config.model))
+    shard(model, config, device)
+    load_weights_into(model, folder, device, "cpu" if config.fsdp.offload else device)
+    return model
+
+
+def device_mesh(config: Config, device: str) -> DeviceMesh:
+    """The ranks in a row, or, with fsdp.replicas > 1, as (replicas, shards)."""
+    replicas = config.fsdp.replicas
+    if replicas == 1:
+        return init_device_mesh(device, (world_size(),))
+    return init_device_mesh(device, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weights_on: str) -> None:
+    """Give a sharded model that has parameters on meta their values from the safetensors in `folder`, each rank its own rows.
+
+    weights_on: where they wait, if not on the `device` that computes.
+    What has values already (buffers, LoRA, user model) keeps them. UserError where a weight is missing in the files.
+    """
+    backbone = model.backbone
+    kept = {name: t.detach().clone() for name, t in _tensors(backbone) if not t.is_meta}
+    backbone.to_empty(device=weights_on)
+    for module in backbone.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    tensors = {name: t.detach() for name, t in _tensors(backbone)}
+    for name, values in kept.items():
+        tensors[name].copy_(values)
+    read_tensors({name.replace(".base.", "."): t for name, t in tensors.items() if name not in kept}, folder)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def read_tensors(values: dict[str, Tensor], folder: Path) -> None:
+    """Fill tensors, sharded or not, from the safetensors files in a folder by their names; each rank reads its own rows.
+
+    UserError where one is missing or has another shape.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    try:
+        with _silence():
+            dcp.load(values, storage_reader=reader, no_dist=world_size() == 1)
+    except CheckpointException as error:
+        raise UserError(f"{folder}: not the weights that this model has ({reason(error)})") from None
+
+
+def write_tensors(values: dict[str, Tensor], folder: Path) -> None:
+    """Write tensors, sharded or not, as safetensors into a folder, each rank a file of what it holds."""
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _silence():
+        dcp.save(values, storage_writer=writer, no_dist=world_size() == 1)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in a line; of several ranks on the first that failed."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without the warning that there is but one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters by name, those that the optimiser has: sharded where the model is."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return dict(model.named_parameters())
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors, sharded or not, gathered one by one onto rank 0's CPU; other ranks get none."""
+    found = {}
+    for name, tensor in tensors.items():
+        values = full(tensor.detach())
+        if rank() == 0:
+            found[name] = values.cpu().contiguous()
+    return found
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on every rank; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

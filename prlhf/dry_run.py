@@ -1,0 +1,478 @@
+"""What a training will take, before anything is loaded: python train.py --config NAME.yaml --dry-run
+
+The real model, without values, computes the two largest micro-batches of the training's largest update and the optimiser's
+step on fake tensors (`allocations`); what is counted there is what the real ones take. Where nothing runs, formulas do:
+
+    N processes (FSDP)  weights, gradients and moments / N, and whole: what is outside the blocks, and two blocks with
+                        their gradients; user tables and activations are each process's own
+    a GPU               FlexAttention keeps what causal attention without a mask keeps; Triton's log-probs take a tile of
+                        logits (`logprobs_triton.ROWS` x `TILE`) instead of a chunk
+    this process        what it holds after imports, data and a toy update, which has touched the code that training runs
+
+Memory is in bytes, in use at once. An allocator may hold more: glibc's heap, of which freed pieces that lie between others
+cannot always be used again, held up to twice the activations where that was measured.
+"""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from prlhf import logprobs, personalized
+from prlhf.allocations import Allocations, give_fake_storage
+from prlhf.backbones import DTYPES, blocks, byte_tokenizer, empty_backbone, head, takes_flex_attention
+from prlhf.batching import PreferenceBatch, micro_batches
+from prlhf.config import Config
+from prlhf.distributed import sharded
+from prlhf.encoding import EncodedComparison, TrainingData
+from prlhf.errors import UserError
+from prlhf.logprobs import HeadGradients, Pass, Softmax
+from prlhf.loop import Item, epoch_updates, make_optimizer, part_loss, schedule, update_parts
+from prlhf.lora import LoRALinear
+from prlhf.losses import ResponseLogProbs, needs_reference
+from prlhf.personalized import PersonalizedModel, build_model
+from prlhf.scoring import tree_keys
+
+TRITON_LOGITS = 1024 * 2048  # positions and vocabulary of Triton's tile
+CUDA_CONTEXT = 600_000_000  # what CUDA and its libraries hold on a GPU, which torch's own count leaves out
+CUBLAS_WORKSPACE = 32 * 2**20  # of 8 buffers of 4 MB, the deterministic choice
+CANDIDATES = 8  # updates that are looked at closely for the largest
+
+
+class Count(NamedTuple):
+    """Parameters of a part of the model."""
+
+    all: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process holds, in bytes. `peak`s: all that is in use at once in that phase, the process included."""
+
+    process: int  # Python and libraries; on a GPU CUDA's context
+    weights: int
+    gradients: int
+    optimizer: int  # AdamW's two moments
+    whole_blocks: int  # FSDP: what is gathered of other processes' weights; 0 for one process
+    activations: int  # kept by the largest micro-batch for its backward pass
+    temporaries: int  # beside all these at the peak of an update
+    log_probs: int  # of these, what log-probabilities alone take at most
+    peaks: dict[str, int]  # phase -> bytes
+
+    @property
+    def peak(self) -> int:
+        """The most of all phases."""
+        return max(self.peaks.values())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a training will be: parameters by part, the data, the updates, and the memory of one process."""
+
+    device: str
+    processes: int
+    available: int | None  # bytes that each process has, None: unknown
+    parameters: dict[str, Count]
+    data: dict[str, str]
+    known_users: int
+    updates: int
+    updates_per_epoch: int
+    tokens_per_epoch: int
+    largest: tuple[int, int]  # rows and positions of the largest micro-batch
+    memory: Memory
+    change: list[str]  # keys that would save memory, the most promising first
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak is within what there is."""
+        return self.available is None or self.memory.peak <= self.available
+
+
+def predict(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    device: str,
+    processes: int = 1,
+    available: int | None = None,
+) -> Prediction:
+    """The prediction for a config and its data on `device` (cpu or cuda, which need not be there).
+
+    No weights are read, and nothing is written. available: bytes that each process has.
+    """
+    comparisons = data.train.comparisons
+    gpu = device == "cuda"
+    process = CUDA_CONTEXT if gpu else resident_after_a_toy_update(config)
+    computing = replace(config.model, dtype=config.model.compute_dtype or config.model.dtype)
+    backbone = empty_backbone(computing, tokenizer)
+    layout = config.model.layout
+    if layout == "auto":
+        layout = "packed" if gpu and takes_flex_attention(backbone) else "tree"
+    log_probs = "torch" if config.model.log_probs == "torch" else "chunked"
+    config = replace(config, model=replace(computing, layout=layout, log_probs=log_probs, compile=False))
+    allocations = Allocations()
+    with allocations.fake():
+        give_fake_storage(backbone)
+        model = build_model(config, tokenizer, len(data.users), backbone)
+    model.check_lengths(comparisons)
+    steps = schedule(config.optim, len(comparisons))
+    update, parts = largest_parts(config, model, comparisons)
+    with gpu_stand_ins(config) if gpu else contextlib.nullcontext():
+        memory = predicted_memory(config, model, data, allocations, update, parts, process, processes, gpu)
+    rows, positions = max((shape(model, comparisons, part) for part in parts), key=math.prod)
+    reports = {"train": data.train.report.lines()}
+    if data.valid is not None:
+        reports["valid"] = data.valid.report.lines()
+    return Prediction(
+        device, processes, available, count_parameters(model), reports, len(data.users),
+        steps.total, steps.per_epoch, sum(c.length for c in comparisons), (rows, positions), memory,
+        keys_to_change(config, memory, processes),
+    )  # fmt: skip
+
+
+def count_parameters(model: PersonalizedModel) -> dict[str, Count]:
+    """Parameters by part: backbone, its LoRA, the user model, and an aggregator or a reward head where there is one."""
+    adapters = {id(p) for m in model.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)}
+    parts = {
+        "backbone": [p for p in model.backbone.parameters() if id(p) not in adapters],
+        "LoRA": [p for p in model.backbone.parameters() if id(p) in adapters],
+        "user model": list(model.user_model.parameters()),
+    }
+    for title, name in (("aggregator", "aggregator"), ("reward head", "value_head")):
+        module = getattr(model, name, None)
+        parts[title] = [] if module is None else list(module.parameters())
+    return {
+        title: Count(sum(p.numel() for p in of), sum(p.numel() for p in of if p.requires_grad))
+        for title, of in parts.items()
+        if of
+    }
+
+
+def bytes_of(parameters: Any, trained: bool = False) -> int:
+    """Bytes of parameters, or of the trained ones among them."""
+    return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad or not trained)
+
+
+def shape(model: PersonalizedModel, comparisons: Sequence[EncodedComparison], items: Sequence[Item]) -> tuple[int, int]:
+    """Rows and positions of a micro-batch."""
+    return tuple(collated(model, comparisons, items).input_ids_RT.shape)  # type: ignore[return-value]
+
+
+def collated(
+    model: PersonalizedModel, comparisons: Sequence[EncodedComparison], items: Sequence[Item]
+) -> PreferenceBatch:
+    """A micro-batch as training lays it out."""
+    return model.collate([comparisons[item.index] for item in items], [item.user for item in items])
+
+
+def largest_parts(
+    config: Config, model: PersonalizedModel, comparisons: Sequence[EncodedComparison]
+) -> tuple[list[int], list[list[Item]]]:
+    """Of all the updates of the training the one with the largest micro-batch, and its two largest, in their order."""
+    per_epoch, total = schedule(config.optim, len(comparisons))
+    updates: list[list[int]] = []
+    for epoch in range(math.ceil(total / per_epoch)):
+        updates += epoch_updates(config, comparisons, epoch)[: total - len(updates)]
+    size = sum if config.model.layout == "packed" else max
+    updates.sort(key=lambda update: size(comparisons[i].length for i in update), reverse=True)
+
+    best: tuple[int, list[int], list[list[Item]]] | None = None
+    for update in updates[:CANDIDATES]:
+        parts = update_parts(config, model, comparisons, update)
+        sizes = [math.prod(shape(model, comparisons, part)) for part in parts]
+        if best is None or max(sizes) > best[0]:
+            two = sorted(sorted(range(len(parts)), key=lambda n: -sizes[n])[:2])
+            best = max(sizes), update, [parts[n] for n in two]
+    assert best is not None
+    return best[1], best[2]
+
+
+def predicted_memory(
+    config: Config,
+    model: PersonalizedModel,
+    data: TrainingData,
+    allocations: Allocations,
+    update: Sequence[int],
+    parts: Sequence[Sequence[Item]],
+    process: int,
+    processes: int,
+    gpu: bool,
+) -> Memory:
+    """Run an update on fake tensors and count; see the module for what is a formula."""
+    comparisons = data.train.comparisons
+    reference = None
+    if needs_reference(config):
+        lengths = torch.ones(len(comparisons), dtype=torch.long)
+        zeros = torch.zeros(len(comparisons))
+        reference = ResponseLogProbs(zeros, zeros, lengths, lengths)
+    tables = bytes_of(model.user_model.tables)
+    weights, gradients = bytes_of(model.parameters()), bytes_of(model.parameters(), trained=True) - tables
+    scoring = scoring_peak(config, model, data, allocations)
+
+    model.train()
+    with allocations.fake():
+        before = allocations.now
+        optimizer = make_optimizer(config, model, total_steps=1)
+        moments = allocations.now - before
+        start = allocations.restart()
+        activations = peak = extra = 0
+        for items in parts:
+            before, earlier = allocations.restart(), bytes_of_gradients(model)
+            loss, margins = part_loss(config, model, comparisons, reference, items, len(update))
+            activations = max(activations, allocations.now - before)
+            loss.backward()
+            del loss, margins
+            peak = max(peak, allocations.peak - start)
+            extra = max(extra, allocations.peak - before - (bytes_of_gradients(model) - earlier))
+        before = allocations.restart()
+        dense = [p for group in optimizer.dense.param_groups for p in group["params"]]  # of tables few rows move
+        torch.nn.utils.clip_grad_norm_(dense, config.optim.max_grad_norm or math.inf)
+        optimizer.dense.step()
+        step = allocations.peak - before
+
+    share, gathered = 1.0, 0
+    spread = processes > 1 or sharded(config)
+    if spread:
+        share, gathered = config.fsdp.replicas / processes, gathered_bytes(model)
+    if config.model.compute_dtype:  # what was counted is of that type, and is kept in float32
+        more = bytes_of(model.backbone.parameters(), trained=True)
+        weights, gradients, moments, step = weights + more, gradients + more, moments + 2 * more, step + more
+
+    def held(whole: int, replicated: int) -> int:
+        return math.ceil((whole - replicated) * share) + replicated
+
+    weights_here, gradients_here = held(weights, tables), held(gradients, 0)
+    moments_here = held(moments, 2 * tables)
+    if gpu and config.fsdp.offload:  # the rest waits in host memory
+        weights_here, gradients_here, moments_here = tables, 0, 2 * tables
+    if gpu:
+        process += CUBLAS_WORKSPACE
+    static = process + weights_here + moments_here  # moments are there from the second update on
+    in_update = gradients_here + extra + gathered if spread else peak
+    return Memory(
+        process, weights_here, gradients_here, moments_here, gathered, activations,
+        max(0, in_update - gradients_here - gathered - activations),
+        log_prob_bytes(config, model, comparisons, parts, allocations),
+        {
+            "loading": process + (weights_here if gpu else weights + file_bytes_beside(config)),
+            "reference and evaluation": static + gathered + scoring,
+            "forward and backward": static + in_update,
+            "optimiser's step": static + gradients_here + held(step, 0),
+        },
+    )  # fmt: skip
+
+
+def bytes_of_gradients(model: nn.Module) -> int:
+    """Bytes of the gradients that are there."""
+    return bytes_of(p for p in model.parameters() if p.grad is not None and not p.grad.is_sparse)
+
+
+def gathered_bytes(model: PersonalizedModel) -> int:
+    """What FSDP gathers: the backbone outside its blocks and the two largest blocks, with the gradients of what is
+    trained."""
+    sizes = sorted(bytes_of(b.parameters()) + bytes_of(b.parameters(), trained=True) for b in blocks(model.backbone))
+    inside = {id(p) for b in blocks(model.backbone) for p in b.parameters()}
+    root = [p for p in model.backbone.parameters() if id(p) not in inside]
+    return sum(sizes[-2:]) + bytes_of(root) + bytes_of(root, trained=True)
+
+
+def scoring_peak(config: Config, model: PersonalizedModel, data: TrainingData, allocations: Allocations) -> int:
+    """What the largest forward pass of reference or evaluation takes beside weights and moments."""
+    sets = [] if not needs_reference(config) else [(data.train.comparisons, None)]
+    if data.valid is not None:
+        sets.append((data.valid.comparisons, [c.user for c in data.valid.comparisons]))
+    peak = 0
+    for comparisons, users in sets:
+        trees = tree_keys(model, comparisons, users)
+        first = micro_batches(trees, [c.length for c in comparisons], config.evaluate.batch_size)[0]
+        batch = model.collate([comparisons[i] for i in first], users and [users[i] for i in first])
+        model.eval()
+        with allocations.fake(), model.as_reference() if users is None else torch.no_grad():
+            before = allocations.restart()
+            outputs = model(batch)
+            peak = max(peak, allocations.peak - before)
+            del outputs
+    return peak
+
+
+def log_prob_bytes(
+    config: Config,
+    model: PersonalizedModel,
+    comparisons: Sequence[EncodedComparison],
+    parts: Sequence[Sequence[Item]],
+    allocations: Allocations,
+) -> int:
+    """What log-probabilities and their backward pass take for the largest micro-batch, beside hidden states and head."""
+    if config.method != "pdpo":
+        return 0
+    targets_N = max((collated(model, comparisons, part).targets_N for part in parts), key=len)
+    with allocations.fake():
+        weight_VD, bias_V = head(model.backbone)
+        hidden_ND = torch.empty(len(targets_N), weight_VD.shape[1], dtype=weight_VD.dtype, requires_grad=True)
+        before = allocations.restart()
+        log_p_N = logprobs.log_probs(hidden_ND, weight_VD, bias_V, targets_N, config.model.log_probs)
+        trained = [hidden_ND, *(t for t in (weight_VD, bias_V) if t is not None and t.requires_grad)]
+        gradients = torch.autograd.grad(log_p_N.sum(), trained)
+        del gradients
+        return allocations.peak - before
+
+
+def resident_after_a_toy_update(config: Config) -> int:
+    """Bytes of this process once a model of one small block has been updated: imports, data, and the code it touches."""
+    family = "gptj" if config.model.family == "gptj" else "llama"
+    small = replace(config.model, name=None, family=family, width=64, heads=4, layers=1, compile=False)
+    toy = replace(config, model=small, lora=replace(config.lora, targets=None), method="pdpo")
+    some = [EncodedComparison([1] * 8, [1] * 8, [2] * 8, [3] * 8, user=0)] * 2
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(toy, byte_tokenizer(), 1)
+        optimizer = make_optimizer(toy, model, total_steps=1)
+        outputs = model(model.collate(some, [0, 0]))
+        (outputs.chosen - outputs.rejected).sum().backward()
+        optimizer.step()
+    return resident_bytes()
+
+
+def resident_bytes() -> int:
+    """What this process holds now (Linux), or has held at most."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def file_bytes_beside(config: Config) -> int:
+    """The safetensors of a local model whose type is not config.model.dtype: mapped into memory while they are converted.
+
+    Files of the same type are the weights themselves. Only their headers' types would say so surely; config.json does.
+    """
+    folder = Path(config.model.name or "").expanduser()
+    files = list(folder.glob("*.safetensors")) if config.model.name and folder.is_dir() else []
+    total = sum(file.stat().st_size for file in files)
+    if not files or same_type(config):
+        return 0
+    return total
+
+
+def same_type(config: Config) -> bool:
+    """Whether a model's files hold config.model.dtype, by its config.json."""
+    from transformers import AutoConfig
+
+    described = AutoConfig.from_pretrained(str(Path(config.model.name or "").expanduser()))
+    return described.dtype is None or described.dtype == DTYPES[config.model.dtype]
+
+
+@contextlib.contextmanager
+def gpu_stand_ins(config: Config) -> Iterator[None]:
+    """Within the context, what runs on a GPU alone is replaced by what allocates alike."""
+    mask, passes = personalized.attention_mask, logprobs._passes
+    if config.model.layout == "packed":
+        personalized.attention_mask = lambda batch: None  # a BlockMask is small
+    if config.model.log_probs == "chunked":
+        logprobs._passes = lambda impl: (_tile_pass, _tile_head_gradients)
+    try:
+        yield
+    finally:
+        personalized.attention_mask, logprobs._passes = mask, passes
+
+
+def _tile_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, slope: bool) -> Pass:
+    """What Triton's pass allocates: its outputs and a tile of logits, once more in a half type."""
+    log_p_N, max_N, sum_N = torch.empty(3, len(hidden_ND), dtype=torch.float32).unbind()
+    slope_ND = torch.zeros(hidden_ND.shape, dtype=torch.float32) if slope else None
+    tile = torch.empty(TRITON_LOGITS, dtype=torch.float32)
+    tile.to(hidden_ND.dtype)
+    return Pass(log_p_N.clone(), Softmax(max_N.clone(), sum_N.clone()), slope_ND)
+
+
+def _tile_head_gradients(
+    grad_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softmax: Softmax
+) -> HeadGradients:
+    """What Triton's head gradients allocate: themselves and a tile."""
+    tile = torch.empty(TRITON_LOGITS, dtype=torch.float32)
+    tile.to(hidden_ND.dtype)
+    return HeadGradients(torch.empty_like(weight_VD), None if bias_V is None else torch.empty_like(bias_V))
+
+
+def keys_to_change(config: Config, memory: Memory, processes: int) -> list[str]:
+    """The keys that would save memory, those first whose part is the largest."""
+    options: list[tuple[int, str]] = []
+    activations = memory.activations + memory.temporaries
+    if config.optim.micro_batch_size > 1:
+        options.append((activations, f"optim.micro_batch_size (now {config.optim.micro_batch_size})"))
+    if not config.model.gradient_checkpointing:
+        options.append((activations, "model.gradient_checkpointing=true"))
+    options.append((activations // 2, f"data.max_tokens (now {config.data.max_tokens})"))
+    if config.lora.rank == 0 and not config.model.frozen:
+        options.append((memory.gradients + memory.optimizer, "lora.rank (now 0, full fine-tuning), e.g. 16"))
+    elif config.model.dtype == "float32":
+        options.append((memory.weights // 2, "model.dtype=bfloat16"))
+    static = memory.weights + memory.gradients + memory.optimizer
+    if not config.fsdp.offload:
+        options.append((static // 3, "fsdp.offload=true (slow)"))
+    options.append((static // 2, f"more processes (now {processes}): --world-size"))
+    return [text for _, text in sorted(options, key=lambda option: -option[0])]
+
+
+def available_memory(device: str, gigabytes: float | None) -> int | None:
+    """Bytes that each process has: `gigabytes` if given, else the GPU's, else this machine's RAM.
+
+    UserError for a GPU that is not here and whose memory is not given.
+    """
+    if gigabytes is not None:
+        return int(gigabytes * 1e9)
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("--memory: torch sees no GPU to ask; expected what each has in GB, e.g. --memory 80")
+        return torch.cuda.get_device_properties(0).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def render(prediction: Prediction) -> str:
+    """The prediction as a readable table, the verdict last. GB are 1e9 bytes, as in metrics.jsonl."""
+    p, m = prediction, prediction.memory
+
+    def line(name: str, value: str) -> str:
+        return f"  {name:<34} {value:>14}"
+
+    def gb(name: str, size: int) -> str:
+        return line(name, f"{size / 1e9:.3f}")
+
+    lines = [*(f"{name}: {text}" for name, text in p.data.items()), f"{p.known_users:,} known users"]
+    lines += [
+        f"{p.updates:,} updates ({p.updates_per_epoch:,} an epoch), {p.tokens_per_epoch:,} tokens an epoch", "",
+        f"  {'parameters':<34} {'all':>14} {'trained':>14}",
+    ]  # fmt: skip
+    rows = [*p.parameters.items(), ("together", Count(*(sum(n) for n in zip(*p.parameters.values()))))]
+    lines += [line(name, f"{count.all:,}") + f" {count.trained:>14,}" for name, count in rows]
+    lines += [
+        "", line(f"memory of each of {p.processes} ({p.device})", "GB"),
+        gb("CUDA" if p.device == "cuda" else "Python, libraries and data", m.process),
+        gb("weights", m.weights), gb("gradients", m.gradients), gb("AdamW's moments", m.optimizer),
+    ]  # fmt: skip
+    if m.whole_blocks:
+        lines.append(gb("gathered for the block at work", m.whole_blocks))
+    lines += [
+        gb(f"activations, {p.largest[0]} x {p.largest[1]} positions", m.activations),
+        gb("temporaries at the peak", m.temporaries), gb("log-probs alone take at most", m.log_probs),
+        "", line("in use at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
+    ]  # fmt: skip
+    if p.available is None:
+        return "\n".join([*lines, f"peak: {m.peak / 1e9:.2f} GB"])
+    verdict = f"{m.peak / 1e9:.2f} GB of {p.available / 1e9:.2f} GB"
+    if p.fits:
+        return "\n".join([*lines, f"fits: {verdict}"])
+    return "\n".join([*lines, f"does not fit: {verdict}; change one of:", *(f"  {text}" for text in p.change)])

@@ -1,0 +1,160 @@
+"""What is said of a training before it runs: counted by hand, by another way of measuring, and by running it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TOKENIZER, VOCABULARY, tiny_config
+
+import train
+from prlhf.backbones import load_backbone
+from prlhf.data import read_comparisons
+from prlhf.dry_run import available_memory, predict
+from prlhf.encoding import encode_training_data
+from prlhf.errors import UserError
+from prlhf.loop import make_optimizer, part_loss, update_parts
+from prlhf.losses import ResponseLogProbs
+from prlhf.personalized import build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+D, LAYERS = 32, 2  # of tiny_config
+TRAIN, VALID = "data.train=examples/tiny/train.jsonl", "data.valid=examples/tiny/valid.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def prediction_of(*overrides, family="llama", device="cpu", **options):
+    config = tiny_config(TRAIN, VALID, *overrides, family=family)
+    files = read_comparisons(config.data.train), read_comparisons(config.data.valid)
+    data = encode_training_data(config, TOKENIZER, *files)
+    return config, data, predict(config, TOKENIZER, data, device, **options)
+
+
+# Llama: q, o (D, D); k, v of one of two heads; gate, up, down (D, 4 D); two norms. GPT-J: q, k, v, o; fc_in, fc_out with
+# biases; one norm with a bias; a head with a bias.
+LLAMA = LAYERS * (2 * D * D + 2 * D * D // 2 + 3 * 4 * D * D + 2 * D) + D + 2 * VOCABULARY * D
+GPTJ = LAYERS * (4 * D * D + 2 * 4 * D * D + 4 * D + D + 2 * D) + 2 * D + 2 * VOCABULARY * D + VOCABULARY
+# A and B of every adapted layer: rank * (in + out).
+LLAMA_LORA = LAYERS * 2 * (2 * 2 * D + 2 * (D + D // 2) + 3 * 5 * D)
+GPTJ_LORA = LAYERS * 2 * (4 * 2 * D + 2 * 5 * D)
+
+
+@pytest.mark.parametrize("family, backbone, lora", [("llama", LLAMA, LLAMA_LORA), ("gptj", GPTJ, GPTJ_LORA)])
+def test_parameters_as_counted_by_hand(family, backbone, lora):
+    _, data, full = prediction_of(family=family)
+    users = 3 * D * (1 + len(data.users))
+    assert full.parameters == {"backbone": (backbone, backbone), "user model": (users, users)}
+    adapted = prediction_of("lora.rank=2", family=family)[2]
+    assert adapted.parameters == {"backbone": (backbone, 0), "LoRA": (lora, lora), "user model": (users, users)}
+
+
+@pytest.mark.parametrize("overrides", [(), ("lora.rank=2",), ("method=prm",), ("model.gradient_checkpointing=true",)])
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_memory_as_the_real_model_holds_it(family, overrides):
+    """One comparison an update: the real model's forward pass saves, unique storages and weights aside, what is said."""
+    single = ("data.limit=1", "optim.batch_size=1", "loss.alpha=1", "user_model.kind=uniform")
+    config, data, prediction = prediction_of(*single, *overrides, family=family)
+    comparisons, memory = data.train.comparisons, prediction.memory
+    model = build_model(config, TOKENIZER, len(data.users), load_backbone(config.model, TOKENIZER, 0)).train()
+    optimizer = make_optimizer(config, model, total_steps=1)
+    one = torch.ones(1, dtype=torch.long)
+    reference = ResponseLogProbs(torch.zeros(1), torch.zeros(1), one, one) if config.method == "pdpo" else None
+    [items] = update_parts(config, model, comparisons, [0])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    weights |= {b.untyped_storage().data_ptr() for b in model.buffers()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = part_loss(config, model, comparisons, reference, items, 1)
+    measured = sum(storage.nbytes() for storage in saved.values())
+    # Beside what autograd saves live the few small results of the forward pass itself, and its input.
+    assert measured <= memory.activations <= 1.05 * measured + 16384
+    loss.backward()
+    optimizer.step()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    state = [t for s in optimizer.state.values() for name, t in s.items() if name != "step"]
+    steps = len(optimizer.state) * 4
+    assert memory.gradients >= gradients  # a weight outside the loss has none
+    assert memory.optimizer == sum(t.nbytes for t in state) + steps
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+
+
+def command(run_dir, *overrides):
+    return ["--config", "tiny", "--set", f"run_dir={run_dir}", "train.log_every=1", "optim.max_steps=4", *overrides]
+
+
+def peak_said(text: str) -> float:
+    return float(text.rsplit("fits: ", 1)[1].split()[0])
+
+
+def test_the_peak_of_a_real_run(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRLHF_CACHE": str(tmp_path / "cache")}
+
+    def run(*flags):
+        arguments = [sys.executable, "train.py", *command(tmp_path / "run"), *flags]
+        return subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True).stdout
+
+    said = peak_said(run("--dry-run", "--memory", "1000"))
+    run()
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    measured = max(r["peak_memory_gb"] for r in records if "peak_memory_gb" in r)
+    assert said == pytest.approx(measured, rel=0.1)
+
+
+def test_nothing_is_written_and_no_weights_are_read(call, tmp_path):
+    described = tmp_path / "model"
+    config = tiny_config()
+    load_backbone(config.model, TOKENIZER, 0).config.save_pretrained(described)
+    TOKENIZER.save_pretrained(described)
+    before = sorted(tmp_path.rglob("*"))
+    overrides = [f"model.name={described}", "model.family=null", "lora.rank=2"]
+    status, out, err = call(train.main, *command(tmp_path / "run", *overrides), "--dry-run")
+    assert status == 0, err
+    assert "4 updates" in out and "LoRA" in out and "fits:" in out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_fit_ends_with_1_and_the_keys(call, tmp_path):
+    status, out, _ = call(train.main, *command(tmp_path / "run"), "--dry-run", "--memory", "0.01")
+    assert status == 1
+    verdict = out[out.index("does not fit") :]
+    for key in ("optim.micro_batch_size (now 8)", "model.gradient_checkpointing=true", "data.max_tokens", "lora.rank"):
+        assert key in verdict
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_here_must_be_described():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="--memory"):
+        available_memory("cuda", None)
+    assert available_memory("cuda", 80) == 80_000_000_000
+
+
+def test_a_gpu_keeps_no_mask_and_processes_share_the_backbone():
+    _, data, alone = prediction_of(device="cuda")
+    four = prediction_of(device="cuda", processes=4)[2]
+    assert alone.largest[0] == 1  # heads of 16: packed
+    table = 4 * 3 * D * len(data.users)  # each process has the whole of it; its gradient is but of few rows
+    for name, replicated in (("weights", table), ("gradients", 0)):
+        whole, share = getattr(alone.memory, name), getattr(four.memory, name)
+        assert share - replicated == pytest.approx((whole - replicated) / 4, abs=1)
+    assert four.memory.activations == alone.memory.activations
+    half = prediction_of("model.compute_dtype=bfloat16", device="cuda", processes=4)[2].memory
+    for name in ("weights", "gradients", "optimizer"):  # float32 either way
+        assert getattr(half, name) == pytest.approx(getattr(four.memory, name), abs=8), name
+    assert half.activations < 0.75 * four.memory.activations and half.whole_blocks < four.memory.whole_blocks
+    assert four.memory.whole_blocks > 0 and alone.memory.whole_blocks == 0

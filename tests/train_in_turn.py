@@ -1,0 +1,25 @@
+"""Run train.py for each line of arguments in a file, one after the other, in this process (one of those of torchrun)."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+from prlhf.errors import run_command
+
+
+def main() -> None:
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+        sys.argv = ["train.py", *arguments]
+        train.main()
+
+
+if __name__ == "__main__":
+    run_command(main)
