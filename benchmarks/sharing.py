@@ -1,0 +1,64 @@
+"""How many positions an epoch computes, with and without what comparisons of one pair share.
+
+    python benchmarks/sharing.py --data ../shared/data/ukpconvarg1/train.jsonl.gz [--known 10] [--batch-size 32]
+
+P-DPO with both branches on real comparisons, T_u = 10: `pair_updates` puts comparisons of the same two responses into one
+update, `share_trees` computes once what they have in common. Counts positions of the forward passes, padding left out; the
+model that lays them out is a random one of one block.
+"""
+
+import argparse
+
+from prlhf import config as config_module
+from prlhf.backbones import byte_tokenizer, load_tokenizer
+from prlhf.data import read_comparisons
+from prlhf.encoding import encode_training_data
+from prlhf.errors import run_command
+from prlhf.loop import epoch_updates, update_parts
+from prlhf.personalized import build_model
+
+
+def main() -> None:
+    """Count an epoch for each combination of the two keys."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument(
+        "--tokenizer", default="~/.cache/prlhf/SmolLM2-135M-Instruct", help="a model's folder, or bytes"
+    )
+    parser.add_argument("--known", type=int, default=10, help="known users: the most active ones")
+    parser.add_argument("--limit", type=int, help="comparisons, a seeded sample; default: all")
+    parser.add_argument("--batch-size", type=int, default=32, help="comparisons per update")
+    args = parser.parse_args()
+    file = read_comparisons(args.data)
+    if args.tokenizer == "bytes":
+        tokenizer = byte_tokenizer()
+    else:
+        tokenizer = load_tokenizer(config_module.load(None, [f"model.name={args.tokenizer}"]).model)
+    keys = ["model.family=llama", "model.width=16", "model.heads=1", "model.layers=1", "data.max_tokens=4000"]
+    keys += [
+        f"data.known_users={args.known}",
+        f"data.limit={args.limit or 'null'}",
+        f"optim.batch_size={args.batch_size}",
+    ]
+    data, positions = None, {}
+    for pairs in ("false", "true"):
+        for share in ("false", "true"):
+            config = config_module.load(None, [*keys, f"optim.pair_updates={pairs}", f"model.share_trees={share}"])
+            data = data or encode_training_data(config, tokenizer, file, None)
+            comparisons = data.train.comparisons
+            model = build_model(config, tokenizer, len(data.users))
+            count = 0
+            for update in epoch_updates(config, comparisons, epoch=0):
+                for items in update_parts(config, model, comparisons, update):
+                    batch = model.collate([comparisons[i.index] for i in items], [i.user for i in items])
+                    count += int((batch.trees_RT > 0).sum())
+            positions[pairs, share] = count
+    print(f"{data.train.report.lines()}; {len(data.users)} known users; {args.batch_size} comparisons an update")
+    print("| optim.pair_updates | model.share_trees | positions an epoch | of none |")
+    print("|---|---|---|---|")
+    for (pairs, share), count in positions.items():
+        print(f"| {pairs} | {share} | {count:,} | {count / positions['false', 'false']:.2f} |")
+
+
+if __name__ == "__main__":
+    run_command(main)
