@@ -72,7 +72,7 @@ class Arm:
             accumulate_gradients(self.config, self.model, comparisons, self.reference, range(len(comparisons)))
         else:
             self.model.user_model(torch.tensor(users, device=self.model.device)).square().mean().backward()
-        clip(self.parameters, 1.0).item()
+        clip(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1

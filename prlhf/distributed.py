@@ -40,9 +40,7 @@ from prlhf.errors import OtherRankFailed, UserError
 from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build_model
 
 T = TypeVar("T")
-PATIENCE = timedelta(
-    hours=2
-)  # the others wait while rank 0 writes a large model; of a dead rank torchrun knows at once
+PATIENCE = timedelta(hours=2)  # of the ranks that wait while rank 0 writes a large model
 CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that is gone
 
 
@@ -60,7 +58,8 @@ def rank() -> int:
 def process_group(config: Config, device: str) -> Iterator[None]:
     """Within the context the processes that torchrun started know each other; each has a GPU of its own on `device` cuda.
 
-    A group that is there already stays. One process alone gets one too where the config shards (`sharded`). UserError where W does not fit fsdp.replicas.
+    A group that is there already stays. One process alone gets one too where the config shards (`sharded`). UserError where
+    W does not fit fsdp.replicas.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size % config.fsdp.replicas:
@@ -203,14 +202,14 @@ def shard(model: PersonalizedModel, config: Config, device: str) -> None:
         "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if config.fsdp.offload else OffloadPolicy(),
     }
     ours = [part for part in model.children() if part is not model.backbone]  # in float32, whatever the backbone's type
-    whole = {p for part in ours for p in part.parameters() if p.numel() == 0} | set(model.user_model.tables)
+    unsharded = {p for part in ours for p in part.parameters() if p.numel() == 0} | set(model.user_model.tables)
     for part in ours:
-        if set(part.parameters()) - whole:
+        if set(part.parameters()) - unsharded:
             in_float32 = options | {"mp_policy": MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)}
-            fully_shard(part, **in_float32, ignored_params=whole)
+            fully_shard(part, **in_float32, ignored_params=unsharded)
     for block in blocks(model.backbone):
         fully_shard(block, **options)
-    fully_shard(model, **options, ignored_params=whole)
+    fully_shard(model, **options, ignored_params=unsharded)
     if isinstance(model, PersonalizedRewardModel):
         register_fsdp_forward_method(model, "states_of")  # which computes without `forward`
     for module in model.modules():

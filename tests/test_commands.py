@@ -187,9 +187,10 @@ def test_generation_goes_on_where_it_stopped(call, finished, tmp_path):
 
 def test_the_saved_lora_and_user_model_are_those_trained(finished):
     step = max((finished / "checkpoints").glob("step_*"), key=lambda p: int(p.name[5:]))
-    trained = load_file(step / "weights.safetensors")
+    (shard,) = step.glob("*.safetensors")
+    trained = load_file(shard)
     users = load_file(finished / "final" / "users.safetensors")
-    assert all((users[name] == trained[name]).all() for name in users) and len(users) == 2
+    assert all((users[name] == trained[f"model.{name}"]).all() for name in users) and len(users) == 2
 
 
 @pytest.mark.parametrize(
@@ -324,9 +325,9 @@ def test_bad_input_to_generate(call, finished, tmp_path):
     assert out.read_text() == "my notes\n"
 
 
-def test_several_processes_are_refused_while_training_is_for_one(call, monkeypatch):
+def test_replicas_that_do_not_fit_the_processes_are_refused(call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(call(train.main, "--config", "tiny"), "one process")
+    refused(call(train.main, "--config", "tiny", "--set", "fsdp.replicas=3"), "fsdp.replicas: found 3", "2 processes")
 
 
 def test_training_without_any_evaluation(call, tmp_path):
