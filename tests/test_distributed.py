@@ -99,7 +99,6 @@ def alone(tmp_path_factory):
     "processes, names",
     [
         (2, list(CASES)),
-        (4, ["pdpo", "prm", "pdpo, clusters, LoRA, GPT-J"]),
         pytest.param(4, list(CASES), marks=pytest.mark.slow),
         pytest.param(8, ["pdpo", "prm, linear, rows"], marks=pytest.mark.slow),
     ],
@@ -110,7 +109,8 @@ def test_training_is_the_same_whatever_the_number_of_processes(alone, tmp_path, 
         assert_alike(alone / name, tmp_path / name, 1e-5)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
+@pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, processes):
     """20 updates: 9 by two processes, the rest by one or by four; within the tolerance of world sizes."""
     cases = {name: (*CASES[name], "train.save_every=9", "train.keep_checkpoints=3") for name in ("pdpo", "prm")}
     train_all(2, tmp_path / "run", cases)
@@ -118,14 +118,10 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
         run = tmp_path / "run" / name
         for gone in (run / "final", run / "checkpoints" / "step_18", run / "checkpoints" / "step_20"):
             shutil.rmtree(gone)
-    shutil.copytree(tmp_path / "run", tmp_path / "cut")
-    for processes in (1, 4):
-        shutil.rmtree(tmp_path / "run")
-        shutil.copytree(tmp_path / "cut", tmp_path / "run")
-        said = train_all(processes, tmp_path / "run", cases)
-        assert said.count("resuming after update 9") == len(cases)
-        for name in cases:
-            assert_alike(alone / name, tmp_path / "run" / name, 1e-5)
+    said = train_all(processes, tmp_path / "run", cases)
+    assert said.count("resuming after update 9") == len(cases)
+    for name in cases:
+        assert_alike(alone / name, tmp_path / "run" / name, 1e-5)
 
 
 def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
@@ -150,10 +146,14 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     assert not torch.equal(exported.lm_head.weight, backbone.lm_head.weight)
 
 
-def test_hybrid_sharding_offloading_and_mixed_precision(alone, tmp_path):
-    """Four processes as two whole models; weights in host memory; bfloat16 passes, whose losses are near, not equal."""
+def test_hybrid_sharding_four_processes_as_two_whole_models(alone, tmp_path):
+    train_all(4, tmp_path, {"hybrid": (*CASES["pdpo"], "fsdp.replicas=2")})
+    assert_alike(alone / "pdpo", tmp_path / "hybrid", 1e-5)
+
+
+def test_offloading_and_mixed_precision(alone, tmp_path):
+    """Weights in host memory; bfloat16 passes, whose losses are near, not equal; bfloat16 weights."""
     cases = {
-        "hybrid": (*CASES["pdpo"], "fsdp.replicas=2"),
         "offload": (*CASES["pdpo"], "fsdp.offload=true"),
         "bfloat16": (*CASES["pdpo"], "model.compute_dtype=bfloat16", "optim.max_steps=3"),
         "clusters": (LLAMA, "user_model.kind=cluster", "model.compute_dtype=bfloat16", "optim.max_steps=2"),
@@ -162,9 +162,8 @@ def test_hybrid_sharding_offloading_and_mixed_precision(alone, tmp_path):
         "pure": (*CASES["pdpo"], "model.dtype=bfloat16", "model.pure_half=true", "optim.max_steps=2"),
         "pure, vanilla": (*CASES["vanilla"], "model.dtype=bfloat16", "model.pure_half=true", "optim.max_steps=2"),
     }
-    train_all(4, tmp_path, cases)
-    for name in ("hybrid", "offload"):
-        assert_alike(alone / "pdpo", tmp_path / name, 1e-5)
+    train_all(2, tmp_path, cases)
+    assert_alike(alone / "pdpo", tmp_path / "offload", 1e-5)
     half, single = records(tmp_path / "bfloat16")[0], records(alone / "pdpo")[0]
     assert half["loss"] != single["loss"] and half["loss"] == pytest.approx(single["loss"], rel=2**-6)
     for name in cases:
@@ -189,7 +188,7 @@ def test_an_empty_backbone_is_the_real_one_without_values(family):
     assert all(torch.equal(buffers[name], b) for name, b in real.named_buffers())
 
 
-LONG = (LLAMA, "optim.epochs=12", "optim.max_steps=40", "train.save_every=1", "train.eval_every=null")
+LONG = (LLAMA, "optim.epochs=12", "optim.max_steps=30", "train.save_every=1", "train.eval_every=null")
 
 
 def reached(run):
@@ -288,4 +287,4 @@ def test_a_full_disk_ends_with_a_message_and_the_last_good_checkpoint(tmp_path, 
     )
     assert set(checkpoint.steps(run / "checkpoints")) == {1} and not list(run.glob("checkpoints/.*"))
     finished(start(processes, "train.py", *arguments(run, *LONG)))
-    assert len(records(run)) >= 40
+    assert len(records(run)) >= 30
