@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,9 +74,19 @@ class Sums:
 
 
 def peak_memory_gb() -> float:
-    """The most memory used so far, in 1e9 bytes: allocated on the GPU where there is one, else of this process."""
+    """The most memory used so far, in 1e9 bytes: allocated on the GPU where there is one, else of this process.
+
+    On Linux VmHWM, the peak of this program's memory: getrusage's counts that of the program that started it too.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():
+        return (
+            int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
+            * 1024
+            / 1e9
+        )
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
