@@ -42,7 +42,7 @@ def main() -> None:
     valid_file = read_comparisons(config.data.valid) if config.data.valid else None
     if args.dry_run:
         device = "cuda" if config.device == "cuda" else choose_device(config.device)
-        memory = available_memory(device, args.memory)
+        memory = available_memory(device, args.memory, args.world_size)
         tokenizer = load_tokenizer(config.model)
         data = encode_training_data(config, tokenizer, train_file, valid_file)
         prediction = predict(config, tokenizer, data, device, args.world_size, memory)

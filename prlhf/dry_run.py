@@ -424,8 +424,8 @@ def keys_to_change(config: Config, memory: Memory, processes: int) -> list[str]:
     return [text for _, text in sorted(options, key=lambda option: -option[0])]
 
 
-def available_memory(device: str, gigabytes: float | None) -> int | None:
-    """Bytes that each process has: `gigabytes` if given, else the GPU's, else this machine's RAM.
+def available_memory(device: str, gigabytes: float | None, processes: int = 1) -> int | None:
+    """Bytes that each process has: `gigabytes` if given, else the GPU's, else its part of this machine's RAM.
 
     UserError for a GPU that is not here and whose memory is not given.
     """
@@ -436,7 +436,7 @@ def available_memory(device: str, gigabytes: float | None) -> int | None:
             raise UserError("--memory: torch sees no GPU to ask; expected what each has in GB, e.g. --memory 80")
         return torch.cuda.get_device_properties(0).total_memory
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
     except (ValueError, OSError):
         return None
 

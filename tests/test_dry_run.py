@@ -142,6 +142,7 @@ def test_a_gpu_that_is_not_here_must_be_described():
     with pytest.raises(UserError, match="--memory"):
         available_memory("cuda", None)
     assert available_memory("cuda", 80) == 80_000_000_000
+    assert available_memory("cpu", None, 4) == available_memory("cpu", None) // 4
 
 
 def test_a_gpu_keeps_no_mask_and_processes_share_the_backbone():
