@@ -6,7 +6,6 @@ The same command again resumes an unfinished run, and leaves a finished one as i
 """
 
 import argparse
-import os
 import sys
 
 from prlhf import config as config_module
@@ -14,7 +13,7 @@ from prlhf.backbones import choose_device, load_tokenizer
 from prlhf.checkpoint import save_final
 from prlhf.config import Config
 from prlhf.data import ComparisonFile, read_comparisons
-from prlhf.distributed import process_group, say, training_model
+from prlhf.distributed import process_group, say, started_processes, training_model
 from prlhf.dry_run import available_memory, predict, render
 from prlhf.encoding import encode_training_data
 from prlhf.errors import UserError, run_command
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     parser.add_argument("--overwrite", action="store_true", help="start anew where the run directory has a run already")
     parser.add_argument("--dry-run", action="store_true", help="tell what it will take, loading and writing nothing")
-    parser.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), metavar="N",
+    parser.add_argument("--world-size", type=int, default=started_processes(), metavar="N",
                         help="--dry-run: for N processes")  # fmt: skip
     parser.add_argument("--memory", type=float, metavar="GB", help="--dry-run: what each has, if not what is here")
     args = parser.parse_args()

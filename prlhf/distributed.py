@@ -49,6 +49,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def started_processes() -> int:
+    """How many torchrun has started, before they know each other; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def rank() -> int:
     """This process's number, from 0; 0 is the one that writes and speaks."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -61,7 +66,7 @@ def process_group(config: Config, device: str) -> Iterator[None]:
     A group that is there already stays. One process alone gets one too where the config shards (`sharded`). UserError where
     W does not fit fsdp.replicas.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = started_processes()
     if size % config.fsdp.replicas:
         raise UserError(f"fsdp.replicas: found {config.fsdp.replicas}, expected a divisor of the {size} processes")
     if dist.is_initialized() or (size == 1 and not sharded(config)):
@@ -87,8 +92,7 @@ def process_group(config: Config, device: str) -> Iterator[None]:
 
 def sharded(config: Config) -> bool:
     """Whether the model is sharded by FSDP2: with several processes, and where the config asks for what it alone does."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return several or config.model.compute_dtype is not None or config.fsdp.offload
+    return started_processes() > 1 or config.model.compute_dtype is not None or config.fsdp.offload
 
 
 def share(parts: Sequence[T]) -> list[tuple[T, bool]]:
@@ -107,6 +111,11 @@ def summed(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def on_any(said: bool) -> bool:
+    """Whether any rank says so."""
+    return bool(summed(torch.tensor([float(said)])))
 
 
 def from_main(values: Tensor | None) -> Tensor:
@@ -165,7 +174,7 @@ def on_main(function: Callable[[], T]) -> T | None:
             result = function()
         except BaseException as error:
             failure = error
-    failed = summed(torch.tensor([float(failure is not None)])).item()
+    failed = on_any(failure is not None)
     if failure is not None:
         raise failure
     if failed:

@@ -26,11 +26,11 @@ from prlhf.config import Config, OptimConfig, UserModelConfig
 from prlhf.data import UserIndex
 from prlhf.distributed import (
     named_parameters,
+    on_any,
     on_main,
     rank,
     share,
     sum_rows,
-    summed,
     world_size,
 )
 from prlhf.encoding import Dataset, EncodedComparison
@@ -308,7 +308,7 @@ def train(
                 evaluate_and_save(
                     config, run, log, model, users, optimizer, progress, valid, last=progress.step == total
                 )
-                if summed(torch.tensor([float(told_to_stop.is_set())])).item() and progress.step < total:
+                if on_any(told_to_stop.is_set()) and progress.step < total:
                     if progress.step not in checkpoint.steps(run.checkpoints):
                         save(config, run, model, users, optimizer, progress)
                     log.close()

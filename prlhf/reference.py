@@ -20,7 +20,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prlhf.batching import Reading
-from prlhf.distributed import from_main, full, gathered_rows, named_parameters, on_main, rank, share, summed, world_size
+from prlhf.distributed import (
+    from_main,
+    full,
+    gathered_rows,
+    named_parameters,
+    on_any,
+    on_main,
+    rank,
+    share,
+    summed,
+    world_size,
+)
 from prlhf.encoding import EncodedComparison
 from prlhf.lora import LoRALinear
 from prlhf.losses import ResponseLogProbs
@@ -117,7 +128,7 @@ def _cached(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
     Rank 0 reads and writes; what it knows, all know.
     """
     cached = on_main(lambda: _read(path, path.stem, count))
-    if not summed(torch.tensor([float(cached is not None)])):
+    if not on_any(cached is not None):
         cached = compute()
         on_main(lambda: _write(path, path.stem, cached))
         return cached
