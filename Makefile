@@ -1,18 +1,20 @@
 # make demo   a personalised model from nothing, on a laptop
 # make test   the tests (make test-slow: those that take long)
 # make eval   evaluate the newest run (or CHECKPOINT=DIR)
+# make table1 the paper's Table 1 from the raw TL;DR files (DATA=FOLDER; TABLE1="--seeds 0 ..."), for a GPU
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-MODEL := $(or $(PRLHF_CACHE),$(HOME)/.cache/prlhf)/SmolLM2-135M-Instruct
-DATA := runs/data/length
+CACHE := $(or $(PRLHF_CACHE),$(HOME)/.cache/prlhf)
+MODEL := $(CACHE)/SmolLM2-135M-Instruct
+LENGTH := runs/data/length
 DEMO := runs/length_demo
 CHECKPOINT ?= $(patsubst %/users.json,%,$(firstword $(shell ls -t runs/*/final/users.json 2>/dev/null)))
 WORKERS := worker1,worker2,worker3,worker4,worker5,worker6,worker7,worker8,worker9,worker10
 
-.PHONY: install test test-slow demo length-data model experiments eval config-table
+.PHONY: install test test-slow demo length-data model experiments table1 eval config-table
 
 install: $(VENV)/.installed
 
@@ -34,10 +36,10 @@ $(MODEL)/config.json: | install
 
 model: $(MODEL)/config.json
 
-$(DATA)/%.jsonl: examples/length/%.jsonl prlhf/simulate.py | install
+$(LENGTH)/%.jsonl: examples/length/%.jsonl prlhf/simulate.py | install
 	$(PY) -m prlhf.simulate $< --workers 10 --out $@
 
-length-data: $(DATA)/train.jsonl $(DATA)/valid.jsonl
+length-data: $(LENGTH)/train.jsonl $(LENGTH)/valid.jsonl
 
 demo: install model length-data
 	$(PY) train.py --config length_demo.yaml --set model.name=$(MODEL)
@@ -58,6 +60,15 @@ experiments: install model length-data
 	$(PY) evaluate.py --checkpoint runs/ukp_pdpo
 	$(PY) train.py --config ukp_pdpo.yaml --set model.name=$(MODEL) $(UKP_DATA) loss.alpha=0 run_dir=runs/ukp_vanilla
 	$(PY) evaluate.py --checkpoint runs/ukp_vanilla
+
+# The paper's Table 1: the raw files of DATA (as `python -m prlhf.data fetch tldr` leaves them), then every arm and seed.
+# The same command again goes on where it stopped; TABLE1="..." is what examples/table1.py is told besides.
+DATA ?= $(CACHE)/data/tldr
+TLDR := runs/data/tldr
+TABLE1 ?=
+table1: install
+	$(PY) -m prlhf.data prepare tldr --raw $(DATA) --out $(TLDR)
+	$(PY) -m examples.table1 --data $(TLDR) $(TABLE1)
 
 eval: install
 	@test -n "$(CHECKPOINT)" || { echo "error: no finished run in runs/; train one first, or say CHECKPOINT=DIR" >&2; exit 2; }

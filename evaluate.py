@@ -38,7 +38,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(loaded.tokenizer, config.data, config.method)
     limited = args.data is None or any(text.startswith("data.valid_limit=") for text in args.set)
-    file = read_comparisons(source).sample(config.data.valid_limit if limited else None, config.seed)
+    file = read_comparisons(source, config.data).sample(config.data.valid_limit if limited else None, config.seed)
     data = encode_file(file, encoder, loaded.users)
     print(f"{source}: {data.report.lines()}")
 
@@ -75,7 +75,9 @@ def fit_rules(config: Config, users: UserIndex) -> FittedRules:
     if config.data.train is None or not Path(config.data.train).expanduser().is_file():
         print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
         return fit([])
-    return fit(read_comparisons(config.data.train).sample(config.data.limit, config.seed).comparisons, users)
+    return fit(
+        read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed).comparisons, users
+    )
 
 
 if __name__ == "__main__":

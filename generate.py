@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from prlhf.backbones import choose_device
 from prlhf.checkpoint import Loaded, load_final, weights_checksum
-from prlhf.data import read_prompts
+from prlhf.data import GENERIC, read_prompts
 from prlhf.encoding import Encoder
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.reference import fingerprint_of
@@ -31,7 +31,9 @@ def main() -> None:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--prompts", help="what to answer")
     task.add_argument("--score", metavar="FILE", help="responses to score")
-    parser.add_argument("--users", help="with --prompts: names with commas between; generic is the unknown user")
+    parser.add_argument(
+        "--users", help="with --prompts: names with commas between, generic being the unknown user; @all is everybody"
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -58,10 +60,11 @@ def main() -> None:
 
 def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     """Write the responses to --prompts for each of --users."""
-    prompts = read_prompts(args.prompts)[: args.limit]
+    prompts = read_prompts(args.prompts, loaded.config.data.attributes)[: args.limit]
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
-    users = {name: loaded.required_number(name) for name in args.users.split(",")}
+    names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")
+    users = {name: loaded.required_number(name) for name in names}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
@@ -71,17 +74,12 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     requests, records = [], []
     for prompt, prefix in zip(prompts, prefixes):
         for name, user in users.items():
-            record = {
-                "id": prompt.id,
-                "user": name,
-                "prompt": prompt.text,
-                "user_text": prompt.user_text,
-                "prefix": fingerprint_of(prefix.ids)[:12],
-            }
+            record = {"id": prompt.id, "user": name, "prompt": prompt.text, "user_text": prompt.user_text}
+            record["prefix"] = fingerprint_of(prefix.ids)[:12]
             if not out.has(record):
                 requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
                 records.append(record)
-    cut = sum(p.prompt_cut > 0 or p.user_text_cut > 0 for p in prefixes)
+    cut = sum(p.prompt_cut + p.user_text_cut > 0 for p in prefixes)
     print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for {len(users)} users")
 
     for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):

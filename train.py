@@ -37,8 +37,8 @@ def main() -> None:
     config = config_module.load(path, args.set)
     if config.data.train is None:
         raise UserError(f"{path}: data.train is not set, expected a file of comparisons")
-    train_file = read_comparisons(config.data.train)
-    valid_file = read_comparisons(config.data.valid) if config.data.valid else None
+    train_file = read_comparisons(config.data.train, config.data)
+    valid_file = read_comparisons(config.data.valid, config.data) if config.data.valid else None
     if args.dry_run:
         device = "cuda" if config.device == "cuda" else choose_device(config.device)
         memory = available_memory(device, args.memory, args.world_size)

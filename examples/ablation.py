@@ -8,15 +8,11 @@ linear: P-RM with a linear head on a frozen SmolLM2-135M, minutes on a CPU. toke
 prompt of a P-RM with LoRA. Prints a table; the same command again goes on where it stopped.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import numpy as np
 
-import evaluate
-import train
-from examples.polis import call
+from examples import grid
 from prlhf.errors import run_command
 
 LINEAR = {
@@ -36,29 +32,20 @@ SOFT_PROMPT = (
     "model.frozen=false", "lora.rank=8", "optim.lr=1e-3", "optim.batch_size=8", "optim.micro_batch_size=8", "optim.epochs=1",
     "user_model.aggregator=soft_prompt", "user_model.init=vocabulary", "user_model.lr=1e-2",
 )  # fmt: skip
-TOKENS = {f"individual, T_u = {tokens}": (f"user_model.tokens={tokens}", *SOFT_PROMPT) for tokens in (1, 4, 16)}
-ARMS = {"linear": LINEAR, "tokens": TOKENS}
+TOKENS = {f"individual, T_u = {tokens}": (f"user_model.tokens={tokens}",) for tokens in (1, 4, 16)}
+TABLES = {"linear": (LINEAR, ()), "tokens": (TOKENS, SOFT_PROMPT)}  # arms, and the keys of all of them
 
 
 def main() -> None:
     """Every arm and seed, then the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arms", nargs="?", default="linear", choices=list(ARMS))
-    parser.add_argument("--out", default="runs/ablation")
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser = grid.options(__doc__, "runs/ablation")
+    parser.add_argument("table", nargs="?", default="linear", choices=list(TABLES))
     args = parser.parse_args()
+    arms, keys = TABLES[args.table]
+    evaluations = grid.run_grid(args, {name: grid.Arm("length_prm.yaml", own) for name, own in arms.items()}, keys)
     rows = []
-    for arm, keys in ARMS[args.arms].items():
-        reports = []
-        for seed in args.seeds:
-            name = arm.replace(" ", "").replace(",", "_").replace("=", "")
-            run = Path(args.out) / f"{name}_seed{seed}"
-            overrides = (f"run_dir={run}", f"seed={seed}", *keys, *args.set)
-            call(train.main, "--config", "length_prm.yaml", "--set", *overrides)
-            if not (run / "eval" / "report.json").exists():
-                call(evaluate.main, "--checkpoint", str(run))
-            reports.append(json.loads((run / "eval" / "report.json").read_text()))
+    for arm, folders in evaluations[""].items():
+        reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
         values = [
             [
                 r["accuracy"]["top"],

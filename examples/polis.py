@@ -9,14 +9,10 @@ again goes on where it stopped. --set reaches every run: `model.frozen=true lora
 the first N known voters and the first N unknown ones, for a machine on which all of them take too long.
 """
 
-import argparse
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import evaluate
-import train
+from examples import grid
 from prlhf import compare
 from prlhf.errors import run_command
 
@@ -30,12 +26,6 @@ ARMS = {
     "cluster10_a1": ("user_model.kind=cluster", "user_model.clusters=10", "loss.alpha=1"),
 }
 HELD_OUT = ("seen_statements", "new_statements", "unseen_users")
-
-
-def call(main: Callable[[], None], *arguments: str) -> None:
-    """Run a command of the project in this process."""
-    sys.argv = [main.__module__, *arguments]
-    main()
 
 
 def first_voters(folder: Path, count: int, out: Path) -> Path:
@@ -56,31 +46,19 @@ def first_voters(folder: Path, count: int, out: Path) -> Path:
 
 def main() -> None:
     """Every arm and seed, then the three comparisons."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = grid.options(__doc__, "runs/polis")
     parser.add_argument("--data", required=True, help="the folder of train.jsonl and valid_*.jsonl")
-    parser.add_argument("--out", default="runs/polis")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--voters", type=int, help="keep this many known and unknown voters (default: all)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
     if args.voters:
         args.data = first_voters(Path(args.data), args.voters, Path(args.out) / "data")
-    evaluations: dict[str, dict[str, list[Path]]] = {split: {arm: [] for arm in args.arms} for split in HELD_OUT}
-    for seed in args.seeds:
-        for arm in args.arms:
-            run = Path(args.out) / f"{arm}_seed{seed}"
-            data = (f"data.train={args.data}/train.jsonl", "data.valid=null", f"run_dir={run}", f"seed={seed}")
-            call(train.main, "--config", "polis_prm.yaml", "--set", *data, *ARMS[arm], *args.set)
-            for split in HELD_OUT:
-                out = run / "eval" / split
-                evaluations[split][arm].append(out)
-                if not (out / "report.json").exists():
-                    held_out = f"{args.data}/valid_{split}.jsonl"
-                    call(evaluate.main, "--checkpoint", str(run), "--data", held_out, "--out", str(out))
-    for split, arms in evaluations.items():
-        names = [f"{arm}={','.join(map(str, folders))}" for arm, folders in arms.items()]
-        call(compare.main, *names, "--out", str(Path(args.out) / f"comparison_{split}"))
+    arms = {name: grid.Arm("polis_prm.yaml", keys) for name, keys in ARMS.items()}
+    data = (f"data.train={args.data}/train.jsonl", "data.valid=null")
+    held_out = {split: f"{args.data}/valid_{split}.jsonl" for split in HELD_OUT}
+    evaluations = grid.run_grid(args, arms, data, held_out)
+    for split, found in evaluations.items():
+        names = [f"{arm}={','.join(map(str, folders))}" for arm, folders in found.items()]
+        grid.call(compare.main, *names, "--out", str(Path(args.out) / f"comparison_{split}"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from prlhf.data import read_json_lines
+from prlhf.data.files import read_json_lines
 from prlhf.errors import UserError, run_command
 from prlhf.metrics import correct
 from prlhf.paired import LEVEL, Comparisons, Model, compare

@@ -114,7 +114,16 @@ class DataConfig:
 
     train: str | None = key(None, "Comparisons to learn from.")
     valid: str | None = key(None, "Held-out comparisons, for evaluation.")
-    format: str = key("jsonl", "File format: canonical JSON Lines, plain or .gz.", choices=("jsonl",))
+    format: str = key(
+        "auto",
+        "JSON Lines or CSV, plain or .gz, or parquet (needs pyarrow); auto: by the file's name.",
+        choices=("auto", "jsonl", "csv", "parquet"),
+    )
+    user_column: str = key("user", "Which field names the user.")
+    attributes: tuple[str, ...] | None = key(
+        None,
+        "Make the user text of these of the record's `attributes` ({name: text}); null: the record's `user_text`.",
+    )
     limit: int | None = key(None, "Train on a seeded sample of this many comparisons.", low=1)
     valid_limit: int | None = key(None, "Evaluate on a seeded sample of this many comparisons.", low=1)
     known_users: int | None = key(
@@ -122,8 +131,9 @@ class DataConfig:
     )
     template: str = key(
         "auto",
-        "auto: message lists through the chat template, strings as they are; chat: a string becomes one user message.",
-        choices=("auto", "chat"),
+        "auto: message lists through the tokenizer's chat template, strings as they are; chat: a string becomes one user "
+        "message; tulu, llama3: the same through that family's template, whatever the tokenizer's.",
+        choices=("auto", "chat", "tulu", "llama3"),
     )
     user_text: bool = key(True, "Put `user_text` before the prompt where a comparison has one.")
     user_text_in_reference: bool = key(True, "The reference sees `user_text` too (the paper's code; false: eq. of 4).")
@@ -282,10 +292,8 @@ def type_name(declared: dataclasses.Field) -> str:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain dicts, as config.yaml holds it."""
-    as_dict = dataclasses.asdict(config)
-    targets = as_dict["lora"]["targets"]
-    as_dict["lora"]["targets"] = list(targets) if targets is not None else None
-    return as_dict
+    plain = {"dict_factory": lambda items: {k: list(v) if isinstance(v, tuple) else v for k, v in items}}
+    return dataclasses.asdict(config, **plain)
 
 
 def dump(config: Config) -> str:

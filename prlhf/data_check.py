@@ -17,7 +17,7 @@ import numpy as np
 from prlhf import config as config_module
 from prlhf.backbones import load_tokenizer
 from prlhf.config import Config
-from prlhf.data import Comparison, ComparisonFile, Messages, UserIndex, read_comparisons, words
+from prlhf.data import CANONICAL, Comparison, ComparisonFile, Messages, UserIndex, read_comparisons, words
 from prlhf.encoding import Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
 from prlhf.rules import RULES, conflicts, fit, majority_share, pair_key, prompt_key
@@ -88,7 +88,8 @@ def run(files: Sequence[str], config_name: str | None, overrides: Sequence[str])
 def check(files: Sequence[str], config: Config | None) -> Iterator[Section]:
     """The report, part by part. UserError, before the first part, for a file or tokenizer that cannot be read."""
     encoder = None if config is None else Encoder(load_tokenizer(config.model), config.data, config.method)
-    read = [read_comparisons(path) for path in files]
+    form = config.data if config else CANONICAL
+    read = [read_comparisons(path, form) for path in files]
     users = UserIndex.from_comparisons(read[0].comparisons, config.data.known_users if config else None)
     labels = [Path(path).name for path in files]
     labels = labels if len(set(labels)) == len(labels) else list(files)

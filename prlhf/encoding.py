@@ -23,6 +23,17 @@ QUESTION = ("\n\nResponse A:\n", "\n\nResponse B:\n", "\n\nThe better response i
 ANSWERS = (" A", " B")
 
 
+# Chat templates by name, without BOS. Tulu: Wang et al. 2023 as Personalized Soups writes it, with the space before the
+# newline. Llama 3: Meta's model card.
+TEMPLATES = {
+    "tulu": "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + ' \n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "llama3": "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+}
+
+
 class EncodedComparison(NamedTuple):
     """A comparison as token ids: `prefix` is [BOS] u_t x; both responses end in EOS; user 0 is unknown."""
 
@@ -118,17 +129,20 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
-        """Tokens of x without BOS: a message list, or any prompt under `template: chat`, through the chat template."""
-        if isinstance(prompt, str) and self.config.template == "chat":
-            prompt = ({"role": "user", "content": prompt},)
-        if isinstance(prompt, str):
+        """Tokens of x without BOS: a message list, or any prompt with a template but `auto`, through the chat template."""
+        if isinstance(prompt, str) and self.config.template == "auto":
             return self._ids(prompt)
-        if not self.tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template; expected prompts as text and data.template 'auto'")
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        template = TEMPLATES.get(self.config.template, self.tokenizer.chat_template)
+        if not template:
+            raise UserError("the tokenizer has no chat template; expected prompts as text and data.template 'auto', "
+                            "or data.template " + " or ".join(map(repr, TEMPLATES)))  # fmt: skip
         try:
-            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
         except TemplateError as error:
-            raise UserError(f"the chat template refuses the prompt {list(prompt)}: {error}") from None
+            raise UserError(f"the chat template refuses the prompt {messages}: {error}") from None
         ids = self._ids(text)
         return ids[1:] if self.bos and ids[:1] == self.bos else ids
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prlhf.data import GENERIC, read_json_lines, words
+from prlhf.data import GENERIC, words
+from prlhf.data.files import read_json_lines
 from prlhf.errors import UserError, run_command
 from prlhf.report import optional_pyplot
 

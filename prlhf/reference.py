@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prlhf.batching import Reading
+from prlhf.data.sources import cache_dir
 from prlhf.distributed import (
     from_main,
     full,
@@ -40,11 +41,6 @@ from prlhf.scoring import score
 
 # What a model's config says beside how it computes.
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
-
-
-def cache_dir() -> Path:
-    """$PRLHF_CACHE, or ~/.cache/prlhf."""
-    return Path(os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf").expanduser()
 
 
 def weights_fingerprint(backbone: nn.Module) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prlhf.data import read_json_lines, write_json_lines
+from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.rules import RULES
 
 MARGINS = "margins.jsonl"

@@ -23,9 +23,8 @@ from prlhf.data import (
     parse_response,
     parse_user,
     parse_user_text,
-    read_json_lines,
-    write_json_lines,
 )
+from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.encoding import Encoder
 from prlhf.errors import UserError, did_you_mean
 from prlhf.personalized import PersonalizedRewardModel
@@ -42,8 +41,8 @@ class ScoredLine(NamedTuple):
     where: str
 
 
-def read_lines(path: str | Path) -> list[ScoredLine]:
-    """The lines of a file to be scored. UserError with file, line and field."""
+def read_lines(path: str | Path, attributes: Sequence[str] | None = None) -> list[ScoredLine]:
+    """The lines of a file to be scored; attributes: as in `parse_comparison`. UserError with file, line and field."""
     lines = []
     for number, record in read_json_lines(path):
         where = f"{path}, line {number}"
@@ -55,7 +54,7 @@ def read_lines(path: str | Path) -> list[ScoredLine]:
                 parse_prompt(record["prompt"], where),
                 parse_response(record["response"], f"{where}, response"),
                 None if record.get("user") == GENERIC else parse_user(record.get("user"), f"{where}, user"),
-                parse_user_text(record, where),
+                parse_user_text(record, where, attributes),
                 str(record.get("id", number)),
                 where,
             )
@@ -96,7 +95,7 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
         raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
     if Path(out).exists() and not overwrite:
         raise UserError(f"{out}: exists; expected another --out or --overwrite")
-    lines = read_lines(path)
+    lines = read_lines(path, loaded.config.data.attributes)
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     numbers = [loaded.number(line.user) for line in lines]
     encoded = [encode(line, encoder, user) for line, user in zip(lines, numbers)]

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from prlhf.data import Comparison, UserIndex, parse_comparison, read_json_lines, words, write_json_lines
+from prlhf.data import Comparison, UserIndex, parse_comparison, words
+from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.errors import UserError, run_command
 
 

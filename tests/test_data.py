@@ -1,9 +1,12 @@
 import gzip
 import json
+import sys
 
 import pytest
 
-from prlhf.data import UserIndex, parse_comparison, read_comparisons, sample, words, write_json_lines
+from prlhf.config import DataConfig
+from prlhf.data import UserIndex, parse_comparison, read_comparisons, sample, words
+from prlhf.data.files import write_json_lines
 from prlhf.errors import UserError
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b", "user": "u"}
@@ -52,6 +55,113 @@ def test_conversational_records(tmp_path):
 def test_which_response_came_first_is_kept_where_it_is_known(tmp_path):
     found = read(tmp_path, lines(*[{**GOOD, "first": f} for f in ("chosen", "rejected", None)], GOOD)).comparisons
     assert [c.first for c in found] == ["chosen", "rejected", None, None]
+
+
+CSV = b'prompt,chosen,rejected,user,margin\r\n"say ""hi""","yes,\nmore",no,u1,\r\np,a,b,,2.5\r\n'
+
+
+def test_csv_rows_are_comparisons(tmp_path):
+    for name, content in (("f.csv", b"\xef\xbb\xbf" + CSV), ("f.csv.gz", gzip.compress(CSV))):
+        one, other = read(tmp_path, content, name).comparisons
+        assert (one.prompt, one.chosen, one.user, one.margin) == ('say "hi"', "yes,\nmore", "u1", 1.0)
+        assert (other.user, other.user_text, other.margin, other.id) == (None, None, 2.5, f"{name}:4")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (CSV + b"p,a,b\r\n", "line 5: found 3 cells, expected 5 as in the header"),
+        (CSV + b"p,a,b,u,1,x\r\n", "line 5: found 6 cells, expected 5 as in the header"),
+        (CSV + b"p,,b,u,1\r\n", "line 5: no field 'chosen'"),
+        (CSV + b"p,a,b,u,many\r\n", "line 5, margin: expected a number"),
+        (CSV + b'p,"a,b,u,1\r\n', "after line 4: not valid CSV"),
+        (CSV + b"p,\xe9,b,u,1\r\n", "expected UTF-8, found byte 0xe9"),
+        (b"prompt,chosen,rejected\r\n", "empty, expected a header"),
+        (b"prompt,choosen,rejected\r\np,a,b\r\n", "line 2: no field 'chosen' (did you mean 'choosen'?)"),
+    ],
+)
+def test_bad_csv_names_file_and_line(tmp_path, content, message):
+    text = fault(tmp_path, content, "f.csv")
+    assert str(tmp_path / "f.csv") in text and message in text
+
+
+def test_parquet_rows_are_comparisons(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import parquet
+
+    messages = [{"role": "user", "content": "hi"}]
+    rows = [{**GOOD, "prompt": messages, "user": None}, {**GOOD, "prompt": messages, "chosen": "z"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet")
+    one, other = read_comparisons(tmp_path / "f.parquet").comparisons
+    assert one.prompt == ({"role": "user", "content": "hi"},) and (one.user, other.user) == (None, "u")
+    assert (other.chosen, other.id) == ("z", "f.parquet:2")
+    damaged = (tmp_path / "f.parquet").read_bytes()[:-20]
+    assert "not a whole parquet file" in fault(tmp_path, damaged, "f.parquet")
+    rows = [{"prompt": "p", "chosen": "a", "user": "u"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "g.parquet")
+    with pytest.raises(UserError, match="g.parquet, row 1: no field 'rejected'"):
+        read_comparisons(tmp_path / "g.parquet")
+
+
+def test_without_pyarrow_parquet_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'prlhf[parquet]'" in fault(tmp_path, b"PAR1", "f.parquet")
+
+
+def chat(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [{}, {"prompt": "hi"}, {"prompt": chat("hi")}],
+    ids=["implicit", "the last message beside it", "the messages beside it"],
+)
+def test_whole_conversations_are_split_where_they_part(tmp_path, prompt):
+    record = {**prompt, "chosen": chat("hi", "yes"), "rejected": chat("hi", "no"), "user": "u"}
+    (c,) = read(tmp_path, lines(record)).comparisons
+    assert (c.prompt, c.chosen, c.rejected) == (({"role": "user", "content": "hi"},), "yes", "no")
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        ({"chosen": chat("hi", "yes"), "rejected": chat("ho", "no")}, "no field 'prompt'"),
+        ({"prompt": "hey", "chosen": chat("hi", "yes"), "rejected": chat("hi", "no")}, "list of one assistant message"),
+        ({"chosen": "yes", "rejected": "no"}, "no field 'prompt'"),
+    ],
+)
+def test_conversations_that_do_not_agree_are_refused(tmp_path, record, message):
+    assert message in fault(tmp_path, lines(record))
+
+
+def test_another_column_may_name_the_user(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(lines({**GOOD, "annotator": 7}, {**GOOD, "annotator": "x"}, GOOD))
+    found = read_comparisons(path, DataConfig(user_column="annotator")).comparisons
+    assert [c.user for c in found] == ["7", "x", None]
+    with pytest.raises(
+        UserError, match="no record has the field data.user_column: 'anotator' .did you mean 'annotator'"
+    ):
+        read_comparisons(path, DataConfig(user_column="anotator"))
+
+
+def test_chosen_attributes_make_the_user_text(tmp_path):
+    path = tmp_path / "f.jsonl"
+    about = {"age": "30", "city": "Rome", "job": ""}
+    path.write_bytes(lines({**GOOD, "user_text": "all", "attributes": about}, {**GOOD, "user_text": "all"}))
+
+    def texts(*names):
+        config = DataConfig(attributes=names) if names else DataConfig()
+        return [c.user_text for c in read_comparisons(path, config).comparisons]
+
+    assert texts() == ["all", "all"]
+    assert texts("city", "age") == ["city: Rome\nage: 30", None] and texts("job") == [None, None]
+    with pytest.raises(UserError, match="no record has the attribute 'agee' of data.attributes .did you mean 'age'"):
+        texts("agee")
+    path.write_bytes(lines({**GOOD, "attributes": {"age": 30}}))
+    with pytest.raises(UserError, match="line 1, attributes: expected texts by name"):
+        texts("age")
 
 
 def test_words_are_what_white_space_separates():

@@ -32,7 +32,7 @@ def from_the_root(monkeypatch):
 
 def prediction_of(*overrides, family="llama", device="cpu", **options):
     config = tiny_config(TRAIN, VALID, *overrides, family=family)
-    files = read_comparisons(config.data.train), read_comparisons(config.data.valid)
+    files = read_comparisons(config.data.train, config.data), read_comparisons(config.data.valid, config.data)
     data = encode_training_data(config, TOKENIZER, *files)
     return config, data, predict(config, TOKENIZER, data, device, **options)
 

@@ -58,6 +58,62 @@ def test_messages_equal_the_tokenizers_own_template():
     assert encoder().prompt_ids("hi") == ids("hi")
 
 
+LLAMA3 = (  # as Llama-3-Instruct's tokenizer_config.json has it
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def llama3_tokenizer():
+    """Bytes, with Llama 3's special tokens, its template, and a BOS before every text."""
+    tokenizer = byte_tokenizer()
+    specials = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
+    tokenizer.add_special_tokens(
+        {"bos_token": specials[0], "eos_token": specials[1], "additional_special_tokens": specials[2:]}
+    )
+    bos = (specials[0], tokenizer.bos_token_id)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.chat_template = LLAMA3
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", ["auto", "chat", "llama3"])
+def test_llama_3_prompts_are_token_by_token_those_of_its_own_template(template):
+    tokenizer = llama3_tokenizer()
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " What is rain? "},
+                {"role": "assistant", "content": "Water."}, {"role": "user", "content": "And snow?"}]  # fmt: skip
+    own = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    enc = encoder(f"data.template={template}", tokenizer=tokenizer)
+    found = encode(enc, comparison(prompt=messages))[0]
+    assert found.prefix == own and own.count(tokenizer.bos_token_id) == 1
+    assert found.chosen == [
+        *tokenizer("water", add_special_tokens=False)["input_ids"],
+        tokenizer.convert_tokens_to_ids("<|eot_id|>"),
+    ]
+    alone = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False
+    )
+    if template != "auto":
+        assert encode(enc, comparison(prompt="hi"))[0].prefix == alone
+
+
+def test_tulu_prompts_by_hand():
+    enc = encoder("data.template=tulu", tokenizer=with_bos())
+    assert encode(enc, comparison(prompt="hi"))[0].prefix == [1, *ids("<|user|>\nhi \n<|assistant|>\n")]
+    talk = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    assert enc.prompt_ids(tuple(talk)) == ids("<|user|>\na \n<|assistant|>\nb \n<|user|>\nc \n<|assistant|>\n")
+
+
+def test_the_reference_sees_no_user_text_that_the_policy_does_not_see():
+    for policy, reference in ((True, True), (True, False), (False, True), (False, False)):
+        enc = encoder(f"data.user_text={policy}", f"data.user_text_in_reference={reference}")
+        found = encode(enc, comparison(user_text="old"))[0]
+        assert found.prefix == ids("old\nWhat is rain?" if policy else "What is rain?")
+        assert found.reference_prefix == ids("old\nWhat is rain?" if policy and reference else "What is rain?")
+
+
 def test_no_template_is_told():
     bare = byte_tokenizer()
     bare.chat_template = None

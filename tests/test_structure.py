@@ -11,9 +11,10 @@ from prlhf.reference_table import with_table
 ROOT = Path(__file__).resolve().parent.parent
 # Data flows one way: each module imports only from those above it.
 ORDER = [
-    "errors", "allocations", "config", "data", "encoding", "rules", "batching", "backbones", "data_check", "user_models", "logprobs",
+    "errors", "allocations", "config", "data.files", "data", "simulate", "data.sources", "data.download", "data.fetch", "data.reading", "data.splits", "data.tldr", "data.prism",
+    "data.psoups", "data.persona", "data.multipref", "data.prepare", "encoding", "rules", "batching", "backbones", "data_check", "user_models", "logprobs",
     "logprobs_triton", "lora", "losses", "personalized", "distributed", "optim", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
-    "runs", "training_log", "loop", "dry_run", "sampling", "responses", "rewards", "report", "compare", "simulate", "lengths",
+    "runs", "training_log", "loop", "dry_run", "sampling", "responses", "rewards", "report", "compare", "lengths",
     "reference_table", "data.__main__",
 ]  # fmt: skip
 
@@ -63,6 +64,7 @@ def test_nothing_is_imported_that_is_not_a_core_dependency():
         "yaml",
         "prlhf",
         "matplotlib",
+        "pyarrow",  # an extra, for parquet
         "jinja2",
         "triton",  # comes with torch where there is a GPU, and is imported nowhere else
     }

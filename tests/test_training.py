@@ -213,7 +213,9 @@ def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path
         unfinished(f"a{number}")
         changed = tmp_path / "train.jsonl"
         changed.write_text(source.read_text().replace(old, new))
-        monkeypatch.setattr(train_script, "read_comparisons", lambda path, changed=changed: read_comparisons(changed))
+        monkeypatch.setattr(
+            train_script, "read_comparisons", lambda path, config, changed=changed: read_comparisons(changed)
+        )
         with pytest.raises(UserError, match="users or base model are not those"):
             run(monkeypatch, tmp_path / f"a{number}")
         monkeypatch.setattr(train_script, "read_comparisons", read_comparisons)

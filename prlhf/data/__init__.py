@@ -1,20 +1,21 @@
-"""Raw files to `Comparison`s, and the one place where user names and user numbers meet: `UserIndex`."""
+"""Records to `Comparison`s, and the one place where user names and user numbers meet: `UserIndex`."""
 
-import gzip
+import contextlib
 import json
-import os
 import random
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from prlhf.config import DataConfig
+from prlhf.data.files import read_json_lines, read_records
 from prlhf.errors import UserError, did_you_mean
 
 GENERIC = "generic"  # what people type for user 0
 Item = TypeVar("Item")
+CANONICAL = DataConfig()
 Messages = tuple[dict[str, str], ...]
 
 
@@ -43,73 +44,53 @@ class ComparisonFile(NamedTuple):
         return self._replace(comparisons=sample(self.comparisons, limit, seed))
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line of a JSON Lines file, plain or .gz.
+def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> ComparisonFile:
+    """All comparisons of a file; pairs of equal responses are left out and counted.
 
-    UserError, with file and line: missing, empty, truncated, not UTF-8, not JSON, not an object.
+    config: its format, user_column and attributes. UserError, with file, line and field, for what is none.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such file{did_you_mean(path.name, near)}")
-    number, found = 0, False
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                record = json.loads(text)
-                if "\\ud" in text:
-                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
-                if not isinstance(record, dict):
-                    raise UserError(f"{path}, line {number}: expected a JSON object, found {text[:60]!r}")
-                found = True
-                yield number, record
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{path}, line {number}: half of a surrogate pair (\\ud...), expected whole characters"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, line {number}: expected UTF-8, found byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg})") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: truncated or damaged gzip file ({error})") from None
-    if not found:
-        raise UserError(f"{path}: empty, expected one JSON object a line")
-
-
-def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON Lines file, its folder where needed; gzipped where the name ends in .gz. Complete or not there."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    with (
-        gzip.open(aside, "wt", encoding="utf-8") if path.suffix == ".gz" else open(aside, "w", encoding="utf-8") as file
-    ):
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(aside, path)
-
-
-def read_comparisons(path: str | Path) -> ComparisonFile:
-    """All comparisons of a canonical file; pairs of equal responses are left out and counted. UserError as above."""
     comparisons, equal = [], 0
-    for number, record in read_json_lines(path):
-        comparison = parse_comparison(record, f"{path}, line {number}", f"{Path(path).name}:{number}")
+    columns: set[str] = set()
+    attributes: set[str] = set()
+    for place, record in read_records(path, config.format):
+        columns.update(record)
+        found = record.get("attributes")
+        attributes.update(found if isinstance(found, dict) else ())
+        record = named_user(record, config.user_column)
+        name = f"{Path(path).name}:{place.split()[-1]}"
+        comparison = parse_comparison(record, f"{path}, {place}", name, config.attributes)
         if comparison.chosen == comparison.rejected:
             equal += 1
         else:
             comparisons.append(comparison)
+    if config.user_column != "user" and config.user_column not in columns:
+        hint = did_you_mean(config.user_column, columns)
+        raise UserError(f"{path}: no record has the field data.user_column: {config.user_column!r}{hint}")
+    for name in config.attributes or ():
+        if name not in attributes:
+            hint = did_you_mean(name, attributes)
+            raise UserError(f"{path}: no record has the attribute {name!r} of data.attributes{hint}")
     if not comparisons:
         raise UserError(f"{path}: no comparison with two different responses")
     return ComparisonFile(comparisons, equal)
 
 
-def parse_comparison(record: dict[str, Any], where: str, default_id: str) -> Comparison:
-    """One canonical record; other fields are ignored. UserError names `where`, the field and what was expected."""
+def named_user(record: dict[str, Any], column: str) -> dict[str, Any]:
+    """The record with the user's name from another column, where a whole number is a name too."""
+    if column == "user":
+        return record
+    user = record.get(column)
+    return {**record, "user": str(user) if type(user) is int else user}
+
+
+def parse_comparison(
+    record: dict[str, Any], where: str, default_id: str, attributes: Sequence[str] | None = None
+) -> Comparison:
+    """One canonical record; other fields are ignored. UserError names `where`, the field and what was expected.
+
+    attributes: which of the user's make up the user text; None: the record's user_text.
+    """
+    record = split_conversations(record)
     for name in ("prompt", "chosen", "rejected"):
         if name not in record:
             raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
@@ -118,11 +99,27 @@ def parse_comparison(record: dict[str, Any], where: str, default_id: str) -> Com
         chosen=parse_response(record["chosen"], f"{where}, chosen"),
         rejected=parse_response(record["rejected"], f"{where}, rejected"),
         user=parse_user(record.get("user"), f"{where}, user"),
-        user_text=parse_user_text(record, where),
+        user_text=parse_user_text(record, where, attributes),
         id=str(record.get("id", default_id)),
         first=_parse_first(record.get("first"), f"{where}, first"),
         margin=_parse_margin(record.get("margin"), f"{where}, margin"),
     )
+
+
+def split_conversations(record: dict[str, Any]) -> dict[str, Any]:
+    """A record whose responses are whole conversations (TRL's other forms), with these as prompt and last messages.
+
+    Both must be the same but for the last message; a prompt beside them, which they repeat, is replaced by theirs.
+    """
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if not (isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 1):
+        return record
+    if chosen[:-1] != rejected[:-1] or not all(map(_is_message, (*chosen, *rejected))):
+        return record
+    said = record.get("prompt", chosen[:-1])
+    if said not in (chosen[:-1], chosen[-2]["content"]):
+        return record
+    return {**record, "prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def parse_prompt(prompt: Any, where: str) -> str | Messages:
@@ -134,12 +131,25 @@ def parse_prompt(prompt: Any, where: str) -> str | Messages:
     raise UserError(f"{where}, prompt: expected text or a list of {{role, content}} messages, found {_short(prompt)}")
 
 
-def parse_user_text(record: dict[str, Any], where: str) -> str | None:
-    """The optional text about the user, None where there is none. UserError where it is not text."""
+def parse_user_text(record: dict[str, Any], where: str, attributes: Sequence[str] | None = None) -> str | None:
+    """The optional text about the user, None where there is none; with `attributes`, a line for each that the record has.
+
+    UserError where it is not text, or the attributes are not texts by name.
+    """
+    if attributes is not None:
+        by_name = record.get("attributes") or {}
+        if not isinstance(by_name, dict) or not all(isinstance(value, str | None) for value in by_name.values()):
+            raise UserError(f"{where}, attributes: expected texts by name, found {_short(by_name)}")
+        return attributes_text({name: by_name[name] for name in attributes if by_name.get(name)})
     text = record.get("user_text")
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}, user_text: expected text or null, found {_short(text)}")
     return text or None
+
+
+def attributes_text(attributes: dict[str, str]) -> str | None:
+    """What a user text says of a user's attributes: a line "name: value" each; None where there are none."""
+    return "\n".join(f"{name}: {value}" for name, value in attributes.items()) or None
 
 
 class Prompt(NamedTuple):
@@ -150,9 +160,10 @@ class Prompt(NamedTuple):
     user_text: str | None
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
+def read_prompts(path: str | Path, attributes: Sequence[str] | None = None) -> list[Prompt]:
     """The prompts of a JSON Lines file: {"prompt", "id"?, "user_text"?}, the id being the line's number by default.
 
+    attributes: as in `parse_comparison`.
     UserError, with file and line: no prompt in a line, or an id that was there before.
     """
     prompts: list[Prompt] = []
@@ -165,7 +176,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         if name in lines:
             raise UserError(f"{where}: id {name!r} was given in line {lines[name]} already; expected each once")
         lines[name] = number
-        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), parse_user_text(record, where)))
+        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), parse_user_text(record, where, attributes)))
     return prompts
 
 
@@ -193,6 +204,9 @@ def parse_user(user: Any, where: str) -> str | None:
 def _parse_margin(margin: Any, where: str) -> float:
     if margin is None:
         return 1.0
+    if isinstance(margin, str):  # a cell of a CSV file
+        with contextlib.suppress(ValueError):
+            margin = float(margin)
     if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < float("inf"):
         raise UserError(f"{where}: expected a number of at least 0 or null, found {_short(margin)}")
     return float(margin)

@@ -1,34 +1,106 @@
 """Commands about data.
 
+    python -m prlhf.data fetch NAME [--out FOLDER]
+    python -m prlhf.data prepare NAME [--raw FOLDER] [--out FOLDER] [--few-shot K] [--seed N] ...
+    python -m prlhf.data split FILE --out FOLDER [--group FIELD] [--few-shot K] [--seed N] ...
     python -m prlhf.data check TRAIN [HELD_OUT ...] [--config NAME] [--set key=value ...]
 
-`check` reports on files of comparisons before training (prlhf/data_check.py).
+`fetch` downloads the raw files of a paper's data set (prlhf/data/fetch.py), `prepare` makes comparisons of them and `split`
+divides a file of your own (prlhf/data/prepare.py); `check` reports on files of comparisons before training
+(prlhf/data_check.py).
 """
 
 import argparse
 
 from prlhf import data_check
-from prlhf.errors import run_command
+from prlhf.data import fetch, prepare, splits
+from prlhf.data.reading import Options
+from prlhf.data.sources import SOURCES
+from prlhf.errors import UserError, check_range, run_command
 
 
 def main() -> None:
     """Parse the command line and run what it asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prlhf.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m prlhf.data", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(title="commands", required=True)
-    check = commands.add_parser(
-        "check",
-        help="what is in comparison files, what leaks between them, what trivial rules get right",
-        description=data_check.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+
+    command = commands.add_parser(
+        "fetch", help="download a data set's raw files", description=fetch.__doc__, formatter_class=raw
     )
-    check.add_argument("files", nargs="+", metavar="FILE", help="the training comparisons, then any held-out ones")
-    check.add_argument("--config", help="also tell what this config drops and cuts; a YAML file, or one in configs/")
-    check.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
-    check.set_defaults(run=lambda args: data_check.run(args.files, args.config, args.set))
+    command.add_argument("name", metavar="NAME", help=", ".join(SOURCES))
+    command.add_argument("--out", metavar="FOLDER", help="where they go; by default ~/.cache/prlhf/data/NAME")
+    command.set_defaults(run=lambda args: fetch.run(args.name, args.out))
+
+    command = commands.add_parser(
+        "prepare", help="make comparisons of raw files", description=prepare.__doc__, formatter_class=raw
+    )
+    command.add_argument("name", metavar="NAME", help=", ".join(prepare.READERS))
+    command.add_argument("--raw", metavar="FOLDER", help="the raw files; by default where `fetch` puts them")
+    command.add_argument("--out", metavar="FOLDER", help="by default runs/data/NAME")
+    command.add_argument("--known-users", type=int, metavar="N", help="tldr: so many workers are known (10)")
+    command.add_argument("--rejected", choices=("each", "best"), help="prism: each unchosen response, or the best one")
+    _common(command)
+    command.set_defaults(run=run_prepare)
+
+    command = commands.add_parser(
+        "split", help="divide comparisons into training, held-out and few-shot ones", description=splits.__doc__,
+        formatter_class=raw,
+    )  # fmt: skip
+    command.add_argument("file", metavar="FILE", help="comparisons")
+    command.add_argument("--out", metavar="FOLDER", required=True)
+    command.add_argument("--group", metavar="FIELD", help="names what belongs together; by default the prompt itself")
+    command.add_argument("--users", type=float, default=0.9, metavar="SHARE", help="of the users who are known (0.9)")
+    command.add_argument("--groups", type=float, default=0.9, metavar="SHARE", help="of what is trained on (0.9)")
+    _common(command)
+    command.set_defaults(run=run_split)
+
+    command = commands.add_parser(
+        "check", help="what is in comparison files, what leaks between them, what trivial rules get right",
+        description=data_check.__doc__, formatter_class=raw,
+    )  # fmt: skip
+    command.add_argument("files", nargs="+", metavar="FILE", help="the training comparisons, then any held-out ones")
+    command.add_argument("--config", help="also tell what this config drops and cuts; a YAML file, or one in configs/")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    command.set_defaults(run=lambda args: data_check.run(args.files, args.config, args.set))
     args = parser.parse_args()
     args.run(args)
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--few-shot", type=int, default=0, metavar="K", help="comparisons of each unknown user")
+    command.add_argument("--seed", type=int, default=123, help="of the split and the prompts (123)")
+    command.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+
+
+def run_prepare(args: argparse.Namespace) -> None:
+    """`prepare`: check the options and go."""
+    said = {"known_users": args.known_users, "rejected": args.rejected}
+    owners = {"known_users": ("tldr", "tldr_length"), "rejected": ("prism",)}
+    for name, value in said.items():
+        if value is not None and args.name not in owners[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')}: an option of {' and '.join(owners[name])}, not of {args.name}"
+            )
+    _check_ranges(args)
+    check_range("--known-users", 1 if args.known_users is None else args.known_users, low=1)
+    given = {name: value for name, value in said.items() if value is not None}
+    options = Options(seed=args.seed, few_shot=args.few_shot, **given)
+    prepare.prepare(args.name, args.raw, args.out, options, args.overwrite)
+
+
+def run_split(args: argparse.Namespace) -> None:
+    """`split`: check the options and go."""
+    _check_ranges(args)
+    check_range("--users", args.users, low=0, high=1)
+    check_range("--groups", args.groups, low=0, high=1)
+    options = Options(seed=args.seed, few_shot=args.few_shot)
+    prepare.split_file(args.file, args.out, args.group, splits.Shares(args.users, args.groups), options, args.overwrite)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    check_range("--few-shot", args.few_shot, low=0)
+    check_range("--seed", args.seed, low=0, high=2**32 - 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""Where the raw files of the papers' data sets come from, under which licence, and where they lie on this machine."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prlhf.errors import UserError, did_you_mean
+
+TLDR_FILES = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set's origin: either `urls`, or the files of a Hub data set `repository` that match one of `patterns`.
+
+    All files lie side by side in one folder, under their own names, without the folders they have at their origin.
+    """
+
+    title: str
+    page: str  # for people
+    licence: str
+    needs: str = ""  # what a gated data set asks of its user before a download
+    urls: Mapping[str, str] = field(default_factory=dict)  # of each file, by its name here
+    repository: str = ""
+    patterns: tuple[str, ...] = ()
+    unpack: tuple[str, ...] = ()  # which members of the zip archives among `urls` (PurePath.match)
+
+
+SOURCES: dict[str, Source] = {
+    "tldr": Source(
+        title="TL;DR comparisons of summaries (openai/summarize_from_feedback)",
+        page="https://github.com/openai/summarize-from-feedback",
+        licence="modified MIT",
+        urls={f"batch{n}.json": f"{TLDR_FILES}/batch{n}.json" for n in (*range(3, 21), 22)},
+    ),
+    "prism": Source(
+        title="The PRISM Alignment Dataset (HannahRoseKirk/prism-alignment)",
+        page="https://huggingface.co/datasets/HannahRoseKirk/prism-alignment",
+        licence="text by people CC BY 4.0, model responses CC BY-NC 4.0",
+        repository="HannahRoseKirk/prism-alignment",
+        patterns=("survey.jsonl", "conversations.jsonl"),
+    ),
+    "psoups": Source(
+        title="Personalized Soups (joeljang/RLPHF)",
+        page="https://github.com/joeljang/RLPHF",
+        licence="none stated; ask the authors before you share it",
+        urls={"data.zip": "https://storage.googleapis.com/personalized-soups/data.zip"},
+        unpack=("rm_training/*.json", "koala_eval_50*.json"),
+    ),
+    "persona": Source(
+        title="PERSONA (SynthLabsAI/PERSONA)",
+        page="https://huggingface.co/datasets/SynthLabsAI/PERSONA",
+        licence="CC BY-NC-SA 4.0",
+        needs="accept its terms on https://huggingface.co/datasets/SynthLabsAI/PERSONA, logged in; then `hf auth login` "
+        "with the same account, or HF_TOKEN set to a token of it that may read gated repositories",
+        repository="SynthLabsAI/PERSONA",
+        patterns=("*.parquet",),
+    ),
+    "multipref": Source(
+        title="MultiPref (allenai/multipref)",
+        page="https://huggingface.co/datasets/allenai/multipref",
+        licence="ODC-By",
+        repository="allenai/multipref",
+        patterns=("MultiPref-Train.jsonl",),  # its parquet files hold the same rows again, and derived sets
+    ),
+}
+
+
+def source_of(name: str) -> Source:
+    """The data set of that name. UserError, with a near match and all names, where there is none."""
+    if name not in SOURCES:
+        raise UserError(
+            f"found {name!r}{did_you_mean(name, SOURCES)}, expected the name of a data set: {', '.join(SOURCES)}"
+        )
+    return SOURCES[name]
+
+
+def cache_dir() -> Path:
+    """$PRLHF_CACHE, or ~/.cache/prlhf."""
+    return Path(os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf").expanduser()
+
+
+def raw_folder(name: str) -> Path:
+    """Where `fetch` puts a data set's raw files, and where its reader looks for them, unless told otherwise."""
+    return cache_dir() / "data" / name

@@ -1,0 +1,417 @@
+"""The papers' data sets: their readers on hand-written files in the raw form (tests/raw), splits, configs, commands."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import evaluate
+import generate
+import train
+from prlhf import config as config_module
+from prlhf.data import __main__ as data_command
+from prlhf.data import multipref, persona, prism, psoups, tldr
+from prlhf.data.reading import Options
+from prlhf.data.splits import Shares, split, with_few_shot
+from prlhf.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RAW = ROOT / "tests" / "raw"
+DOG = "My dog barks at the neighbours all night and they complain every morning. What should I do?"
+CAR = "The car that I bought last week makes a noise like a small bird whenever it rains."
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def persona_raw(tmp_path_factory):
+    """The raw parquet file of PERSONA, of the rows in tests/raw/persona."""
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import parquet
+
+    folder = tmp_path_factory.mktemp("persona")
+    parquet.write_table(pyarrow.Table.from_pylist(rows(RAW / "persona" / "rows.jsonl")), folder / "train-00000.parquet")
+    return folder
+
+
+def changed(tmp_path, name: str, file: str, old: str, new: str) -> Path:
+    """A copy of a raw folder in which a text occurs that should not."""
+    folder = tmp_path / "raw"
+    shutil.copytree(RAW / name, folder)
+    text = (folder / file).read_text(encoding="utf-8")
+    assert old in text
+    (folder / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+    return folder
+
+
+# TL;DR
+
+
+def test_tldr_keeps_supervised_policies_and_ranks_workers_by_their_training_comparisons():
+    found = tldr.read(RAW / "tldr", Options(known_users=2))
+    train, valid, pool = found.official
+    assert Counter(r["user"] for r in train) == {"anna": 4, "bert": 3} and {r["user"] for r in pool} == {"cleo"}
+    assert Counter(r["user"] for r in valid) == {"anna": 1, "bert": 1, "cleo": 1, "zoe": 3}
+    assert [count.found for count in found.counts] == [10, 6, 8, 7, 2, 4]
+    assert found.dropped == {"of other policies": 2, "without a post": 1, "with equal summaries": 1}
+    # files in the order of their numbers, not of their names
+    assert [r["id"] for r in train[:4]] == ["batch3:1", "batch3:2", "batch3:3", "batch12:1"]
+
+
+def test_tldr_prompts_and_responses_by_hand():
+    train, _, pool = tldr.read(RAW / "tldr", Options(known_users=2)).official
+    assert train[0]["prompt"] == f"SUBREDDIT: r/relationships\nTITLE: Tired of the neighbours\nPOST: {DOG}\nTL;DR:"
+    assert train[0]["chosen"] == " Dog barks at night, neighbours complain." and train[0]["rejected"] == " Dog."
+    assert train[1]["chosen"].startswith(" Dog barks all night")  # choice 1
+    without_keys = pool[0]  # no title, no subreddit; a text that does not begin with a space
+    assert without_keys["prompt"] == f"SUBREDDIT: r/\nTITLE: \nPOST: {CAR}\nTL;DR:"
+    assert (without_keys["chosen"], without_keys["rejected"]) == (" A noise.", " Car sings in the rain.")
+
+
+def test_tldr_length_gives_each_worker_one_preference_and_drops_ties():
+    found = tldr.read_length(RAW / "tldr", Options(known_users=2))
+    draws = np.random.RandomState(3456).random_sample(4) >= 0.7  # anna, bert, cleo by training, then zoe
+    shorter = dict(zip(("anna", "bert", "cleo", "zoe"), draws))
+    train, valid, pool = found.official
+    for record in (*train, *valid, *pool):
+        chosen, rejected = len(record["chosen"].split()), len(record["rejected"].split())
+        assert chosen != rejected and (chosen < rejected) == shorter[record["user"]]
+    assert found.dropped["as long as each other"] == 1 and shorter["zoe"] and not shorter["anna"]
+    assert [count.found for count in found.counts] == ["100.00 %", "25.00 %"]
+
+
+def test_the_papers_minority_is_workers_4_5_and_6():
+    assert [i + 1 for i, d in enumerate(tldr.preferences(10, tldr.SHORTER, tldr.SEED)) if d] == [4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"choice": 0', '"choice": 2', "batch3.json, line 1: found choice 2.*expected choice 0 or 1"),
+        ('"split": "train"', '"split": "test"', "batch3.json, line 1: .*split 'test'"),
+        ('"worker": "anna"', '"worker": 7', "line 1, worker: expected text, found 7"),
+        ('"policy": "sup1"', '"polcy": "sup1"', r"line 1, summaries\[0\], policy: expected text, found nothing"),
+        ('"summaries": [', '"summaries": [{"text": "x", "policy": "sup"}, ', "line 1, summaries: expected 2, found 3"),
+        ('{"info"', '{"info', "line 1, column .*not valid JSON"),
+    ],
+)
+def test_tldr_faults_name_file_line_and_field(tmp_path, old, new, message):
+    folder = changed(tmp_path, "tldr", "batch3.json", old, new)
+    with pytest.raises(UserError, match=message):
+        tldr.read(folder, Options())
+
+
+# PRISM
+
+
+def test_prism_comparisons_by_hand():
+    found = prism.read(RAW / "prism", Options())
+    by_id = {r["id"]: r for r in found.records}
+    assert list(by_id)[:4] == ["c0:0:1", "c0:0:2", "c0:1:1", "c1:0:1"]  # each unchosen one; EMPTY STRING is none
+    later = by_id["c0:1:1"]
+    assert later["prompt"] == [
+        {"role": "user", "content": "What is rain?"},
+        {"role": "assistant", "content": "Water from the sky."},
+        {"role": "user", "content": "And snow?"},
+    ]
+    assert (later["chosen"], later["rejected"], later["user"]) == ("Frozen water.", "No idea.", "user0")
+    assert later["group"] == "c0"
+    assert "c1:1:1" not in by_id  # both rows are chosen: the same text twice
+    assert by_id["c1:2:1"]["prompt"][3] == {"role": "assistant", "content": "Trust."}
+    assert not any(r["group"] in ("c5", "c11") for r in found.records)  # an empty question, an empty chosen answer
+    assert "c6:0:1" not in by_id and "c6:1:1" in by_id
+    assert found.dropped == {"turns without two answers that differ": 2, "turns behind one without a chosen answer": 3}
+    assert [count.found for count in found.counts] == [6, 5, 15]
+    assert all(isinstance(r["rejected"], str) for r in found.records)
+
+
+def test_prism_may_take_the_best_scored_unchosen_answer():
+    by_id = {r["id"]: r for r in prism.read(RAW / "prism", Options(rejected="best")).records}
+    assert by_id["c0:0:2"]["rejected"] == "Rain is a form of precipitation." and "c0:0:1" not in by_id
+    assert "c8:0:1" in by_id and "c8:0:2" not in by_id  # a score of null is the least
+
+
+def test_prism_user_text_by_hand():
+    by_user = {r["user"]: r for r in prism.read(RAW / "prism", Options()).records}
+    assert by_user["user0"]["user_text"] == (
+        "self_description: I like rain.\nage: 25-34 years old\ngender: Female\neducation: University Bachelors Degree\n"
+        "employment_status: Working full-time\nmarital_status: Never been married\n"
+        "english_proficiency: Native speaker\nstated_prefs: factuality, creativity, fluency"
+    )
+    assert "self_description" not in by_user["user2"]["attributes"]  # EMPTY STRING
+    assert by_user["user3"]["attributes"].keys() == {
+        "self_description", "age", "gender", "education", "marital_status", "english_proficiency",
+    }  # fmt: skip
+
+
+def test_prism_faults_name_file_line_and_field(tmp_path):
+    with pytest.raises(UserError, match="conversations.jsonl, line 1, user_id: 'user9' is not in .*survey.jsonl"):
+        prism.read(changed(tmp_path, "prism", "conversations.jsonl", '"user0"', '"user9"'), Options())
+    shutil.rmtree(tmp_path / "raw")
+    with pytest.raises(UserError, match="line 1, turn 0, role: expected text, found 3"):
+        prism.read(changed(tmp_path, "prism", "conversations.jsonl", '"role": "model"', '"role": 3'), Options())
+    (tmp_path / "raw" / "survey.jsonl").unlink()
+    with pytest.raises(UserError, match="no file survey.jsonl; expected the raw files of The PRISM"):
+        prism.read(tmp_path / "raw", Options())
+
+
+# Personalized Soups, PERSONA, MultiPref
+
+
+def test_psoups_takes_the_sentence_off_and_drops_duplicates():
+    found = psoups.read(RAW / "psoups", Options())
+    assert Counter(r["user"] for r in found.records) == {
+        "P1A": 11,
+        **dict.fromkeys(("P1B", "P2A", "P2B", "P3A", "P3B"), 10),
+    }
+    assert not any("Generate a response" in r["prompt"] for r in found.records)
+    assert found.records[0] == {
+        "prompt": "Explain what rain is.", "chosen": "Easy: It is so.", "rejected": "Formally, It is so.", "user": "P1A",
+        "id": "P1A:1", "group": found.records[11]["group"], "attributes": {"preference": psoups.SENTENCES["P1A"]},
+    }  # fmt: skip
+    assert found.dropped == {"exact duplicates": 1, "equal completions": 1}
+    assert {c.what: c.found for c in found.counts}["user_inputs that do not end in the preference's sentence"] == 1
+    assert [p["prompt"] for p in found.prompts] == [
+        "What is the best way to learn to swim?",
+        "Compare a cat and a dog.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('[{"user_input": "x"', "P2A.json, line 1, column .*not valid JSON"),
+        ('{"a": 1}', "P2A.json: expected a list of objects"),
+        ("[1]", "P2A.json, item 1: expected an object, found int"),
+        ('[{"user_input": "x", "completion_a": "y"}]', "P2A.json, item 1, completion_b: expected text, found nothing"),
+    ],
+)
+def test_psoups_faults_name_file_and_item(tmp_path, content, message):
+    shutil.copytree(RAW / "psoups", tmp_path / "raw")
+    (tmp_path / "raw" / "rm_training" / "P2A.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        psoups.read(tmp_path / "raw", Options())
+
+
+def test_persona_by_hand(persona_raw):
+    found = persona.read(persona_raw, Options())
+    assert len(found.records) == 24 and found.dropped == {"equal responses": 1}
+    assert [(c.found, c.published) for c in found.counts] == [(4, 1_000), (25, 200_000)]
+    first = found.records[0]
+    assert (first["user"], first["chosen"], first["rejected"]) == (
+        "persona1", "For you: explain what rain is. 0", "In general: explain what rain is.",
+    )  # fmt: skip
+    assert first["user_text"] == "age: 34\nsex: Male\njob: baker\nlikes: rain"
+    assert first["attributes"] == {"age": "34", "sex": "Male", "job": "baker", "likes": "rain"}
+    assert found.records[23]["user"] == "persona4"
+
+
+def test_multipref_each_vote_is_a_comparison_and_ties_are_none():
+    found = multipref.read(RAW / "multipref", Options())
+    by_id = {r["id"]: r for r in found.records}
+    assert by_id["m0:n1"]["chosen"].startswith("A: ") and by_id["m1:n1"]["chosen"].startswith("B says")
+    assert by_id["m0:e1"]["chosen"].startswith("B says") and "m3:e2" not in by_id and "m4:e1" not in by_id
+    # 10 rows of 4 votes, less 2 + 2 without expert annotations, 1 tie, and 4 votes on equal completions
+    assert len(by_id) == 40 - 4 - 1 - 4 and found.dropped == {"ties": 1, "votes on equal completions": 4}
+
+
+def test_multipref_faults_name_file_line_and_field(tmp_path):
+    folder = changed(tmp_path, "multipref", "MultiPref-Train.jsonl", "A-is-slightly-better", "A-is-slighly-better")
+    message = r"line 1, normal_worker_annotations\[1\], overall_pref: found 'A-is-slighly-better' \(did you mean"
+    with pytest.raises(UserError, match=message):
+        multipref.read(folder, Options())
+
+
+# Splits
+
+
+def own_groups(users=20, groups=6):
+    return [{"user": f"u{u}", "group": f"g{u}-{g}", "id": f"{u}-{g}-{i}"}
+            for u in range(users) for g in range(groups if u else 1) for i in range(2)]  # fmt: skip
+
+
+def shared_groups(users=10, groups=30):
+    return [{"user": f"u{u}", "group": f"g{g}", "id": f"{u}-{g}"} for u in range(users) for g in range(groups)]
+
+
+@pytest.mark.parametrize("records", [own_groups(), shared_groups()], ids=["dialogues", "prompts"])
+@pytest.mark.parametrize("k", [0, 3])
+def test_nothing_leaks(records, k):
+    made = split(records, Shares(), seed=1, k=k)
+    ids = [r["id"] for part in made[:3] for r in part]
+    assert len(ids) == len(set(ids)) == len(records) - made.left_out
+    assert not {r["group"] for r in made.train} & {r["group"] for r in made.valid}
+    known = {r["user"] for r in made.train}
+    unknown = {r["user"] for r in made.valid} - known
+    assert known and unknown and known & {r["user"] for r in made.valid}
+    few = Counter(r["user"] for r in made.few_shot)
+    assert few == ({user: k for user in unknown if user != "u0" or len(records) == 300} if k else {})
+    assert not {(r["user"], r["group"]) for r in made.few_shot} & {(r["user"], r["group"]) for r in made.valid}
+    assert split(records, Shares(), 1, k) == made != split(records, Shares(), 2, k)
+
+
+def test_dialogues_are_divided_as_the_papers_code_does():
+    """Its procedure, on numpy's global state: shuffle the users, then each known one's dialogues."""
+    records = own_groups()
+    np.random.seed(123)
+    users = np.array([f"u{u}" for u in range(20)])
+    np.random.shuffle(users)
+    expected = set()
+    for user in users[: int(20 * 0.9)]:
+        dialogues = np.array(list(dict.fromkeys(r["group"] for r in records if r["user"] == user)))
+        if len(dialogues) > 1:
+            np.random.shuffle(dialogues)
+            expected.update(dialogues[: int(len(dialogues) * 0.9)])
+    assert {r["group"] for r in split(records, Shares(), seed=123).train} == expected
+
+
+def test_an_unknown_user_keeps_something_to_be_evaluated_on():
+    valid = [{"user": "a", "group": f"g{i}"} for i in range(2)]
+    assert with_few_shot([], valid, [], 2, 0).few_shot == []
+    made = with_few_shot([], valid, [], 1, 0)
+    assert len(made.few_shot) == len(made.valid) == 1
+
+
+def test_too_little_to_split_is_told():
+    with pytest.raises(UserError, match="of 1 comparisons 0 would be trained on"):
+        split([{"user": "a", "group": "g"}], Shares(), 0)
+
+
+# Through the public commands
+
+TINY = ("model.name=null", "model.family=llama", "model.width=32", "model.heads=2", "model.layers=1", "model.dtype=float32",
+        "model.compute_dtype=null", "device=cpu", "train.save_every=null")  # fmt: skip
+CONFIGS = {  # config -> data set, and where its raw files lie
+    "tldr_pdpo": ("tldr", "tldr"),
+    "tldr_prm": ("tldr", "tldr"),
+    "tldr_length_pdpo": ("tldr_length", "tldr"),
+    "prism_pdpo": ("prism", "prism"),
+    "psoups_pdpo": ("psoups", "psoups"),
+    "persona_prm": ("persona", "persona"),
+}
+
+
+@pytest.fixture
+def prepared(request, tmp_path, call):
+    """A data set's files, made by `prepare` of the raw ones."""
+
+    def make(name: str, raw: str, *options: str) -> Path:
+        folder = request.getfixturevalue("persona_raw") if raw == "persona" else RAW / raw
+        status, out, err = call(data_command.main, "prepare", name, "--raw", folder, "--out", tmp_path / name, *options)
+        assert status == 0, err
+        return tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_published_config_passes_the_check_and_the_dry_run(config, prepared, call):
+    name, raw = CONFIGS[config]
+    data = prepared(name, raw)
+    keys = ("--set", *TINY, f"data.train={data}/train.jsonl", f"data.valid={data}/valid.jsonl")
+    status, out, err = call(
+        data_command.main, "check", data / "train.jsonl", data / "valid.jsonl", "--config", config, *keys
+    )
+    assert status == 0 and "Known users" in out, err
+    status, out, err = call(train.main, "--config", config, "--dry-run", *keys)
+    assert status == 0 and "updates" in out, err
+
+
+@pytest.mark.parametrize("config, name", [("tldr_pdpo", "tldr"), ("prism_pdpo", "prism"), ("psoups_pdpo", "psoups"),
+                                          ("persona_prm", "persona"), ("psoups_pdpo", "multipref")])  # fmt: skip
+def test_every_data_set_trains_evaluates_and_generates(config, name, prepared, tmp_path, call):
+    data = prepared(name, name, "--few-shot", 1, *(("--known-users", 2) if name == "tldr" else ()))
+    run = tmp_path / "run"
+    keys = (f"data.train={data}/train.jsonl", f"data.valid={data}/valid.jsonl", f"run_dir={run}", "optim.max_steps=3",
+            "optim.batch_size=2", "train.log_every=1", "train.eval_last=false", "evaluate.bootstrap=100")  # fmt: skip
+    status, out, err = call(train.main, "--config", config, "--set", *TINY, *keys)
+    assert status == 0, err
+    assert [r["step"] for r in rows(run / "metrics.jsonl")] == [1, 2, 3]
+    assert call(evaluate.main, "--checkpoint", run)[0] == 0
+    assert json.loads((run / "eval" / "report.json").read_text())["accuracy"]["top"] is not None
+    users = sorted({r["user"] for r in rows(data / "train.jsonl")})
+    if config == "persona_prm":  # a reward model scores
+        asked = [{"prompt": r["prompt"], "response": r["chosen"], "user": r["user"], "user_text": r["user_text"]}
+                 for r in rows(data / "valid.jsonl")]  # fmt: skip
+        (tmp_path / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in asked))
+        scoring = ("--score", tmp_path / "responses.jsonl", "--out", tmp_path / "rewards.jsonl")
+        assert call(generate.main, "--checkpoint", run, *scoring)[0] == 0
+        assert [r["user"] for r in rows(tmp_path / "rewards.jsonl")] == [r["user"] for r in asked]
+        return
+    writing = ("--prompts", data / "prompts.jsonl", "--users", "@all", "--out", tmp_path / "o.jsonl")
+    status, out, err = call(generate.main, "--checkpoint", run, *writing, "--max-new-tokens", 3, "--limit", 1)
+    assert status == 0, err
+    assert Counter(r["user"] for r in rows(tmp_path / "o.jsonl")) == dict.fromkeys((*users, "generic"), 1)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_say_only_what_differs_from_the_defaults(name):
+    path = config_module.find(name)
+    said = {f"{group}.{key}": value for group, keys in yaml.safe_load(path.read_text()).items()
+            for key, value in (keys.items() if isinstance(keys, dict) else ())}  # fmt: skip
+    default = config_module._flatten(config_module.to_dict(config_module.Config()))
+    assert said and not {key for key, value in said.items() if value == default[key]}
+
+
+def test_prepare_records_what_it_did_and_does_it_once(prepared, tmp_path, call):
+    data = prepared("prism", "prism", "--few-shot", 1)
+    record = json.loads((data / "split.json").read_text())
+    assert record["settings"]["seed"] == 123 and record["settings"]["few_shot"] == 1
+    assert record["settings"]["raw"].keys() == {"survey.jsonl", "conversations.jsonl"}
+    assert record["files"]["train.jsonl"]["comparisons"] == len(rows(data / "train.jsonl"))
+    assert set(record["known_users"]) == {r["user"] for r in rows(data / "train.jsonl")}
+    before = {path: path.stat().st_mtime_ns for path in data.iterdir()}
+    again = ("prepare", "prism", "--raw", RAW / "prism", "--out", data)
+    assert "is there already" in call(data_command.main, *again, "--few-shot", 1)[1]
+    status, _, err = call(data_command.main, *again, "--few-shot", 2)
+    assert status == 2 and "few_shot: 1 -> 2" in err
+    assert {path: path.stat().st_mtime_ns for path in data.iterdir()} == before
+    assert call(data_command.main, *again, "--few-shot", 2, "--overwrite")[0] == 0
+
+
+def test_a_count_that_is_not_the_published_one_is_a_warning_with_both(call, tmp_path):
+    _, out, _ = call(data_command.main, "prepare", "tldr", "--raw", RAW / "tldr", "--out", tmp_path / "o")
+    assert "warning: comparisons for training after the filter of policies: found 10, published 38,487" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("prepare", "tlrd"), "no such data set (did you mean 'tldr'?)"),
+        (("prepare", "tldr", "--raw", "/nowhere"), "/nowhere: no file batch*.json; expected the raw files of TL;DR"),
+        (("prepare", "psoups", "--rejected", "best"), "--rejected: an option of prism, not of psoups"),
+        (("prepare", "prism", "--few-shot", "-1"), "--few-shot: found -1, expected at least 0"),
+        (("split", "nowhere.jsonl", "--out", "o"), "nowhere.jsonl: no such file"),
+    ],
+)
+def test_wrong_use_is_told(call, arguments, message):
+    status, _, err = call(data_command.main, *arguments)
+    assert status == 2 and message in err
+
+
+def test_any_file_can_be_split(tmp_path, call):
+    records = [{"prompt": f"p{i % 10}", "chosen": f"a{i}", "rejected": "b", "user": f"u{i % 7}", "talk": i // 2, "n": i}
+               for i in range(70)]  # fmt: skip
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert call(data_command.main, "split", file, "--out", tmp_path / "by_prompt", "--few-shot", 2)[0] == 0
+    parts = [rows(tmp_path / "by_prompt" / f"{name}.jsonl") for name in ("train", "valid")]
+    assert not {r["prompt"] for r in parts[0]} & {r["prompt"] for r in parts[1]}
+    assert parts[0][0]["n"] in range(70)  # other fields are kept
+    assert call(data_command.main, "split", file, "--out", tmp_path / "by_talk", "--group", "talk")[0] == 0
+    parts = [rows(tmp_path / "by_talk" / f"{name}.jsonl") for name in ("train", "valid")]
+    assert not {r["talk"] for r in parts[0]} & {r["talk"] for r in parts[1]}
+    status, _, err = call(data_command.main, "split", file, "--out", tmp_path / "o", "--group", "tlak")
+    assert status == 2 and "line 1, tlak: expected text or a number" in err
+
+
+def test_a_missing_prepared_file_says_how_to_make_it(call, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = call(train.main, "--config", "tldr_pdpo")
+    assert status == 2 and "`python -m prlhf.data prepare tldr` makes it" in err and "fetch" in err
