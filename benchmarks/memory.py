@@ -12,8 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from shapes import random_comparisons
-from transformers import GPTJConfig, LlamaConfig
+from shapes import MODELS, random_comparisons
 
 from prlhf import config as config_module
 from prlhf.backbones import byte_tokenizer
@@ -22,13 +21,6 @@ from prlhf.dry_run import predict
 from prlhf.encoding import Dataset, EncodingReport, TrainingData
 from prlhf.errors import run_command
 
-MODELS = {
-    "GPT-J 6B": GPTJConfig(),
-    "Llama-3-8B": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0,
-    ),
-}  # fmt: skip
 MODES = {
     "full": ("model.compute_dtype=bfloat16",),
     "LoRA": ("model.dtype=bfloat16", "lora.rank=16"),

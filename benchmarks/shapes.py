@@ -1,9 +1,22 @@
-"""Comparisons of random tokens with the lengths of real ones, for the benchmarks."""
+"""Comparisons of random tokens with the lengths of real ones, models of real shapes, and the FLOPs that they must cost."""
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PretrainedConfig
+
+from prlhf.backbones import blocks
 from prlhf.encoding import EncodedComparison
+
+MODELS = {
+    "GPT-J 6B": GPTJConfig(),
+    "Llama-3-8B": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0,
+    ),
+}  # fmt: skip
 
 
 class Shape(NamedTuple):
@@ -33,3 +46,29 @@ def random_comparisons(shape: str, count: int, vocabulary: int, users: int, seed
         chosen, rejected = ids(SHAPES[shape].response), ids(SHAPES[shape].response)
         found.append(EncodedComparison(prompt, prompt, chosen, rejected, 1 + i % users))
     return found
+
+
+def useful_flops(
+    config: PretrainedConfig, comparisons: Sequence[EncodedComparison], vectors: int, branches: int, lora: bool
+) -> int:
+    """What one update must spend in matrix products, however it is computed: prompts once a branch, logits of responses.
+
+    Forward, for a tree of P prefix positions (T_u = `vectors` included) and responses of y1 and y2 tokens, with W weights in
+    the blocks' linear layers, L layers, width D and vocabulary V, a product of two numbers and their sum being 2:
+
+        2 W (P + y1 + y2) + 2 V D (y1 + y2) + 4 L D (P (P + 1) / 2 + sum_y [y P + y (y + 1) / 2])
+
+    Backward: twice as much; with LoRA once for what has frozen weights (no gradient of these), the adapters not counted.
+    Nothing is counted for a reference that was computed before, for checkpointing, padding, or a mask's empty half.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = blocks(model)
+    W = sum(m.weight.numel() for block in layers for m in block.modules() if isinstance(m, torch.nn.Linear))
+    D, V = config.hidden_size, config.vocab_size
+    weights = attention = 0
+    for c in comparisons:
+        P, ys = vectors + len(c.prefix), (len(c.chosen), len(c.rejected))
+        weights += 2 * W * (P + sum(ys)) + 2 * V * D * sum(ys)
+        attention += 4 * len(layers) * D * (P * (P + 1) // 2 + sum(y * P + y * (y + 1) // 2 for y in ys))
+    return branches * ((2 if lora else 3) * weights + 3 * attention)

@@ -14,6 +14,9 @@ rows       the same P-DPO as one would write it: both responses as rows of their
            all positions, the reference computed in the step
 trl        TRL's DPOTrainer with its defaults, but for: float32, precomputed reference, dropout and checkpointing as here;
            one arm for each per-device batch size, of which the fastest counts. On a GPU Liger's kernels where installed
+
+The share of the matmul rate is that of the FLOPs an update must spend (`shapes.useful_flops`) in the time it took, over what a
+large matrix product of the same type reaches here, in the same run. Models of real shapes: benchmarks/random_model.py.
 """
 
 import argparse
@@ -32,7 +35,8 @@ from pathlib import Path
 os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
 
 import torch
-from shapes import random_comparisons
+from shapes import random_comparisons, useful_flops
+from transformers import AutoConfig
 
 from prlhf import config as config_module
 from prlhf.backbones import choose_device, load_tokenizer, load_weights
@@ -301,6 +305,9 @@ def main() -> None:
 
     workers = {label: Worker(label) for label in labels(args)}
     check_losses({label: worker.ask("warm-up")["loss"] for label, worker in workers.items()})
+    rate = matmul_rate(
+        AutoConfig.from_pretrained(str(Path(args.model).expanduser())).hidden_size, getattr(torch, args.dtype)
+    )
     seconds: dict[str, list[float]] = {label: [] for label in workers}
     memory: dict[str, float] = {}
     for _ in range(args.rounds):
@@ -308,7 +315,36 @@ def main() -> None:
             found = worker.ask("step")
             seconds[label].append(found["seconds"])
             memory[label] = found["peak_gb"]
-    report(args, comparisons, seconds, {label: worker.reference_s for label, worker in workers.items()}, memory)
+    report(args, comparisons, seconds, {label: worker.reference_s for label, worker in workers.items()}, memory, rate)
+
+
+def matmul_rate(width: int, dtype: torch.dtype, rounds: int = 7) -> float:
+    """FLOPs a second of (8192, D) x (D, 4 D) on a GPU, of a quarter of the rows on a CPU: the median of some rounds."""
+    device = choose_device("auto")
+    rows = 8192 if device == "cuda" else 2048
+    left, right = (torch.randn(*size, device=device).to(dtype) for size in ((rows, width), (width, 4 * width)))
+    times = []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 8 * rows * width**2 / statistics.median(times[1:])
+
+
+def shares_of_rate(
+    args: argparse.Namespace, comparisons: Sequence[EncodedComparison], seconds: dict[str, float], rate: float
+) -> dict[str, float]:
+    """What share of the matmul rate each arm's useful FLOPs are."""
+    config = AutoConfig.from_pretrained(str(Path(args.model).expanduser()))
+    plain, personal = (
+        useful_flops(config, comparisons, vectors, branches, args.lora > 0) for vectors, branches in ((0, 1), (10, 2))
+    )
+    return {
+        name: (plain if name == "prlhf" or name.startswith("trl") else personal) / (time_taken * rate)
+        for name, time_taken in seconds.items()
+    }
 
 
 def report(
@@ -317,12 +353,14 @@ def report(
     seconds: dict[str, list[float]],
     references: dict[str, float],
     memory: dict[str, float],
+    rate: float,
 ) -> None:
     """Print the table, and write it as JSON where that is asked for."""
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     trl = {name: t for name, t in medians.items() if name.startswith("trl")}
     best = min(trl, key=lambda name: trl[name]) if trl else None
     useful = sum(c.length for c in comparisons)
+    shares = shares_of_rate(args, comparisons, medians, rate)
     rows = []
     for name, median in medians.items():
         rows.append(
@@ -335,16 +373,23 @@ def report(
                 "memory_gb": memory[name],
                 "memory_over_trl": memory[name] / memory[best] if best else None,
                 "reference_in_steps": references[name] / median,
+                "share_of_matmul_rate": shares[name],
             }
         )
-    print("| | comparisons/s | useful tokens/s | speed over TRL's best | peak GB | over TRL's | reference, in steps |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | comparisons/s | useful tokens/s | speed over TRL's best | peak GB | over TRL's | reference, in steps "
+          "| share of the matmul rate |")  # fmt: skip
+    print("|---" * 8 + "|")
     for r in rows:
         cells = [f"{r['comparisons_per_s']:.3f}", f"{r['useful_tokens_per_s']:.0f}"]
         cells += ["-" if r["times_trl"] is None else f"{r['times_trl']:.2f}"]
         cells += [f"{r['memory_gb']:.2f}"]
         cells += ["-" if r["memory_over_trl"] is None else f"{r['memory_over_trl']:.2f}"]
-        print(f"| {r['arm']} | " + " | ".join([*cells, f"{r['reference_in_steps']:.2f}"]) + " |")
+        print(
+            f"| {r['arm']} | "
+            + " | ".join([*cells, f"{r['reference_in_steps']:.2f}"])
+            + f" | {r['share_of_matmul_rate']:.2f} |"
+        )
+    print(f"\nmatmul rate: {rate / 1e12:.3f} TFLOP/s, {args.dtype}, measured in this run, while all arms waited")
     if args.out:
         Path(args.out).write_text(
             json.dumps({"arguments": vars(args), "seconds": seconds, "rows": rows}, indent=1) + "\n"

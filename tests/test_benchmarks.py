@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from prlhf.backbones import byte_tokenizer, random_backbone
+from prlhf.backbones import byte_tokenizer, load_weights, random_backbone
 from prlhf.config import ModelConfig
+from prlhf.encoding import EncodedComparison
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -34,7 +37,41 @@ def test_step_prints_a_table_and_writes_json(model, tmp_path):
     arms = ("--arms", "prlhf", "prlhf pdpo", "rows")
     table = run("step.py", "--model", model, "--comparisons", 2, "--rounds", 2, "--out", out, *arms)
     assert [row["arm"] for row in json.loads(out.read_text())["rows"]] == ["prlhf", "prlhf pdpo", "rows"]
-    assert "| prlhf pdpo | " in table
+    assert "| prlhf pdpo | " in table and "matmul rate: " in table
+    assert all(0 < row["share_of_matmul_rate"] < 1 for row in json.loads(out.read_text())["rows"])
+
+
+def test_a_random_model_of_a_real_shape_loads(tmp_path):
+    """The shape in everything but its layers; the vocabulary, of which the tokenizer knows the bytes, is the real one."""
+    monkeypatched = {"GPT-J 6B": {"n_embd": 16, "n_head": 2, "rotary_dim": 4}}
+    code = (
+        "import sys, runpy; sys.path.insert(0, sys.argv[1]); import shapes\n"
+        f"shapes.MODELS['GPT-J 6B'].update({monkeypatched['GPT-J 6B']})\n"
+        "sys.argv = ['random_model.py', 'GPT-J 6B', '--layers', '1', '--dtype', 'float32', '--out', sys.argv[2]]\n"
+        f"runpy.run_path({str(BENCHMARKS / 'random_model.py')!r}, run_name='__main__')"
+    )
+    subprocess.run([sys.executable, "-c", code, BENCHMARKS, tmp_path / "m"], check=True, capture_output=True)
+    model = load_weights(tmp_path / "m", "float32")
+    assert model.config.vocab_size == 50400 and model.config.n_layer == 1
+
+
+def test_useful_flops_are_those_that_torch_counts_for_one_long_row(monkeypatch):
+    """Without sharing (one response, no user vectors) a plain forward and backward pass has the same matrix products."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from shapes import useful_flops
+
+    backbone = random_backbone(ModelConfig(family="llama", width=32, heads=2), 300, 0)
+    comparison = EncodedComparison([5] * 40, [5] * 40, [7] * 30, [], 1)
+    with FlopCounterMode(display=False) as counter:
+        hidden = backbone.base_model(torch.tensor([[5] * 40 + [7] * 30])).last_hidden_state
+        backbone.get_output_embeddings()(hidden[:, 39:69]).sum().backward()
+    counted = counter.get_flop_counts()["Global"]
+    # torch counts attention as if nothing were masked, and with the scores computed again in the backward pass
+    products = sum(n for op, n in counted.items() if str(op) in ("aten.mm", "aten.addmm"))
+    found = useful_flops(backbone.config, [comparison], 0, 1, lora=False)
+    attention = 3 * 4 * 2 * 32 * (70 * 71 // 2)
+    # of the first layer's input no gradient is needed but for the embeddings', which torch computes too
+    assert found - attention == products
 
 
 def test_breakdown_names_where_time_goes(model):
