@@ -196,28 +196,34 @@ def largest_parts(
     return best[1], best[2]
 
 
-def predicted_memory(
+class Counted(NamedTuple):
+    """Bytes that an update of the whole model takes in one process that holds all of it."""
+
+    weights: int
+    gradients: int  # of what is not a table, of which few rows move
+    moments: int
+    activations: int  # of the largest micro-batch, at the end of its forward pass
+    extra: int  # the most that a micro-batch takes beside weights, moments and gradients
+    peak: int  # the most that all micro-batches take beside weights and moments
+    step: int  # what clipping and the optimiser take beside all these
+
+
+def counted_update(
     config: Config,
     model: PersonalizedModel,
-    data: TrainingData,
+    comparisons: Sequence[EncodedComparison],
     allocations: Allocations,
     update: Sequence[int],
     parts: Sequence[Sequence[Item]],
-    process: int,
-    processes: int,
-    gpu: bool,
-) -> Memory:
-    """Run an update on fake tensors and count; see the module for what is a formula."""
-    comparisons = data.train.comparisons
+) -> Counted:
+    """Run an update on fake tensors and count."""
     reference = None
     if needs_reference(config):
         lengths = torch.ones(len(comparisons), dtype=torch.long)
         zeros = torch.zeros(len(comparisons))
         reference = ResponseLogProbs(zeros, zeros, lengths, lengths)
-    tables = bytes_of(model.user_model.tables)
-    weights, gradients = bytes_of(model.parameters()), bytes_of(model.parameters(), trained=True) - tables
-    scoring = scoring_peak(config, model, data, allocations)
-
+    weights = bytes_of(model.parameters())
+    gradients = bytes_of(model.parameters(), trained=True) - bytes_of(model.user_model.tables)
     model.train()
     with allocations.fake():
         before = allocations.now
@@ -234,39 +240,56 @@ def predicted_memory(
             peak = max(peak, allocations.peak - start)
             extra = max(extra, allocations.peak - before - (bytes_of_gradients(model) - earlier))
         before = allocations.restart()
-        dense = [p for group in optimizer.dense.param_groups for p in group["params"]]  # of tables few rows move
+        dense = [p for group in optimizer.dense.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(dense, config.optim.max_grad_norm or math.inf)
         optimizer.dense.step()
         step = allocations.peak - before
-
-    share, gathered = 1.0, 0
-    spread = processes > 1 or sharded(config)
-    if spread:
-        share, gathered = config.fsdp.replicas / processes, gathered_bytes(model)
     if config.model.compute_dtype:  # what was counted is of that type, and is kept in float32
         more = bytes_of(model.backbone.parameters(), trained=True)
         weights, gradients, moments, step = weights + more, gradients + more, moments + 2 * more, step + more
+    return Counted(weights, gradients, moments, activations, extra, peak, step)
 
-    def held(whole: int, replicated: int) -> int:
-        return math.ceil((whole - replicated) * share) + replicated
 
-    weights_here, gradients_here = held(weights, tables), held(gradients, 0)
-    moments_here = held(moments, 2 * tables)
+def predicted_memory(
+    config: Config,
+    model: PersonalizedModel,
+    data: TrainingData,
+    allocations: Allocations,
+    update: Sequence[int],
+    parts: Sequence[Sequence[Item]],
+    process: int,
+    processes: int,
+    gpu: bool,
+) -> Memory:
+    """What each of the processes holds of what a whole update takes; see the module for what is a formula."""
+    comparisons = data.train.comparisons
+    scoring = scoring_peak(config, model, data, allocations)
+    whole = counted_update(config, model, comparisons, allocations, update, parts)
+    spread = processes > 1 or sharded(config)
+    share = config.fsdp.replicas / processes if spread else 1.0
+    gathered = gathered_bytes(model) if spread else 0
+    tables = bytes_of(model.user_model.tables)
+
+    def held(total: int, replicated: int) -> int:
+        return math.ceil((total - replicated) * share) + replicated
+
+    weights, gradients = held(whole.weights, tables), held(whole.gradients, 0)
+    moments = held(whole.moments, 2 * tables)
     if gpu and config.fsdp.offload:  # the rest waits in host memory
-        weights_here, gradients_here, moments_here = tables, 0, 2 * tables
+        weights, gradients, moments = tables, 0, 2 * tables
     if gpu:
         process += CUBLAS_WORKSPACE
-    static = process + weights_here + moments_here  # moments are there from the second update on
-    in_update = gradients_here + extra + gathered if spread else peak
+    static = process + weights + moments  # moments are there from the second update on
+    in_update = gradients + whole.extra + gathered if spread else whole.peak
     return Memory(
-        process, weights_here, gradients_here, moments_here, gathered, activations,
-        max(0, in_update - gradients_here - gathered - activations),
+        process, weights, gradients, moments, gathered, whole.activations,
+        max(0, in_update - gradients - gathered - whole.activations),
         log_prob_bytes(config, model, comparisons, parts, allocations),
         {
-            "loading": process + (weights_here if gpu else weights + file_bytes_beside(config)),
+            "loading": process + (weights if gpu else whole.weights + file_bytes_beside(config)),
             "reference and evaluation": static + gathered + scoring,
             "forward and backward": static + in_update,
-            "optimiser's step": static + gradients_here + held(step, 0),
+            "optimiser's step": static + gradients + held(whole.step, 0),
         },
     )  # fmt: skip
 
