@@ -323,6 +323,17 @@ def test_every_published_config_passes_the_check_and_the_dry_run(config, prepare
     assert status == 0 and "updates" in out, err
 
 
+OTHERS = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - set(CONFIGS))
+
+
+@pytest.mark.parametrize("config", OTHERS)
+def test_every_other_config_passes_the_dry_run(config, call):
+    keys = [key for key in TINY if config != "tiny" or not key.startswith("model.")]
+    data = ("data.train=examples/tiny/train.jsonl", "data.valid=examples/tiny/valid.jsonl")
+    status, out, err = call(train.main, "--config", config, "--dry-run", "--set", *keys, *data)
+    assert status == 0 and "updates" in out, err
+
+
 @pytest.mark.parametrize("config, name", [("tldr_pdpo", "tldr"), ("prism_pdpo", "prism"), ("psoups_pdpo", "psoups"),
                                           ("persona_prm", "persona"), ("psoups_pdpo", "multipref")])  # fmt: skip
 def test_every_data_set_trains_evaluates_and_generates(config, name, prepared, tmp_path, call):
