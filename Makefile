@@ -67,7 +67,7 @@ DATA ?= $(CACHE)/data/tldr
 TLDR := runs/data/tldr
 TABLE1 ?=
 table1: install
-	$(PY) -m prlhf.data prepare tldr --raw $(DATA) --out $(TLDR)
+	$(PY) -m prlhf.data prepare tldr --raw "$(DATA)" --out $(TLDR)
 	$(PY) -m examples.table1 --data $(TLDR) $(TABLE1)
 
 eval: install

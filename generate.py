@@ -32,7 +32,7 @@ def main() -> None:
     task.add_argument("--prompts", help="what to answer")
     task.add_argument("--score", metavar="FILE", help="responses to score")
     parser.add_argument(
-        "--users", help="with --prompts: names with commas between, generic being the unknown user; @all is everybody"
+        "--users", help="with --prompts: names with commas between (generic: unknown), @all, or @own: who asks"
     )
     parser.add_argument("--out", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
@@ -64,7 +64,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
     names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")
-    users = {name: loaded.required_number(name) for name in names}
+    users = {name: loaded.required_number(name) for name in names if args.users != "@own"}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
@@ -73,14 +73,14 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
 
     requests, records = [], []
     for prompt, prefix in zip(prompts, prefixes):
-        for name, user in users.items():
+        for name, user in (users or {prompt.user or GENERIC: loaded.number(prompt.user)}).items():
             record = {"id": prompt.id, "user": name, "prompt": prompt.text, "user_text": prompt.user_text}
             record["prefix"] = fingerprint_of(prefix.ids)[:12]
             if not out.has(record):
                 requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
                 records.append(record)
     cut = sum(p.prompt_cut + p.user_text_cut > 0 for p in prefixes)
-    print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for {len(users)} users")
+    print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for users {args.users}")
 
     for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
         rows = slice(start, start + args.batch_size)
@@ -88,7 +88,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
         texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
         for record, response, text in zip(records[rows], responses, texts):
             out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})
-    print(f"{args.out}: {len(requests)} new responses, {len(prompts) * len(users)} in all")
+    print(f"{args.out}: {len(requests)} new responses, {len(prompts) * (len(users) or 1)} in all")
 
 
 if __name__ == "__main__":

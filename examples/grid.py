@@ -1,11 +1,12 @@
 """The grid behind a table: arms x seeds, trained by train.py and evaluated by evaluate.py in this process.
 
 Each run has its own folder, OUT/ARM_seedN, and its evaluations lie in eval/ there. What is finished is left as it is, so
-the same command again goes on where it stopped.
+the same command again goes on where it stopped; but its checkpoints, which it no longer needs, are removed.
 """
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ def run_grid(
     folders: dict[str, dict[str, list[Path]]] = {split: {name: [] for name in chosen} for split in held_out}
     for name, config, run, overrides, valid in plan:
         call(train.main, "--config", config, "--set", *overrides)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
         for split, file in held_out.items():
             out = run / "eval" / split
             folders[split][name].append(out)

@@ -33,7 +33,7 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
     """UserError unless low <= value <= high."""
     if not low <= value <= high:
         raise UserError(
-            f"{name}: found {value:g}, expected at least {low:g}" + (f", at most {high:g}" if high < 1e9 else "")
+            f"{name}: found {value}, expected at least {low}" + (f", at most {high}" if high < float("inf") else "")
         )
 
 

@@ -11,6 +11,7 @@ at random, evenly, which is how a file without users becomes one with users.
 import argparse
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ def assign_workers(count: int, workers: int, seed: int) -> list[str]:
     return names
 
 
-def relabel(comparison: Comparison, prefers_shorter: bool) -> tuple[str, str] | None:
-    """(chosen, rejected) as the user would have it; None where both have as many words."""
+def relabel(
+    comparison: Comparison, prefers_shorter: bool, length: Callable[[str], int] = words
+) -> tuple[str, str] | None:
+    """(chosen, rejected) as the user would have it; None where both are as long."""
     first, second = comparison.chosen, comparison.rejected
-    if words(first) == words(second):
+    if length(first) == length(second):
         return None
-    return (first, second) if (words(first) < words(second)) == prefers_shorter else (second, first)
+    return (first, second) if (length(first) < length(second)) == prefers_shorter else (second, first)
 
 
 def simulate(

@@ -1,6 +1,8 @@
+import datetime
 import gzip
 import json
 import sys
+from decimal import Decimal
 
 import pytest
 
@@ -95,6 +97,10 @@ def test_parquet_rows_are_comparisons(tmp_path):
     one, other = read_comparisons(tmp_path / "f.parquet").comparisons
     assert one.prompt == ({"role": "user", "content": "hi"},) and (one.user, other.user) == (None, "u")
     assert (other.chosen, other.id) == ("z", "f.parquet:2")
+    for column, value in (("prompt", b"x"), ("user", datetime.date(2020, 1, 1)), ("margin", Decimal("1.5"))):
+        parquet.write_table(pyarrow.Table.from_pylist([{**GOOD, column: value}]), tmp_path / "h.parquet")
+        with pytest.raises(UserError, match=f"h.parquet, row 1, {column}: expected"):
+            read_comparisons(tmp_path / "h.parquet")
     damaged = (tmp_path / "f.parquet").read_bytes()[:-20]
     assert "not a whole parquet file" in fault(tmp_path, damaged, "f.parquet")
     rows = [{"prompt": "p", "chosen": "a", "user": "u"}]
@@ -180,6 +186,9 @@ def test_equal_responses_are_counted_not_kept(tmp_path):
         (b"\n \n", ["empty"]),
         (lines(GOOD) + b'{"prompt": "p", "chos', ["line 2", "not valid JSON"]),
         (lines(GOOD) + b"[1]\n", ["line 2", "expected a JSON object"]),
+        (lines(GOOD) + b'{"n": ' + b"1" * 5000 + b"}\n", ["line 2", "not readable as JSON"]),
+        (lines(GOOD) + b"[" * 100_000, ["line 2", "not"]),
+        (b'{"prompt": "\\uD800", "chosen": "a", "rejected": "b"}\n', ["line 1", "half of a surrogate pair"]),
         (lines(GOOD) + b'{"prompt": "caf\xe9"}\n', ["line 2", "expected UTF-8", "0xe9"]),
         (lines(GOOD, {"prompt": "p", "choosen": "a", "rejected": "b"}), ["line 2", "no field 'chosen'", "'choosen'"]),
         (lines({**GOOD, "prompt": ""}), ["line 1, prompt", "expected text"]),

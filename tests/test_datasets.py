@@ -14,7 +14,7 @@ import generate
 import train
 from prlhf import config as config_module
 from prlhf.data import __main__ as data_command
-from prlhf.data import multipref, persona, prism, psoups, tldr
+from prlhf.data import multipref, persona, prepare, prism, psoups, tldr
 from prlhf.data.reading import Options
 from prlhf.data.splits import Shares, split, with_few_shot
 from prlhf.errors import UserError
@@ -58,7 +58,7 @@ def test_tldr_keeps_supervised_policies_and_ranks_workers_by_their_training_comp
     train, valid, pool = found.official
     assert Counter(r["user"] for r in train) == {"anna": 4, "bert": 3} and {r["user"] for r in pool} == {"cleo"}
     assert Counter(r["user"] for r in valid) == {"anna": 1, "bert": 1, "cleo": 1, "zoe": 3}
-    assert [count.found for count in found.counts] == [10, 6, 8, 7, 2, 4]
+    assert [count.found for count in found.counts] == [10, 7, 8, 7, 2, 4]  # one of the 7 has no post
     assert found.dropped == {"of other policies": 2, "without a post": 1, "with equal summaries": 1}
     # files in the order of their numbers, not of their names
     assert [r["id"] for r in train[:4]] == ["batch3:1", "batch3:2", "batch3:3", "batch12:1"]
@@ -80,10 +80,13 @@ def test_tldr_length_gives_each_worker_one_preference_and_drops_ties():
     shorter = dict(zip(("anna", "bert", "cleo", "zoe"), draws))
     train, valid, pool = found.official
     for record in (*train, *valid, *pool):
-        chosen, rejected = len(record["chosen"].split()), len(record["rejected"].split())
+        chosen, rejected = len(record["chosen"]), len(record["rejected"])  # in characters
         assert chosen != rejected and (chosen < rejected) == shorter[record["user"]]
     assert found.dropped["as long as each other"] == 1 and shorter["zoe"] and not shorter["anna"]
-    assert [count.found for count in found.counts] == ["100.00 %", "25.00 %"]
+    # the share whose worker prefers longer: of anna's and bert's, and of cleo's and zoe's three
+    shares = [f"{100 * (2 - shorter['anna'] - shorter['bert']) / 2:.2f} %", f"{100 * (1 - shorter['cleo']) / 4:.2f} %"]
+    assert [count.found for count in found.counts] == [10, 7, 8, 7, 2, 4, *shares]
+    assert {r["user"] for r in tldr.read_length(RAW / "tldr", Options()).official.train} == {"anna", "bert", "cleo"}
 
 
 def test_the_papers_minority_is_workers_4_5_and_6():
@@ -121,10 +124,12 @@ def test_prism_comparisons_by_hand():
         {"role": "user", "content": "And snow?"},
     ]
     assert (later["chosen"], later["rejected"], later["user"]) == ("Frozen water.", "No idea.", "user0")
-    assert later["group"] == "c0"
+    assert later["split_group"] == "c0"
     assert "c1:1:1" not in by_id  # both rows are chosen: the same text twice
     assert by_id["c1:2:1"]["prompt"][3] == {"role": "assistant", "content": "Trust."}
-    assert not any(r["group"] in ("c5", "c11") for r in found.records)  # an empty question, an empty chosen answer
+    assert not any(
+        r["split_group"] in ("c5", "c11") for r in found.records
+    )  # an empty question, an empty chosen answer
     assert "c6:0:1" not in by_id and "c6:1:1" in by_id
     assert found.dropped == {"turns without two answers that differ": 2, "turns behind one without a chosen answer": 3}
     assert [count.found for count in found.counts] == [6, 5, 15]
@@ -167,20 +172,38 @@ def test_prism_faults_name_file_line_and_field(tmp_path):
 def test_psoups_takes_the_sentence_off_and_drops_duplicates():
     found = psoups.read(RAW / "psoups", Options())
     assert Counter(r["user"] for r in found.records) == {
-        "P1A": 11,
+        "P1A": 10,
         **dict.fromkeys(("P1B", "P2A", "P2B", "P3A", "P3B"), 10),
     }
     assert not any("Generate a response" in r["prompt"] for r in found.records)
     assert found.records[0] == {
         "prompt": "Explain what rain is.", "chosen": "Easy: It is so.", "rejected": "Formally, It is so.", "user": "P1A",
-        "id": "P1A:1", "group": found.records[11]["group"], "attributes": {"preference": psoups.SENTENCES["P1A"]},
+        "id": "P1A:1", "split_group": found.records[10]["split_group"], "attributes": {"preference": psoups.SENTENCES["P1A"]},
     }  # fmt: skip
-    assert found.dropped == {"exact duplicates": 1, "equal completions": 1}
-    assert {c.what: c.found for c in found.counts}["user_inputs that do not end in the preference's sentence"] == 1
+    assert found.dropped == {"exact duplicates": 1, "equal completions": 1, psoups.UNNAMED: 1}
     assert [p["prompt"] for p in found.prompts] == [
         "What is the best way to learn to swim?",
         "Compare a cat and a dog.",
     ]
+
+
+@pytest.mark.parametrize(
+    "asked, prompt",
+    [
+        ("What is rain? Generate a response in an unfriendly manner.", "What is rain?"),
+        ("What is rain?\nGENERATE A RESPONSE, in an unfriendly manner", "What is rain?"),
+        ("\u0130stanbul nedir? Generate a response in an unfriendly manner.", "\u0130stanbul nedir?"),
+        (
+            "Generate a response to a letter. Generate a response in an unfriendly manner.",
+            "Generate a response to a letter.",
+        ),
+        ("What is rain? Generate a response that answers in an unfriendly manner.", None),
+        ("Generate a response in an unfriendly manner.", None),
+        ("What is rain?", None),
+    ],
+)
+def test_only_the_preferences_own_sentence_is_taken_off(asked, prompt):
+    assert psoups.without_sentence(asked, psoups.SENTENCES["P3B"]) == prompt
 
 
 @pytest.mark.parametrize(
@@ -228,32 +251,79 @@ def test_multipref_faults_name_file_line_and_field(tmp_path):
         multipref.read(folder, Options())
 
 
+# What is published, written out once more
+
+
+def test_counts_are_compared_with_the_published_ones(persona_raw):
+    def published(reading):
+        return [count.published for count in reading.counts]
+
+    filtered = [38_487, 16_294]
+    assert published(tldr.read(RAW / "tldr", Options())) == [*filtered, 23_299, 23_292, 4_921, 11_373]
+    assert published(tldr.read(RAW / "tldr", Options(known_users=40))) == [*filtered, None, None, None, None]
+    assert published(tldr.read_length(RAW / "tldr", Options()))[6:] == ["68.50 %", "63.63 %"]
+    assert published(tldr.read_length(RAW / "tldr", Options(known_users=40)))[6:] == ["63.56 %", "71.34 %"]
+    assert published(prism.read(RAW / "prism", Options())) == [1_500, 1_396, 8_011]
+    assert prepare.SAMPLES == {"prism": (6_431, 3_982)}
+    rows_and_kept = [48_300, 8_959, 48_825, 9_069, 47_350, 8_239, 49_220, 8_626, 49_155, 9_356, 48_565, 9_222]
+    found = published(psoups.read(RAW / "psoups", Options()))
+    assert found == [*rows_and_kept, 0] and sum(found[1:12:2]) == 53_471
+    assert published(persona.read(persona_raw, Options())) == [1_000, 200_000]
+    assert published(multipref.read(RAW / "multipref", Options())) == [10_461]
+
+
+PAPERS = {  # what the papers give; all but the first have T_u = 10, LoRA of rank 8, a cosine schedule and 2 epochs
+    "tldr_pdpo": {"user_model.tokens": 1, "optim.lr": 1e-6, "loss.beta": 0.5, "optim.batch_size": 64, "optim.epochs": 1,
+                  "loss.alpha": 0.5, "data.max_prompt_tokens": 550, "lora.rank": 0},
+    "tldr_prm": {"user_model.tokens": 1, "optim.lr": 5e-6, "optim.batch_size": 64, "optim.epochs": 1, "loss.alpha": 0.5,
+                 "data.max_prompt_tokens": 550, "lora.rank": 0, "method": "prm"},
+    "tldr_length_pdpo": {"loss.beta": 0.5, "lora.alpha": 16, "lora.dropout": 0.05, "data.max_prompt_tokens": 550,
+                         "data.max_tokens": 600},
+    "prism_pdpo": {"loss.beta": 0.1, "lora.alpha": 32, "lora.dropout": 0.1, "data.max_tokens": 800},
+    "psoups_pdpo": {"loss.beta": 0.1, "lora.alpha": 32, "lora.dropout": 0.1, "data.max_prompt_tokens": 200,
+                    "data.max_tokens": 1000, "data.template": "tulu"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_configs_have_the_papers_hyper_parameters(name):
+    found = config_module._flatten(config_module.to_dict(config_module.load(config_module.find(name))))
+    expected = {"optim.warmup_steps": 150, "optim.weight_decay": 0.0, **PAPERS[name]}
+    if name not in ("tldr_pdpo", "tldr_prm"):
+        expected |= {"user_model.tokens": 10, "lora.rank": 8, "optim.lr": 5e-5, "optim.schedule": "cosine",
+                     "optim.batch_size": 32, "optim.epochs": 2}  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert found["user_model.lr"] == found["optim.lr"] and found["user_model.kind"] == "individual"
+
+
 # Splits
 
 
 def own_groups(users=20, groups=6):
-    return [{"user": f"u{u}", "group": f"g{u}-{g}", "id": f"{u}-{g}-{i}"}
+    return [{"user": f"u{u}", "split_group": f"g{u}-{g}", "id": f"{u}-{g}-{i}"}
             for u in range(users) for g in range(groups if u else 1) for i in range(2)]  # fmt: skip
 
 
 def shared_groups(users=10, groups=30):
-    return [{"user": f"u{u}", "group": f"g{g}", "id": f"{u}-{g}"} for u in range(users) for g in range(groups)]
+    return [{"user": f"u{u}", "split_group": f"g{g}", "id": f"{u}-{g}"} for u in range(users) for g in range(groups)]
 
 
-@pytest.mark.parametrize("records", [own_groups(), shared_groups()], ids=["dialogues", "prompts"])
+@pytest.mark.parametrize(
+    "dialogues, records", [(True, own_groups()), (False, shared_groups())], ids=["dialogues", "prompts"]
+)
 @pytest.mark.parametrize("k", [0, 3])
-def test_nothing_leaks(records, k):
-    made = split(records, Shares(), seed=1, k=k)
+def test_nothing_leaks(dialogues, records, k):
+    made = split(records, Shares(), 1, k, dialogues)
     ids = [r["id"] for part in made[:3] for r in part]
     assert len(ids) == len(set(ids)) == len(records) - made.left_out
-    assert not {r["group"] for r in made.train} & {r["group"] for r in made.valid}
+    groups = [{r["split_group"] for r in part} for part in made[:3]]
+    assert not groups[1] & (groups[0] | groups[2])
     known = {r["user"] for r in made.train}
     unknown = {r["user"] for r in made.valid} - known
     assert known and unknown and known & {r["user"] for r in made.valid}
     few = Counter(r["user"] for r in made.few_shot)
     assert few == ({user: k for user in unknown if user != "u0" or len(records) == 300} if k else {})
-    assert not {(r["user"], r["group"]) for r in made.few_shot} & {(r["user"], r["group"]) for r in made.valid}
-    assert split(records, Shares(), 1, k) == made != split(records, Shares(), 2, k)
+    assert split(records, Shares(), 1, k, dialogues) == made != split(records, Shares(), 2, k, dialogues)
 
 
 def test_dialogues_are_divided_as_the_papers_code_does():
@@ -264,23 +334,45 @@ def test_dialogues_are_divided_as_the_papers_code_does():
     np.random.shuffle(users)
     expected = set()
     for user in users[: int(20 * 0.9)]:
-        dialogues = np.array(list(dict.fromkeys(r["group"] for r in records if r["user"] == user)))
+        dialogues = np.array(list(dict.fromkeys(r["split_group"] for r in records if r["user"] == user)))
         if len(dialogues) > 1:
             np.random.shuffle(dialogues)
             expected.update(dialogues[: int(len(dialogues) * 0.9)])
-    assert {r["group"] for r in split(records, Shares(), seed=123).train} == expected
+    assert {r["split_group"] for r in split(records, Shares(), seed=123, dialogues=True).train} == expected
 
 
 def test_an_unknown_user_keeps_something_to_be_evaluated_on():
-    valid = [{"user": "a", "group": f"g{i}"} for i in range(2)]
-    assert with_few_shot([], valid, [], 2, 0).few_shot == []
-    made = with_few_shot([], valid, [], 1, 0)
+    train = [{"user": "b", "split_group": "t"}]
+    valid = [{"user": "a", "split_group": f"g{i}"} for i in range(2)]
+    assert with_few_shot(train, valid, [], 2, 0).few_shot == []
+    made = with_few_shot(train, valid, [], 1, 0)
     assert len(made.few_shot) == len(made.valid) == 1
 
 
+def test_few_shot_takes_no_held_out_prompt_that_somebody_else_has():
+    train = [{"user": "b", "split_group": "t"}]
+    valid = [
+        {"user": user, "split_group": group} for user, group in (("a", "g0"), ("b", "g0"), ("a", "g1"), ("a", "g2"))
+    ]
+    for seed in range(5):
+        (taken,) = with_few_shot(train, valid, [], 1, seed).few_shot
+        assert taken["split_group"] in ("g1", "g2")
+    pool = [{"user": "a", "split_group": "g1"}, {"user": "a", "split_group": "t"}]  # one prompt is held out as well
+    assert with_few_shot(train, valid, pool, 1, 0).few_shot == [pool[1]]
+
+
+def test_a_dialogue_of_two_users_is_refused_and_unnamed_comparisons_are_trained_on():
+    records = [*own_groups(), {"user": "u1", "split_group": "g2-0", "id": "x"}]
+    with pytest.raises(UserError, match="dialogue 'g2-0' has the users 'u2' and 'u1', expected one"):
+        split(records, Shares(), 0, dialogues=True)
+    unnamed = [{"user": None, "split_group": f"n{i}", "id": f"n{i}"} for i in range(10)]
+    for dialogues, records in ((True, own_groups()), (False, shared_groups())):
+        assert sum(r["user"] is None for r in split([*records, *unnamed], Shares(), 0, dialogues=dialogues).train) > 0
+
+
 def test_too_little_to_split_is_told():
-    with pytest.raises(UserError, match="of 1 comparisons 0 would be trained on"):
-        split([{"user": "a", "group": "g"}], Shares(), 0)
+    with pytest.raises(UserError, match="0 comparisons would be trained on and 1 held out"):
+        split([{"user": "a", "split_group": "g"}], Shares(), 0)
 
 
 # Through the public commands
@@ -334,10 +426,17 @@ def test_every_other_config_passes_the_dry_run(config, call):
     assert status == 0 and "updates" in out, err
 
 
-@pytest.mark.parametrize("config, name", [("tldr_pdpo", "tldr"), ("prism_pdpo", "prism"), ("psoups_pdpo", "psoups"),
+@pytest.mark.parametrize("config, name", [("tldr_pdpo", "tldr"), ("tldr_length_pdpo", "tldr_length"), ("prism_pdpo", "prism"), ("psoups_pdpo", "psoups"),
                                           ("persona_prm", "persona"), ("psoups_pdpo", "multipref")])  # fmt: skip
 def test_every_data_set_trains_evaluates_and_generates(config, name, prepared, tmp_path, call):
-    data = prepared(name, name, "--few-shot", 1, *(("--known-users", 2) if name == "tldr" else ()))
+    few = ("--known-users", 2) if name.startswith("tldr") else ()
+    data = prepared(name, "tldr" if name == "tldr_length" else name, "--few-shot", 1, *few)
+    assert (
+        call(
+            data_command.main, "check", data / "train.jsonl", data / "valid.jsonl", "--config", config, "--set", *TINY
+        )[0]
+        == 0
+    )
     run = tmp_path / "run"
     keys = (f"data.train={data}/train.jsonl", f"data.valid={data}/valid.jsonl", f"run_dir={run}", "optim.max_steps=3",
             "optim.batch_size=2", "train.log_every=1", "train.eval_last=false", "evaluate.bootstrap=100")  # fmt: skip
@@ -355,9 +454,13 @@ def test_every_data_set_trains_evaluates_and_generates(config, name, prepared, t
         assert call(generate.main, "--checkpoint", run, *scoring)[0] == 0
         assert [r["user"] for r in rows(tmp_path / "rewards.jsonl")] == [r["user"] for r in asked]
         return
-    writing = ("--prompts", data / "prompts.jsonl", "--users", "@all", "--out", tmp_path / "o.jsonl")
-    status, out, err = call(generate.main, "--checkpoint", run, *writing, "--max-new-tokens", 3, "--limit", 1)
+    short = ("--checkpoint", run, "--prompts", data / "prompts.jsonl", "--max-new-tokens", 3)
+    status, out, err = call(generate.main, *short, "--users", "@all", "--out", tmp_path / "o.jsonl", "--limit", 1)
     assert status == 0, err
+    if name == "prism":  # each prompt answered to who asked, with their own text before it
+        assert call(generate.main, *short, "--users", "@own", "--out", tmp_path / "own.jsonl")[0] == 0
+        asked = [(r["id"], r["user"], r["user_text"]) for r in rows(data / "prompts.jsonl")]
+        assert [(r["id"], r["user"], r["user_text"]) for r in rows(tmp_path / "own.jsonl")] == asked
     assert Counter(r["user"] for r in rows(tmp_path / "o.jsonl")) == dict.fromkeys((*users, "generic"), 1)
 
 
@@ -375,7 +478,7 @@ def test_prepare_records_what_it_did_and_does_it_once(prepared, tmp_path, call):
     record = json.loads((data / "split.json").read_text())
     assert record["settings"]["seed"] == 123 and record["settings"]["few_shot"] == 1
     assert record["settings"]["raw"].keys() == {"survey.jsonl", "conversations.jsonl"}
-    assert record["files"]["train.jsonl"]["comparisons"] == len(rows(data / "train.jsonl"))
+    assert record["files"]["train.jsonl"]["records"] == len(rows(data / "train.jsonl"))
     assert set(record["known_users"]) == {r["user"] for r in rows(data / "train.jsonl")}
     before = {path: path.stat().st_mtime_ns for path in data.iterdir()}
     again = ("prepare", "prism", "--raw", RAW / "prism", "--out", data)
@@ -383,7 +486,41 @@ def test_prepare_records_what_it_did_and_does_it_once(prepared, tmp_path, call):
     status, _, err = call(data_command.main, *again, "--few-shot", 2)
     assert status == 2 and "few_shot: 1 -> 2" in err
     assert {path: path.stat().st_mtime_ns for path in data.iterdir()} == before
-    assert call(data_command.main, *again, "--few-shot", 2, "--overwrite")[0] == 0
+    assert call(data_command.main, *again, "--overwrite")[0] == 0
+    assert not (data / "few_shot.jsonl").exists()  # of the split before
+    (data / "valid.jsonl").write_text("{}")
+    status, _, err = call(data_command.main, *again)
+    assert status == 2 and "valid.jsonl: not as it was written" in err
+
+
+def test_an_interrupted_prepare_is_not_taken_for_a_whole_one(prepared, call, monkeypatch):
+    data = prepared("prism", "prism")
+    again = ("prepare", "prism", "--raw", RAW / "prism", "--out", data)
+    write = prepare.write_json_lines
+
+    def interrupted(path, records):
+        if path.name == "valid.jsonl":
+            raise KeyboardInterrupt
+        write(path, records)
+
+    monkeypatch.setattr(prepare, "write_json_lines", interrupted)
+    assert call(data_command.main, *again, "--seed", 5, "--overwrite")[0] == 130
+    monkeypatch.setattr(prepare, "write_json_lines", write)
+    status, _, err = call(data_command.main, *again)
+    assert status == 2 and "train.jsonl: exists, of an unfinished or another split" in err
+    assert call(data_command.main, *again, "--overwrite")[0] == 0
+
+
+def test_nothing_that_is_there_is_replaced_unasked(tmp_path, call):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"p{i}", "chosen": "a", "rejected": "b", "user": f"u{i % 3}"}) + "\n"
+                            for i in range(20)))  # fmt: skip
+    before = file.read_bytes()
+    for options in ((), ("--overwrite",)):
+        status, _, err = call(data_command.main, "split", file, "--out", tmp_path, *options)
+        assert status == 2 and "itself would be replaced" in err
+    status, _, err = call(data_command.main, "prepare", "prism", "--raw", RAW / "prism", "--out", tmp_path)
+    assert status == 2 and "train.jsonl: exists" in err and file.read_bytes() == before
 
 
 def test_a_count_that_is_not_the_published_one_is_a_warning_with_both(call, tmp_path):
@@ -394,8 +531,13 @@ def test_a_count_that_is_not_the_published_one_is_a_warning_with_both(call, tmp_
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("prepare", "tlrd"), "no such data set (did you mean 'tldr'?)"),
+        (("prepare", "tlrd"), "found 'tlrd' (did you mean 'tldr'?), expected the name of a data set: tldr, "),
         (("prepare", "tldr", "--raw", "/nowhere"), "/nowhere: no file batch*.json; expected the raw files of TL;DR"),
+        (("prepare", "tldr_length"), "which `python -m prlhf.data fetch tldr` downloads"),
+        (
+            ("split", "x.jsonl", "--out", "o", "--seed", "99999999999"),
+            "--seed: found 99999999999, expected at least 0, at most",
+        ),
         (("prepare", "psoups", "--rejected", "best"), "--rejected: an option of prism, not of psoups"),
         (("prepare", "prism", "--few-shot", "-1"), "--few-shot: found -1, expected at least 0"),
         (("split", "nowhere.jsonl", "--out", "o"), "nowhere.jsonl: no such file"),
@@ -415,11 +557,21 @@ def test_any_file_can_be_split(tmp_path, call):
     parts = [rows(tmp_path / "by_prompt" / f"{name}.jsonl") for name in ("train", "valid")]
     assert not {r["prompt"] for r in parts[0]} & {r["prompt"] for r in parts[1]}
     assert parts[0][0]["n"] in range(70)  # other fields are kept
-    assert call(data_command.main, "split", file, "--out", tmp_path / "by_talk", "--group", "talk")[0] == 0
+    records = [{**r, "who": i // 2 % 7} for i, r in enumerate(records)]  # a talk is one person's
+    file.write_text("".join(json.dumps(r) + "\n" for r in records))
+    by_talk = ("split", file, "--out", tmp_path / "by_talk", "--by", "talk", "--user-column", "who")
+    assert call(data_command.main, *by_talk)[0] == 0
     parts = [rows(tmp_path / "by_talk" / f"{name}.jsonl") for name in ("train", "valid")]
     assert not {r["talk"] for r in parts[0]} & {r["talk"] for r in parts[1]}
-    status, _, err = call(data_command.main, "split", file, "--out", tmp_path / "o", "--group", "tlak")
+    assert {r["user"] for part in parts for r in part} == {str(i) for i in range(7)}
+    status, _, err = call(data_command.main, "split", file, "--out", tmp_path / "o", "--by", "tlak")
     assert status == 2 and "line 1, tlak: expected text or a number" in err
+    implicit = [{"chosen": [{"role": "user", "content": f"p{i}"}, {"role": "assistant", "content": "a"}],
+                 "rejected": [{"role": "user", "content": f"p{i}"}, {"role": "assistant", "content": "b"}], "user": f"u{i % 4}"}
+                for i in range(40)]  # fmt: skip
+    file.write_text("".join(json.dumps(r) + "\n" for r in implicit))
+    assert call(data_command.main, "split", file, "--out", tmp_path / "trl")[0] == 0
+    assert rows(tmp_path / "trl" / "train.jsonl")[0]["prompt"][0]["role"] == "user"
 
 
 def test_a_missing_prepared_file_says_how_to_make_it(call, monkeypatch, tmp_path):

@@ -153,15 +153,17 @@ def attributes_text(attributes: dict[str, str]) -> str | None:
 
 
 class Prompt(NamedTuple):
-    """A line of a prompts file: what to answer, a name for it, and optional text about whoever asks."""
+    """A line of a prompts file: what to answer, a name for it, optionally who asks, and text about them."""
 
     id: str
     text: str | Messages
+    user: str | None
     user_text: str | None
 
 
 def read_prompts(path: str | Path, attributes: Sequence[str] | None = None) -> list[Prompt]:
-    """The prompts of a JSON Lines file: {"prompt", "id"?, "user_text"?}, the id being the line's number by default.
+    """The prompts of a JSON Lines file: {"prompt", "id"?, "user"?, "user_text"?}, the id being the line's number by
+    default.
 
     attributes: as in `parse_comparison`.
     UserError, with file and line: no prompt in a line, or an id that was there before.
@@ -176,7 +178,9 @@ def read_prompts(path: str | Path, attributes: Sequence[str] | None = None) -> l
         if name in lines:
             raise UserError(f"{where}: id {name!r} was given in line {lines[name]} already; expected each once")
         lines[name] = number
-        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), parse_user_text(record, where, attributes)))
+        user = parse_user(record.get("user"), f"{where}, user")
+        text = parse_user_text(record, where, attributes)
+        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), user, text))
     return prompts
 
 
@@ -223,7 +227,7 @@ def _is_message(message: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -2,7 +2,7 @@
 
     python -m prlhf.data fetch NAME [--out FOLDER]
     python -m prlhf.data prepare NAME [--raw FOLDER] [--out FOLDER] [--few-shot K] [--seed N] ...
-    python -m prlhf.data split FILE --out FOLDER [--group FIELD] [--few-shot K] [--seed N] ...
+    python -m prlhf.data split FILE --out FOLDER [--by FIELD] [--few-shot K] [--seed N] ...
     python -m prlhf.data check TRAIN [HELD_OUT ...] [--config NAME] [--set key=value ...]
 
 `fetch` downloads the raw files of a paper's data set (prlhf/data/fetch.py), `prepare` makes comparisons of them and `split`
@@ -12,10 +12,12 @@ divides a file of your own (prlhf/data/prepare.py); `check` reports on files of 
 
 import argparse
 
+from prlhf import config as config_module
 from prlhf import data_check
+from prlhf.config import DataConfig
 from prlhf.data import fetch, prepare, splits
 from prlhf.data.reading import Options
-from prlhf.data.sources import SOURCES
+from prlhf.data.sources import DATA_SETS, source_name
 from prlhf.errors import UserError, check_range, run_command
 
 
@@ -28,14 +30,14 @@ def main() -> None:
     command = commands.add_parser(
         "fetch", help="download a data set's raw files", description=fetch.__doc__, formatter_class=raw
     )
-    command.add_argument("name", metavar="NAME", help=", ".join(SOURCES))
+    command.add_argument("name", metavar="NAME", help=", ".join(DATA_SETS))
     command.add_argument("--out", metavar="FOLDER", help="where they go; by default ~/.cache/prlhf/data/NAME")
     command.set_defaults(run=lambda args: fetch.run(args.name, args.out))
 
     command = commands.add_parser(
         "prepare", help="make comparisons of raw files", description=prepare.__doc__, formatter_class=raw
     )
-    command.add_argument("name", metavar="NAME", help=", ".join(prepare.READERS))
+    command.add_argument("name", metavar="NAME", help=", ".join(DATA_SETS))
     command.add_argument("--raw", metavar="FOLDER", help="the raw files; by default where `fetch` puts them")
     command.add_argument("--out", metavar="FOLDER", help="by default runs/data/NAME")
     command.add_argument("--known-users", type=int, metavar="N", help="tldr: so many workers are known (10)")
@@ -49,7 +51,9 @@ def main() -> None:
     )  # fmt: skip
     command.add_argument("file", metavar="FILE", help="comparisons")
     command.add_argument("--out", metavar="FOLDER", required=True)
-    command.add_argument("--group", metavar="FIELD", help="names what belongs together; by default the prompt itself")
+    command.add_argument("--by", metavar="FIELD", help="names the dialogue, one user's own; by default: by prompt")
+    command.add_argument("--format", default="auto", choices=config_module.KEYS["data.format"].metadata["choices"])
+    command.add_argument("--user-column", default="user", metavar="FIELD", help="names the user")
     command.add_argument("--users", type=float, default=0.9, metavar="SHARE", help="of the users who are known (0.9)")
     command.add_argument("--groups", type=float, default=0.9, metavar="SHARE", help="of what is trained on (0.9)")
     _common(command)
@@ -75,6 +79,7 @@ def _common(command: argparse.ArgumentParser) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     """`prepare`: check the options and go."""
+    source_name(args.name)
     said = {"known_users": args.known_users, "rejected": args.rejected}
     owners = {"known_users": ("tldr", "tldr_length"), "rejected": ("prism",)}
     for name, value in said.items():
@@ -95,7 +100,9 @@ def run_split(args: argparse.Namespace) -> None:
     check_range("--users", args.users, low=0, high=1)
     check_range("--groups", args.groups, low=0, high=1)
     options = Options(seed=args.seed, few_shot=args.few_shot)
-    prepare.split_file(args.file, args.out, args.group, splits.Shares(args.users, args.groups), options, args.overwrite)
+    form = DataConfig(format=args.format, user_column=args.user_column)
+    shares = splits.Shares(args.users, args.groups)
+    prepare.split_file(args.file, args.out, args.by, form, shares, options, args.overwrite)
 
 
 def _check_ranges(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from huggingface_hub.errors import HTTPError as HubHTTPError  # httpx's base of 
 
 from prlhf.data.download import NETWORK, cause, download
 from prlhf.data.files import sha256
-from prlhf.data.sources import Source, raw_folder, source_of
+from prlhf.data.sources import SOURCES, Source, raw_folder, source_name
 from prlhf.errors import UserError
 
 HUB_NETWORK = (HubHTTPError, EntryNotFoundError, ConnectionError, TimeoutError, RuntimeError)  # the last is hf_xet's
@@ -31,7 +31,8 @@ HUB_NETWORK = (HubHTTPError, EntryNotFoundError, ConnectionError, TimeoutError, 
 
 def run(name: str, out: str | None) -> None:
     """The command: the files of data set `name` in folder `out`, by default in the cache. UserError says what to do."""
-    source = source_of(name)
+    asked, name = name, source_name(name)
+    source = SOURCES[name]
     folder = (Path(out).expanduser() if out else raw_folder(name)).resolve()
     print(f"{source.title}\npage: {source.page}\nlicence: {source.licence}")
     if source.needs:
@@ -42,7 +43,13 @@ def run(name: str, out: str | None) -> None:
     for archive in source.urls if source.unpack else ():
         new += unpack(folder, archive, source.unpack, record, fresh=archive in new)
     print(f"{folder}: {len(record['files'])} files, {len(new)} of them new ({', '.join(record['files'])})")
-    print(f"next: python -m prlhf.data prepare {name}" + (f" --raw {shlex.quote(out)}" if out else ""))
+    print(f"next: {prepare_command(asked, folder)}")
+
+
+def prepare_command(name: str, folder: Path) -> str:
+    """How to go on with the files in `folder`."""
+    here = "" if folder == raw_folder(source_name(name)).resolve() else f" --raw {shlex.quote(str(folder))}"
+    return f"python -m prlhf.data prepare {name}{here}"
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def is_kept(folder: Path, record: dict[str, Any], file: str) -> bool:
 def no_network(name: str, source: Source, folder: Path, files: Iterable[str], reason: str) -> UserError:
     """The error where there is no connection: which files, from where, to put into which folder."""
     lines = "".join(f"\n  {file} from {source.urls.get(file, f'{source.page}/tree/main')}" for file in files)
-    then = "run this command again, which unpacks it" if source.unpack else f"run python -m prlhf.data prepare {name}"
+    then = "run this command again, which unpacks it" if source.unpack else f"run {prepare_command(name, folder)}"
     return UserError(
         f"{name}: {reason}\nOnce there is a connection, the same command goes on from here. "
         f"Without one, put into {folder}:{lines}\nand {then}"

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from prlhf.data.sources import DATA_SETS
 from prlhf.errors import UserError, did_you_mean
 
 FORMATS = ("jsonl", "csv", "parquet")
@@ -39,7 +40,7 @@ def require_file(path: str | Path) -> Path:
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, near)
-        if path.parent.parts[-3:-1] == ("runs", "data") or path.parent.parts[:-1] == ("runs", "data"):
+        if path.parent.parts[-3:-1] == ("runs", "data") and path.parent.name in DATA_SETS:
             hint += f"; `python -m prlhf.data prepare {path.parent.name}` makes it, of what `fetch` has downloaded"
         raise UserError(f"{path}: no such file{hint}")
     return path
@@ -58,27 +59,38 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                record = json.loads(text)
-                if "\\ud" in text:
-                    json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair is no text
+                record = parse_json(text, f"{path}, line {number}")
                 if not isinstance(record, dict):
                     raise UserError(f"{path}, line {number}: expected a JSON object, found {text[:60]!r}")
                 found = True
                 yield number, record
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{path}, line {number}: half of a surrogate pair (\\ud...), expected whole characters"
-        ) from None
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}, line {number}: expected UTF-8, found byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
         ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}, after line {number}: truncated or damaged gzip file ({error})") from None
     if not found:
         raise UserError(f"{path}: empty, expected one JSON object a line")
+
+
+def parse_json(text: str, where: str, lines: bool = False) -> Any:
+    """A JSON value. UserError with `where` for what is none, too deep or too long a number, or no text (half a pair).
+
+    lines: also say in which line of the text it is.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if lines else ""
+        raise UserError(f"{where}{line}, column {error.colno}: not valid JSON ({error.msg})") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half of a surrogate pair (\\ud...), expected whole characters") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not readable as JSON ({error})") from None
+    return value
 
 
 def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
@@ -89,7 +101,7 @@ def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> Non
     with (
         gzip.open(aside, "wt", encoding="utf-8") if path.suffix == ".gz" else open(aside, "w", encoding="utf-8") as file
     ):
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
     os.replace(aside, path)
 
 
@@ -151,7 +163,7 @@ def read_parquet(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield number, {name: value for name, value in record.items() if value is not None}
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{path}, after row {number}: not a whole parquet file ({error})") from None
     if not number:
         raise UserError(f"{path}: no rows, expected one comparison a row")

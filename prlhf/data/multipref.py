@@ -9,9 +9,9 @@ from pathlib import Path
 
 from prlhf.data.files import format_of, read_records
 from prlhf.data.reading import Count, Options, Reading, field, objects, raw_files, text_key
-from prlhf.data.sources import SOURCES
 from prlhf.errors import UserError, did_you_mean
 
+FILES = ("*.jsonl|*.parquet",)
 ROWS = 10_461
 VOTES = {  # whether A is preferred; None is a tie
     "A-is-clearly-better": True,
@@ -27,8 +27,7 @@ def read(folder: Path, options: Options) -> Reading:
     """The comparisons of the raw files in `folder`. UserError with file, line and field for what is none."""
     dropped = dict.fromkeys(("ties", "votes on equal completions"), 0)
     records, rows = [], 0
-    patterns = ("*.jsonl",) if any(folder.rglob("*.jsonl")) else ("*.parquet",)
-    for path in raw_files(folder, SOURCES["multipref"], *patterns):
+    for path in raw_files(folder, "multipref", *FILES):
         for place, raw in read_records(path, format_of(path)):
             where = f"{path}, {place}"
             prompt, a, b = (field(raw, name, str, where) for name in ("text", "completion_a", "completion_b"))
@@ -52,7 +51,7 @@ def read(folder: Path, options: Options) -> Reading:
                             "rejected": rejected,
                             "user": evaluator,
                             "id": f"{pair}:{evaluator}",
-                            "group": text_key(prompt),
+                            "split_group": text_key(prompt),
                         }
                     )
     return Reading(records, None, [Count("rows", rows, ROWS)], dropped)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from prlhf.data.files import read_parquet
 from prlhf.data.reading import Count, Options, Reading, field, raw_files, text_key
-from prlhf.data.sources import SOURCES
 
+FILES = ("*.parquet",)
 PERSONAS, ROWS = 1_000, 200  # of the published subset; the paper has 1,586 personas and 317,200 rows
 
 
@@ -17,7 +17,7 @@ def read(folder: Path, options: Options) -> Reading:
     """The comparisons of the raw files in `folder`. UserError with file, row and field for what is none."""
     users: dict[str, str] = {}
     records, rows, equal = [], 0, 0
-    for path in raw_files(folder, SOURCES["persona"], "*.parquet"):
+    for path in raw_files(folder, "persona", *FILES):
         for number, raw in read_parquet(path):
             where = f"{path}, row {number}"
             names = ("persona", "instruction", "data", "original")
@@ -36,7 +36,7 @@ def read(folder: Path, options: Options) -> Reading:
                     "user_text": persona,
                     "attributes": attributes(persona),
                     "id": f"{path.stem}:{number}",
-                    "group": text_key(instruction),
+                    "split_group": text_key(instruction),
                 }
             )
     counts = [Count("personas", len(users), PERSONAS), Count("rows", rows, PERSONAS * ROWS)]

@@ -9,95 +9,109 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from prlhf.data import multipref, parse_comparison, persona, prism, psoups, tldr
+from prlhf.config import DataConfig
+from prlhf.data import (
+    multipref,
+    named_user,
+    parse_comparison,
+    persona,
+    prism,
+    psoups,
+    split_conversations,
+    tldr,
+)
 from prlhf.data.files import read_records, sha256, write_json_lines
-from prlhf.data.reading import Count, Options, Reading, Record, text_key
-from prlhf.data.sources import raw_folder
+from prlhf.data.reading import Count, Options, Reading, Record, raw_files, text_key
+from prlhf.data.sources import raw_folder, source_name
 from prlhf.data.splits import Shares, Split, split, with_few_shot
-from prlhf.errors import UserError, did_you_mean
+from prlhf.errors import UserError
 
 PROMPTS = 50  # held-out prompts to generate answers to
-READERS: dict[str, Callable[[Path, Options], Reading]] = {
-    "tldr": tldr.read,
-    "tldr_length": tldr.read_length,
-    "prism": prism.read,
-    "psoups": psoups.read,
-    "persona": persona.read,
-    "multipref": multipref.read,
+OUTPUTS = ("train.jsonl", "valid.jsonl", "few_shot.jsonl", "prompts.jsonl")
+
+
+class Reader(NamedTuple):
+    """How a data set is read, from which files, and divided where it brings no split along."""
+
+    read: Callable[[Path, Options], Reading]
+    files: tuple[str, ...]
+    shares: Shares = Shares()
+
+
+READERS = {
+    "tldr": Reader(tldr.read, tldr.FILES),
+    "tldr_length": Reader(tldr.read_length, tldr.FILES),
+    "prism": Reader(prism.read, prism.FILES),
+    "psoups": Reader(psoups.read, psoups.FILES, Shares(users=1.0)),  # six preferences, all of them known
+    "persona": Reader(persona.read, persona.FILES),
+    "multipref": Reader(multipref.read, multipref.FILES),
 }
-RAW = {"tldr_length": "tldr"}  # whose raw files they are, where the name is another
-SHARES = {"psoups": Shares(users=1.0)}  # six preferences, all of them known
+SAMPLES = {"prism": (6_431, 3_982)}  # published: comparisons trained on, and held out
 
 
 def prepare(name: str, raw: str | None, out: str | None, options: Options, overwrite: bool = False) -> None:
     """Read a data set's raw files, split them and write them. UserError for bad files, or where `out` holds others."""
-    if name not in READERS:
-        raise UserError(
-            f"{name!r}: no such data set{did_you_mean(name, READERS)}; expected one of {', '.join(READERS)}"
-        )
-    folder = Path(raw).expanduser() if raw else raw_folder(RAW.get(name, name))
-    target = Path(out or f"runs/data/{name}")
-    made_of = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if is_raw(p)}
+    source, reader = source_name(name), READERS[name]
+    folder = Path(raw).expanduser() if raw else raw_folder(source)
+    target = Path(out or f"runs/data/{name}").expanduser()
+    made_of = {path.name: sha256(path) for path in raw_files(folder, source, *reader.files)}
     settings = {"data": name, **asdict(options), "raw": made_of}
     if is_there(target, settings, overwrite):
         return
-    reading = READERS[name](folder, options)
+    reading = reader.read(folder, options)
     if reading.official is not None:
         made = with_few_shot(*reading.official, options.few_shot, options.seed)
     else:
-        made = split(reading.records, SHARES.get(name, Shares()), options.seed, options.few_shot)
+        made = split(reading.records, reader.shares, options.seed, options.few_shot, reading.dialogues)
     counts = list(reading.counts)
-    if reading.published_split is not None:
+    if name in SAMPLES:
         held_out = len(made.valid) + len(made.few_shot)
-        counts += map(
-            Count, ("comparisons trained on", "held out"), (len(made.train), held_out), reading.published_split
-        )
+        counts += map(Count, ("comparisons trained on", "held out"), (len(made.train), held_out), SAMPLES[name])
     write(target, made, settings, counts, reading.dropped, reading.prompts)
 
 
 def split_file(
-    file: str, out: str, group: str | None, shares: Shares, options: Options, overwrite: bool = False
+    file: str, out: str, by: str | None, form: DataConfig, shares: Shares, options: Options, overwrite: bool
 ) -> None:
-    """Split a file of comparisons; `group`: the field that names what belongs together, by default the prompt itself."""
+    """Split a file of comparisons, by prompt, or by the dialogues of each user that the field `by` names."""
     records = []
-    for place, record in read_records(file):
-        parse_comparison(record, f"{file}, {place}", place)
-        if group is not None and not isinstance(record.get(group), str | int):
-            raise UserError(f"{file}, {place}, {group}: expected text or a number, the name of what belongs together")
-        key = json.dumps(record.get("prompt") if group is None else record[group], ensure_ascii=False)
-        name = f"{Path(file).name}:{place.split()[-1]}"  # as in the whole file, so that ids stay what they were
-        records.append({"id": name, **record, "user": record.get("user") or None, "group": text_key(key)})
-    settings = {
-        "data": file,
-        "seed": options.seed,
-        "few_shot": options.few_shot,
-        **shares._asdict(),
-        "group": group,
-        "raw": {file: sha256(Path(file))},
-    }
-    if not is_there(Path(out), settings, overwrite):
-        write(Path(out), split(records, shares, options.seed, options.few_shot), settings, [], {}, None)
-
-
-def is_raw(path: Path) -> bool:
-    """Whether a file in a raw folder is part of the data set."""
-    return (
-        path.is_file() and path.name != "fetched.json" and not path.name.startswith(".") and "partial" not in path.name
-    )
+    for place, record in read_records(file, form.format):
+        where, name = f"{file}, {place}", f"{Path(file).name}:{place.split()[-1]}"
+        record = split_conversations(named_user(record, form.user_column))
+        parse_comparison(record, where, name)
+        if by is not None and not isinstance(record.get(by), str | int):
+            raise UserError(f"{where}, {by}: expected text or a number, the dialogue's name")
+        group = json.dumps(record["prompt"] if by is None else record[by], ensure_ascii=False)
+        records.append({"id": name, **record, "user": record.get("user") or None, "split_group": text_key(group)})
+    settings = {"data": file, "seed": options.seed, "few_shot": options.few_shot, **shares._asdict(), "by": by,
+                "user_column": form.user_column, "raw": {file: sha256(Path(file).expanduser())}}  # fmt: skip
+    target = Path(out).expanduser()
+    if Path(file).expanduser().resolve().parent == target.resolve() and Path(file).name in OUTPUTS:
+        raise UserError(f"--out {out}: {file} itself would be replaced, expected another folder")
+    if not is_there(target, settings, overwrite):
+        write(target, split(records, shares, options.seed, options.few_shot, by is not None), settings, [], {}, None)
 
 
 def is_there(target: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `target` holds the very split already. UserError where it holds another one."""
+    """Whether `target` holds the very split already, whole. UserError where it holds something else."""
     found = target / "split.json"
-    if overwrite or not found.exists():
+    if overwrite:
+        return False
+    if not found.exists():
+        here = [name for name in OUTPUTS if (target / name).exists()]
+        if here:
+            raise UserError(
+                f"{target / here[0]}: exists, of an unfinished or another split; expected another --out or --overwrite"
+            )
         return False
     try:
-        saved = json.loads(found.read_text(encoding="utf-8"))["settings"]
-    except (ValueError, KeyError, TypeError):
+        record = json.loads(found.read_text(encoding="utf-8"))
+        saved, files = record["settings"], {name: entry["sha256"] for name, entry in record["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{found}: damaged; expected another --out or --overwrite") from None
     differing = [
         f"{key}: {saved.get(key)!r} -> {value!r}" for key, value in settings.items() if saved.get(key) != value
@@ -106,6 +120,9 @@ def is_there(target: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         raise UserError(
             f"{target}: made with other settings ({'; '.join(differing)}); expected another --out or --overwrite"
         )
+    for name, checksum in files.items():
+        if not (target / name).is_file() or sha256(target / name) != checksum:
+            raise UserError(f"{target / name}: not as it was written; expected another --out or --overwrite")
     print(f"{target} is there already")
     return True
 
@@ -118,26 +135,42 @@ def write(
     dropped: dict[str, int],
     prompts: list[Record] | None,
 ) -> None:
-    """Write the files of a split, split.json last, and say what was counted, against what was published."""
-    parts = {"train": made.train, "valid": made.valid, **({"few_shot": made.few_shot} if made.few_shot else {})}
+    """Write the files of a split, split.json last, and say what was counted, against what was published.
+
+    UserError, before anything is written, for what is no comparison.
+    """
+    parts = {"train.jsonl": made.train, "valid.jsonl": made.valid, "few_shot.jsonl": made.few_shot}
+    for records in parts.values():
+        for record in records:
+            parse_comparison(record, f"{settings['data']}, {record['id']}", record["id"])
+    parts["prompts.jsonl"] = evaluation_prompts(made.valid, settings["seed"]) if prompts is None else prompts
+    for name in ("split.json", *OUTPUTS):
+        (target / name).unlink(missing_ok=True)
     files: dict[str, dict[str, Any]] = {}
     for name, records in parts.items():
-        users = list(dict.fromkeys(r["user"] for r in records if r["user"] is not None))
-        files[f"{name}.jsonl"] = {"comparisons": len(records), "users": len(users)}
-        write_json_lines(target / f"{name}.jsonl", records)
-    some = evaluation_prompts(made.valid, settings["seed"]) if prompts is None else prompts
-    write_json_lines(target / "prompts.jsonl", some)
-    for name, entry in files.items():
-        entry["sha256"] = sha256(target / name)
-        print(f"{target / name}: {entry['comparisons']:,} comparisons of {entry['users']:,} users")
-    print(f"{target / 'prompts.jsonl'}: {len(some)} prompts")
-    dropped = {**dropped, "of unknown users, in groups that are trained on": made.left_out}
+        if not records:
+            continue
+        write_json_lines(target / name, records)
+        users = len({r["user"] for r in records if r.get("user") is not None})
+        files[name] = {"records": len(records), "users": users, "sha256": sha256(target / name)}
+        print(f"{target / name}: {len(records):,} {'prompts' if 'prompts' in name else 'comparisons'}, {users:,} users")
+    dropped = {**dropped, "of unknown users, on what is trained on or in few_shot.jsonl": made.left_out}
     for reason, number in dropped.items():
         if number:
             print(f"left out, {reason}: {number:,}")
     tell(counts)
+    trained = {r["split_group"] for r in made.train}
+    leaking = sum(r["split_group"] in trained for r in made.valid)
+    if leaking:  # an official split may
+        print(f"warning: held-out comparisons on prompts that are trained on: {leaking:,}")
     known = sorted({r["user"] for r in made.train if r["user"] is not None})
-    record = {"settings": settings, "files": files, "left_out": dropped, "known_users": known}
+    record = {
+        "settings": settings,
+        "files": files,
+        "left_out": dropped,
+        "on_trained_prompts": leaking,
+        "known_users": known,
+    }
     record["counts"] = [count._asdict() for count in counts]
     aside = target / ".split.json.partial"
     aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

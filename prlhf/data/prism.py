@@ -13,9 +13,9 @@ from pathlib import Path
 from prlhf.data import attributes_text
 from prlhf.data.files import read_json_lines
 from prlhf.data.reading import Count, Options, Reading, Record, field, objects, raw_files
-from prlhf.data.sources import SOURCES
 from prlhf.errors import UserError
 
+FILES = ("survey.jsonl", "conversations.jsonl")
 EMPTY = "EMPTY STRING"
 ATTRIBUTES = (
     "self_description",
@@ -27,12 +27,12 @@ ATTRIBUTES = (
     "english_proficiency",
 )
 TOP_PREFERENCES = 3
-SURVEY, WITH_DIALOGUES, DIALOGUES, SPLIT = 1_500, 1_396, 8_011, (6_431, 3_982)  # published
+SURVEY, WITH_DIALOGUES, DIALOGUES = 1_500, 1_396, 8_011  # published
 
 
 def read(folder: Path, options: Options) -> Reading:
     """The comparisons of the raw files in `folder`, ordered by user as in the survey. UserError with file, line and field."""
-    survey_file, conversations_file = raw_files(folder, SOURCES["prism"], "survey.jsonl", "conversations.jsonl")
+    survey_file, conversations_file = raw_files(folder, "prism", *FILES)
     about = {}
     for number, raw in read_json_lines(survey_file):
         where = f"{survey_file}, line {number}"
@@ -56,7 +56,7 @@ def read(folder: Path, options: Options) -> Reading:
         Count("dialogues", dialogues, DIALOGUES),
     ]
     records = [record for user in about for record in by_user[user]]
-    return Reading(records, None, counts, dropped, published_split=SPLIT)
+    return Reading(records, None, counts, dropped, dialogues=True)
 
 
 def attributes(raw: Record, where: str) -> dict[str, str]:
@@ -96,7 +96,7 @@ def dialogue(raw: Record, where: str, rejected: str, dropped: dict[str, int]) ->
                 "chosen": chosen[0],
                 "rejected": text,
                 "id": f"{name}:{turn}:{utterance.get('within_turn_id')}",
-                "group": name,
+                "split_group": name,
             }
         history.append({"role": "assistant", "content": chosen[0]})
 

@@ -4,12 +4,12 @@ Raw: rm_training/P1A.json ... P3B.json, lists of {user_input, completion_a (pref
 sentence that names the preference ("Generate a response that ..."), which would give the user away and is taken off.
 """
 
-import json
 import re
 from pathlib import Path
 
+from prlhf.data import parse_prompt
+from prlhf.data.files import parse_json
 from prlhf.data.reading import Count, Options, Reading, Record, field, raw_files, text_key
-from prlhf.data.sources import SOURCES
 from prlhf.errors import UserError
 
 SENTENCES = {
@@ -20,6 +20,7 @@ SENTENCES = {
     "P3A": "Generate a response that is friendly, witty, funny, and humorous, like a close friend.",
     "P3B": "Generate a response in an unfriendly manner.",
 }
+FILES = tuple(f"{name}.json" for name in SENTENCES)
 PUBLISHED = {  # rows, and rows that are different and have two different completions
     "P1A": (48_300, 8_959),
     "P1B": (48_825, 9_069),
@@ -29,26 +30,24 @@ PUBLISHED = {  # rows, and rows that are different and have two different comple
     "P3B": (48_565, 9_222),
 }
 BEGINS = "generate a response"
+UNNAMED = "user_inputs that are not a prompt and the preference's sentence"
 EVALUATION = "koala_eval_50*.json"
 
 
 def read(folder: Path, options: Options) -> Reading:
     """The comparisons of the raw files in `folder`. UserError with file, item and field for what is none."""
-    dropped = dict.fromkeys(("exact duplicates", "equal completions"), 0)
+    dropped = dict.fromkeys(("exact duplicates", "equal completions", UNNAMED), 0)
     records, counts = [], []
-    unnamed = 0
-    for path in raw_files(folder, SOURCES["psoups"], *(f"{name}.json" for name in SENTENCES)):
+    for path in raw_files(folder, "psoups", *FILES):
         name, seen = path.stem, set()
         items = read_list(path)
         for number, raw in enumerate(items, start=1):
             where = f"{path}, item {number}"
             asked, a, b = (field(raw, key, str, where) for key in ("user_input", "completion_a", "completion_b"))
             prompt = without_sentence(asked, SENTENCES[name])
-            unnamed += prompt is None
-            prompt = asked.strip() if prompt is None else prompt
-            if not prompt:
-                raise UserError(f"{where}, user_input: nothing but the preference's sentence, expected a prompt")
-            if a == b:
+            if prompt is None:
+                dropped[UNNAMED] += 1
+            elif a == b:
                 dropped["equal completions"] += 1
             elif (prompt, a, b) in seen:
                 dropped["exact duplicates"] += 1
@@ -61,14 +60,14 @@ def read(folder: Path, options: Options) -> Reading:
                         "rejected": b,
                         "user": name,
                         "id": f"{name}:{number}",
-                        "group": text_key(prompt),
+                        "split_group": text_key(prompt),
                         "attributes": {"preference": SENTENCES[name]},
                     }
                 )
         counts.append(Count(f"{name}: rows", len(items), PUBLISHED[name][0]))
         counts.append(Count(f"{name}: different rows with two different completions", len(seen), PUBLISHED[name][1]))
-    counts.append(Count("user_inputs that do not end in the preference's sentence", unnamed, 0))
-    found = list(folder.rglob(EVALUATION))
+    counts.append(Count(UNNAMED, dropped[UNNAMED], 0))
+    found = [*folder.glob(EVALUATION), *folder.glob(f"*/{EVALUATION}")]
     prompts = (
         [koala_prompt(raw, f"{found[0]}, item {i}", i) for i, raw in enumerate(read_list(found[0]), 1)]
         if found
@@ -80,13 +79,11 @@ def read(folder: Path, options: Options) -> Reading:
 def read_list(path: Path) -> list[Record]:
     """A JSON file that is a list of objects. UserError, with file and line or item, otherwise."""
     try:
-        items = json.loads(path.read_text(encoding="utf-8"))
+        items = parse_json(path.read_text(encoding="utf-8"), str(path), lines=True)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg})") from None
     if not isinstance(items, list) or not items:
-        raise UserError(f"{path}: expected a list of objects, found {type(items).__name__} of length 0 or none")
+        raise UserError(f"{path}: expected a list of objects, found {'none' if items == [] else type(items).__name__}")
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
             raise UserError(f"{path}, item {number}: expected an object, found {type(item).__name__}")
@@ -94,11 +91,14 @@ def read_list(path: Path) -> list[Record]:
 
 
 def without_sentence(asked: str, sentence: str) -> str | None:
-    """The prompt without the sentence at its end; None where another or none is there. Commas and spaces do not count."""
-    start = asked.lower().rfind(BEGINS)
-    if start < 0 or _letters(asked[start:]) != _letters(sentence):
+    """The prompt without the sentence at its end; None where another or none is there, or no prompt before it.
+
+    Commas and spaces do not count.
+    """
+    starts = [match.start() for match in re.finditer(BEGINS, asked, re.IGNORECASE)]
+    if not starts or _letters(asked[starts[-1] :]) != _letters(sentence):
         return None
-    return asked[:start].strip()
+    return asked[: starts[-1]].strip() or None
 
 
 def _letters(text: str) -> str:
@@ -107,4 +107,4 @@ def _letters(text: str) -> str:
 
 def koala_prompt(raw: Record, where: str, number: int) -> Record:
     """One of the evaluation prompts."""
-    return {"id": f"koala:{number}", "prompt": field(raw, "prompt", str, where)}
+    return {"id": f"koala:{number}", "prompt": parse_prompt(raw.get("prompt"), where)}

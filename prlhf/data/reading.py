@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prlhf.data.sources import Source
+from prlhf.data.sources import SOURCES
 from prlhf.errors import UserError
 
-Record = dict[str, Any]  # a canonical comparison, and its "group": what must lie on one side of a split
+Record = dict[str, Any]  # a canonical comparison, and its "split_group": what must lie on one side of a split
 
 
 @dataclass(frozen=True)
@@ -46,28 +46,33 @@ class Reading(NamedTuple):
     counts: list[Count]
     dropped: dict[str, int]  # why, and how many
     prompts: list[Record] | None = None  # the data set's own evaluation prompts
-    published_split: tuple[int, int] | None = None  # comparisons trained on, and held out
+    dialogues: bool = False  # each group is one user's own, and is divided with that user's others
 
 
-def raw_files(folder: Path, source: Source, *patterns: str) -> list[Path]:
-    """The files of a folder, or one below it, that match a pattern, in order of name with numbers as numbers.
+def raw_files(folder: Path, name: str, *patterns: str) -> list[Path]:
+    """The files of a folder, or else one below it, that match a pattern, in order of name with numbers as numbers.
 
-    UserError where a pattern has none.
+    A pattern "a|b" is b where there is no a. name: of the source. UserError where a pattern has none.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for pattern in patterns:
-        matching = sorted(folder.rglob(pattern), key=lambda p: [int(s) if s.isdigit() else s for s in _pieces(p.name)])
+        choices = [f"{where}{name}" for where in ("", "*/") for name in pattern.split("|")]
+        matching = next((found for choice in choices if (found := list(folder.glob(choice)))), None)
         if not matching:
-            raise UserError(f"{folder}: no file {pattern}; expected the raw files of {source.title} ({source.page})")
-        found += matching
-    return found
+            source = SOURCES[name]
+            raise UserError(
+                f"{folder}: no file {pattern}; expected the raw files of {source.title} ({source.page}), "
+                f"which `python -m prlhf.data fetch {name}` downloads"
+            )
+        files += sorted(matching, key=lambda path: [int(s) if s.isdecimal() else s for s in _pieces(path.name)])
+    return files
 
 
 def _pieces(name: str) -> list[str]:
     """'batch12.json' -> ['batch', '12', '.json'], beginning with a word."""
     pieces = [""]
     for letter in name:
-        if letter.isdigit() != pieces[-1].isdigit():
+        if letter.isdecimal() != pieces[-1].isdecimal():
             pieces.append("")
         pieces[-1] += letter
     return pieces
@@ -100,8 +105,3 @@ def objects(record: Record, name: str, where: str, optional: bool = False) -> li
 def text_key(text: str) -> str:
     """A short name for a text, the same for equal texts: what a group of comparisons of one prompt is called."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def first_seen(records: list[Record]) -> dict[str, None]:
-    """The users of records, in order of first appearance."""
-    return {record["user"]: None for record in records}

@@ -67,13 +67,17 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def source_of(name: str) -> Source:
-    """The data set of that name. UserError, with a near match and all names, where there is none."""
-    if name not in SOURCES:
-        raise UserError(
-            f"found {name!r}{did_you_mean(name, SOURCES)}, expected the name of a data set: {', '.join(SOURCES)}"
-        )
-    return SOURCES[name]
+MADE_OF = {"tldr_length": "tldr"}  # data sets that are made of another one's raw files
+DATA_SETS = (*SOURCES, *MADE_OF)
+
+
+def source_name(name: str) -> str:
+    """Whose raw files a data set is made of. UserError, with a near match and all names, where there is no such set."""
+    source = MADE_OF.get(name, name)
+    if source not in SOURCES:
+        hint = did_you_mean(name, DATA_SETS)
+        raise UserError(f"found {name!r}{hint}, expected the name of a data set: {', '.join(DATA_SETS)}")
+    return source
 
 
 def cache_dir() -> Path:

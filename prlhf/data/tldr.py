@@ -7,89 +7,112 @@ known are the ten workers with most comparisons in training. The split is the da
 As `tldr_length` the choices are simulated (paper, section 5.1): every worker prefers the longer or the shorter summary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from prlhf.data import UserIndex, parse_comparison, words
+from prlhf.data import Comparison, UserIndex, parse_comparison, parse_user
 from prlhf.data.files import read_json_lines
 from prlhf.data.reading import Count, Official, Options, Reading, Record, field, objects, raw_files, text_key
-from prlhf.data.sources import SOURCES
 from prlhf.errors import UserError
 from prlhf.simulate import preferences, relabel
 
+FILES = ("batch*.json",)
 TRAIN, VALID = ("train",), ("valid1", "valid2")
 SHORTER, SEED = 0.3, 3456  # of the simulation: how many prefer the shorter summary, and its draws
-PUBLISHED = {  # with ten known workers
-    "comparisons for training after the filter of policies": 38_487,
-    "comparisons for validation after the filter of policies": 16_294,
-    "of the known workers, for training": 23_299,
-    "of the known workers, for training, with two different summaries": 23_292,
-    "of the known workers, for validation": 4_921,
-    "of other workers, for validation": 11_373,
+PUBLISHED = {  # by number of known workers
+    "comparisons for training after the filter of policies": {10: 38_487, 40: 38_487},
+    "comparisons for validation after the filter of policies": {10: 16_294, 40: 16_294},
+    "of the known workers, for training": {10: 23_299},
+    "of the known workers, for training, with two different summaries": {10: 23_292},
+    "of the known workers, for validation": {10: 4_921},
+    "of other workers, for validation": {10: 11_373},
 }
-LONGER_WINS = {"known": "68.50 %", "other": "63.63 %"}  # of the validation comparisons with simulated choices
+PREFER_LONGER = {  # of the validation comparisons by such workers, ties included
+    "of known workers' validation comparisons, by workers who prefer longer": {10: "68.50 %", 40: "63.56 %"},
+    "of other workers' validation comparisons, by workers who prefer longer": {10: "63.63 %", 40: "71.34 %"},
+}
+
+
+class Filtered(NamedTuple):
+    """What passes the filter of policies: comparisons, and how many for training and for validation, post or not."""
+
+    comparisons: list[Record]
+    counts: tuple[int, int]
+    dropped: dict[str, int]
+
+    def part(self, splits: tuple[str, ...]) -> list[Record]:
+        """The comparisons for training, or for validation."""
+        return [record for record in self.comparisons if record["split"] in splits]
 
 
 def read(folder: Path, options: Options) -> Reading:
     """The comparisons of the raw files in `folder`. UserError, with file, line and field, for what is none."""
-    dropped: dict[str, int] = {}
-    every = list(_comparisons(folder, dropped))
-    return _reading(every, options, dropped)
+    filtered = _filtered(folder)
+    return _reading(filtered, filtered.comparisons, _ranked(filtered, TRAIN), options)
 
 
 def read_length(folder: Path, options: Options) -> Reading:
     """The same with simulated choices: one draw for each worker, those of training first, in order of activity.
 
-    Ties in the number of words are dropped.
+    Length is in characters, as in the paper's code; ties, which that code decides by position, are dropped.
     """
-    dropped: dict[str, int] = {}
-    every = list(_comparisons(folder, dropped))
-    ranked = [
-        UserIndex.from_comparisons(_parsed(r) for r in every if r["split"] in part).names for part in (TRAIN, VALID)
-    ]
-    order = list(dict.fromkeys((*ranked[0], *ranked[1])))
+    filtered = _filtered(folder)
+    workers = _ranked(filtered, TRAIN)
+    order = list(dict.fromkeys((*workers, *_ranked(filtered, VALID))))
     prefers_shorter = dict(zip(order, preferences(len(order), SHORTER, SEED)))
     labelled = []
-    for record in every:
-        choice = relabel(_parsed(record), prefers_shorter[record["user"]])
+    for record in filtered.comparisons:
+        choice = relabel(_parsed(record), prefers_shorter[record["user"]], length=len)
         if choice is not None:
             labelled.append({**record, "chosen": choice[0], "rejected": choice[1]})
-    known = UserIndex(order[: options.known_users])
-    reading = _reading(labelled, options, {**dropped, "as long as each other": len(every) - len(labelled)}, known)
-    counts = []
-    for name, is_known in (("known", True), ("other", False)):
-        chosen = [r for r in reading.official.valid if (known.number(r["user"]) > 0) == is_known]
-        longer = sum(words(r["chosen"]) > words(r["rejected"]) for r in chosen)
-        share = f"{100 * longer / len(chosen):.2f} %" if chosen else "none"
-        published = LONGER_WINS[name] if options.known_users == 10 else None
-        counts.append(Count(f"of {name} workers' validation comparisons, won by the longer summary", share, published))
-    return reading._replace(counts=counts)
+    filtered.dropped["as long as each other"] = len(filtered.comparisons) - len(labelled)
+    reading = _reading(filtered, labelled, workers, options)
+    known = set(workers[: options.known_users])
+    groups: tuple[list[bool], list[bool]] = [], []
+    for record in filtered.part(VALID):
+        groups[record["user"] not in known].append(not prefers_shorter[record["user"]])
+    shares = [f"{100 * sum(longer) / len(longer):.2f} %" if longer else "none" for longer in groups]
+    counts = [
+        Count(what, share, said.get(options.known_users)) for (what, said), share in zip(PREFER_LONGER.items(), shares)
+    ]
+    return reading._replace(counts=reading.counts + counts)
 
 
-def _reading(every: list[Record], options: Options, dropped: dict[str, int], known: UserIndex | None = None) -> Reading:
-    """Known workers, the official split and its counts."""
-    train, valid = ([r for r in every if r["split"] in part] for part in (TRAIN, VALID))
-    known = known or UserIndex.from_comparisons(map(_parsed, train), options.known_users)
-    of_known = [r for r in train if known.number(r["user"])]
-    others = [r for r in train if not known.number(r["user"])]
-    different = [[r for r in part if r["chosen"] != r["rejected"]] for part in (of_known, valid, others)]
-    valid_known = sum(known.number(r["user"]) > 0 for r in valid)
-    found = (len(train), len(valid), len(of_known), len(different[0]), valid_known, len(valid) - valid_known)
-    published = PUBLISHED.values() if options.known_users == 10 else [*list(PUBLISHED.values())[:2], *[None] * 4]
-    counts = [Count(what, number, said) for what, number, said in zip(PUBLISHED, found, published)]
-    equal = len(of_known) + len(valid) + len(others) - sum(map(len, different))
-    return Reading([], Official(*different), counts, {**dropped, "with equal summaries": equal})
+def _ranked(filtered: Filtered, splits: tuple[str, ...]) -> tuple[str, ...]:
+    """The workers by descending number of comparisons."""
+    return UserIndex.from_comparisons(map(_parsed, filtered.part(splits))).names
 
 
-def _parsed(record: Record):
+def _reading(filtered: Filtered, labelled: list[Record], workers: Sequence[str], options: Options) -> Reading:
+    """The official split of comparisons, and the counts of what was there before choices were simulated.
+
+    workers: those of training, by activity.
+    """
+    known = set(workers[: options.known_users])
+    train = [r for r in filtered.part(TRAIN) if r["user"] in known]
+    valid = [r["user"] in known for r in filtered.part(VALID)]
+    different = sum(r["chosen"] != r["rejected"] for r in train)
+    found = (*filtered.counts, len(train), different, sum(valid), len(valid) - sum(valid))
+    counts = [Count(what, n, said.get(options.known_users)) for (what, said), n in zip(PUBLISHED.items(), found)]
+    kept = [r for r in labelled if r["chosen"] != r["rejected"]]
+    official = Official(
+        [r for r in kept if r["split"] in TRAIN and r["user"] in known],
+        [r for r in kept if r["split"] in VALID],
+        [r for r in kept if r["split"] in TRAIN and r["user"] not in known],
+    )
+    return Reading([], official, counts, {**filtered.dropped, "with equal summaries": len(labelled) - len(kept)})
+
+
+def _parsed(record: Record) -> Comparison:
     return parse_comparison(record, record["id"], record["id"])
 
 
-def _comparisons(folder: Path, dropped: dict[str, int]) -> Iterator[Record]:
-    """The comparisons that pass the filter of policies, in the files' order."""
-    other, without_post = "of other policies", "without a post"
-    dropped.update({other: 0, without_post: 0})
-    for path in raw_files(folder, SOURCES["tldr"], "batch*.json"):
+def _filtered(folder: Path) -> Filtered:
+    """The comparisons that pass the filter of policies, in the files' order. UserError with file, line and field."""
+    dropped = dict.fromkeys(("of other policies", "without a post"), 0)
+    comparisons, counts = [], [0, 0]
+    for path in raw_files(folder, "tldr", *FILES):
         for number, raw in read_json_lines(path):
             where = f"{path}, line {number}"
             summaries = objects(raw, "summaries", where)
@@ -97,28 +120,31 @@ def _comparisons(folder: Path, dropped: dict[str, int]) -> Iterator[Record]:
                 raise UserError(f"{where}, summaries: expected 2, found {len(summaries)}")
             policies = [field(s, "policy", str, f"{where}, summaries[{i}]") for i, s in enumerate(summaries)]
             if not all("sup" in p and "ppo" not in p and "cnn" not in p for p in policies):
-                dropped[other] += 1
+                dropped["of other policies"] += 1
                 continue
-            info = field(raw, "info", dict, where)
-            post = field(info, "post", str, f"{where}, info", optional=True)
-            if not post:
-                dropped[without_post] += 1
-                continue
-            title, subreddit = (field(info, n, str, f"{where}, info", True) or "" for n in ("title", "subreddit"))
-            choice = field(raw, "choice", int, where)
-            split = field(raw, "split", str, where)
+            choice, split = field(raw, "choice", int, where), field(raw, "split", str, where)
             if choice not in (0, 1) or split not in (*TRAIN, *VALID):
                 found = f"choice {choice}, split {split!r}"
                 raise UserError(f"{where}: found {found}, expected choice 0 or 1 and split train, valid1 or valid2")
+            counts[split in VALID] += 1
+            info = field(raw, "info", dict, where)
+            post = field(info, "post", str, f"{where}, info", optional=True)
+            if not post:
+                dropped["without a post"] += 1
+                continue
+            title, subreddit = (field(info, n, str, f"{where}, info", True) or "" for n in ("title", "subreddit"))
             texts = [field(s, "text", str, f"{where}, summaries[{i}]") for i, s in enumerate(summaries)]
             texts = [text if text.startswith(" ") else " " + text for text in texts]
             prompt = f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
-            yield {
-                "prompt": prompt,
-                "chosen": texts[choice],
-                "rejected": texts[1 - choice],
-                "user": field(raw, "worker", str, where),
-                "id": f"{path.stem}:{number}",
-                "group": text_key(prompt),
-                "split": split,
-            }
+            comparisons.append(
+                {
+                    "prompt": prompt,
+                    "chosen": texts[choice],
+                    "rejected": texts[1 - choice],
+                    "user": parse_user(field(raw, "worker", str, where), f"{where}, worker"),
+                    "id": f"{path.stem}:{number}",
+                    "split_group": text_key(prompt),
+                    "split": split,
+                }
+            )
+    return Filtered(comparisons, (counts[0], counts[1]), dropped)
