@@ -90,20 +90,19 @@ def with_few_shot(train: list[Record], valid: list[Record], pool: Sequence[Recor
     random = np.random.RandomState(seed)
     held_out = {r["split_group"] for r in valid}
     readers: dict[str, set[str]] = {}
+    evaluated: dict[str, set[str]] = {}  # each user's groups
     for record in valid:
         readers.setdefault(record["split_group"], set()).add(record["user"])
+        evaluated.setdefault(record["user"], set()).add(record["split_group"])
     from_pool = [r for r in pool if r["split_group"] not in held_out]
     pooled = {r["user"] for r in from_pool}
     own = [r for r in valid if r["user"] not in pooled and len(readers[r["split_group"]]) == 1]
     by_user: dict[str, dict[str, list[Record]]] = {}
     for record in (*from_pool, *own):
         by_user.setdefault(record["user"], {}).setdefault(record["split_group"], []).append(record)
-    evaluated = {user: {g for g, users in readers.items() if user in users} for user in set().union(*readers.values())}
     few_shot: list[Record] = []
     taken: set[str] = set()
-    for user in (
-        dict.fromkeys(r["user"] for r in valid if r["user"] is not None and r["user"] not in known) if k else ()
-    ):
+    for user in (user for user in evaluated if k and user is not None and user not in known):
         groups = by_user.get(user, {})
         chosen: list[Record] = []
         used: set[str] = set()
