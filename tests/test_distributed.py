@@ -126,15 +126,22 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, process
 
 def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     """A named model, full fine-tuning and LoRA: two processes, each of which reads its rows, do as one that reads all."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     described = config.load(None, [LLAMA]).model
     backbone, tokenizer = random_backbone(described, len(byte_tokenizer()), 3), byte_tokenizer()
     backbone.save_pretrained(tmp_path / "base", max_shard_size="100KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     tokenizer.save_pretrained(tmp_path / "base")
+    tied = random_backbone(described, len(byte_tokenizer()), 3)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.generation_config = GenerationConfig(do_sample=True, temperature=0.7)
+    tied.save_pretrained(tmp_path / "tied", max_shard_size="100KB")
+    tokenizer.save_pretrained(tmp_path / "tied")
     named = (f"model.name={tmp_path / 'base'}", "model.family=null")
     cases = {"full": named, "lora": (*named, "lora.rank=4"), "prm": (*named, *CASES["prm"][1:])}
+    cases["tied"] = (f"model.name={tmp_path / 'tied'}", "model.family=null")
     for processes in (1, 2):
         train_all(processes, tmp_path / str(processes), cases)
     for name in cases:
@@ -144,6 +151,14 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     for name, parameter in exported.named_parameters():
         assert (parameter - ours[name]).abs().max() < 1e-5
     assert not torch.equal(exported.lm_head.weight, backbone.lm_head.weight)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "2" / "tied" / "final")
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    assert (exported.generation_config.do_sample, exported.generation_config.temperature) == (True, 0.7)
+    started_from = [
+        json.loads((tmp_path / n / "tied" / "checkpoints" / "step_20" / "state.json").read_text())["started_from"]
+        for n in "12"
+    ]
+    assert started_from[0] == started_from[1]  # the fingerprint of base weights, users and data
 
 
 def test_hybrid_sharding_four_processes_as_two_whole_models(alone, tmp_path):
