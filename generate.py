@@ -1,7 +1,7 @@
 """Answer prompts as several users: python generate.py --checkpoint DIR --prompts FILE.jsonl --users alice,bob,generic
 --out responses.jsonl
 
-A line of --prompts is {"prompt": text or messages, "id"?, "user_text"?}; a line of --out is {"id", "user", "prompt",
+A line of --prompts is {"prompt": text or messages, "id"?, "user"?, "user_text"?}; a line of --out is {"id", "user", "prompt",
 "response", "tokens", "finished", ...}. The same command again goes on where it stopped.
 
 Score responses with a reward model: python generate.py --checkpoint DIR --score FILE.jsonl --out rewards.jsonl
