@@ -161,6 +161,7 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     assert started_from[0] == started_from[1]  # the fingerprint of base weights, users and data
 
 
+@pytest.mark.slow
 def test_hybrid_sharding_four_processes_as_two_whole_models(alone, tmp_path):
     train_all(4, tmp_path, {"hybrid": (*CASES["pdpo"], "fsdp.replicas=2")})
     assert_alike(alone / "pdpo", tmp_path / "hybrid", 1e-5)
@@ -237,7 +238,7 @@ def assert_equal_runs(one, other):
     assert without_clock[0] == without_clock[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_that_is_told_to_stop_saves_and_says_so(uninterrupted, tmp_path, processes):
     run = tmp_path / "run"
     command = ("train.py", *arguments(run, *LONG, "train.save_every=null"))
