@@ -32,9 +32,9 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """UserError unless low <= value <= high."""
     if not low <= value <= high:
-        raise UserError(
-            f"{name}: found {value}, expected at least {low}" + (f", at most {high}" if high < float("inf") else "")
-        )
+        found, least, most = (f"{n:g}" if isinstance(n, float) else str(n) for n in (value, low, high))
+        at_most = f", at most {most}" if high < float("inf") else ""
+        raise UserError(f"{name}: found {found}, expected at least {least}{at_most}")
 
 
 def run_command(main: Callable[[], None]) -> None:

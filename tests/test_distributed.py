@@ -290,7 +290,7 @@ def test_killed_at_twenty_random_moments_two_processes_end_bit_for_bit_alike(uni
     kill_and_resume(uninterrupted, tmp_path / "run", kills=20, seed=1)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_ends_with_a_message_and_the_last_good_checkpoint(tmp_path, processes):
     """No file may become larger than 150 kB from the second checkpoint on: what a disk without room does to a save."""
     run = tmp_path / "run"
