@@ -246,26 +246,18 @@ def test_a_file_that_changed_in_the_meantime_starts_anew(server, toy, folder, ru
     assert (folder / "a.json").read_bytes() == LONG
 
 
-def test_a_changed_file_is_noticed_where_the_server_ignores_if_range(server, toy, folder, run):
-    partial(folder, f"{server.url}/a.json", b"of the old file")
+@pytest.mark.parametrize(
+    "here, first, etag",
+    [(b"of the old file", 15, '"two"'), (LONG[:15], 8, '"one"')],
+    ids=["of another file, the server ignoring If-Range", "from another byte on"],
+)
+def test_a_range_other_than_the_one_asked_for_is_not_used(server, toy, folder, run, here, first, etag):
+    partial(folder, f"{server.url}/a.json", here)
     server.files["/a.json"] = LONG
 
     def answer(handler):
         del server.answers["/a.json"]
-        handler.reply(206, LONG[15:], ETag='"two"', Content_Range=f"bytes 15-{len(LONG) - 1}/{len(LONG)}")
-
-    server.answers["/a.json"] = answer
-    assert run()[0] == 0
-    assert (folder / "a.json").read_bytes() == LONG
-
-
-def test_a_range_other_than_the_one_asked_for_is_not_used(server, toy, folder, run):
-    partial(folder, f"{server.url}/a.json", LONG[:15])
-    server.files["/a.json"] = LONG
-
-    def answer(handler):
-        del server.answers["/a.json"]
-        handler.reply(206, LONG[8:], ETag='"one"', Content_Range=f"bytes 8-{len(LONG) - 1}/{len(LONG)}")
+        handler.reply(206, LONG[first:], ETag=etag, Content_Range=f"bytes {first}-{len(LONG) - 1}/{len(LONG)}")
 
     server.answers["/a.json"] = answer
     assert run()[0] == 0

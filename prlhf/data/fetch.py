@@ -22,7 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.errors import HTTPError as HubHTTPError  # httpx's base of all that fails on the way to the Hub
 
 from prlhf.data.download import NETWORK, cause, download
-from prlhf.data.files import sha256
+from prlhf.data.files import sha256, write_json
 from prlhf.data.sources import SOURCES, Source, raw_folder, source_name
 from prlhf.errors import UserError
 
@@ -70,14 +70,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any]:
 def remember(folder: Path, record: dict[str, Any], file: str, **origin: Any) -> None:
     """Write origin, size and checksum of a file to fetched.json."""
     record["files"][file] = {**origin, **size_and_checksum(folder / file)}
-    write_record(folder, record)
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write fetched.json, whole or not at all."""
-    aside = folder / "fetched.json.partial"
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, folder / "fetched.json")
+    write_json(folder / "fetched.json", record)
 
 
 def size_and_checksum(path: Path) -> dict[str, Any]:
@@ -202,7 +195,7 @@ def fetch_repository(name: str, source: Source, folder: Path, record: dict[str, 
         os.replace(staging / path, folder / file)
         remember(folder, record, file, repository=source.repository, revision=info.sha, path=path)
         print(f"{file}: downloaded, {record['files'][file]['bytes']:,} bytes")
-    write_record(folder, {**record, "revision": info.sha})  # not before all are there
+    write_json(folder / "fetched.json", {**record, "revision": info.sha})  # not before all are there
     shutil.rmtree(staging, ignore_errors=True)
     return list(missing)
 

@@ -5,7 +5,6 @@ comparisons split.json: with which options, from which files (by checksum), how 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from prlhf.data import (
     split_conversations,
     tldr,
 )
-from prlhf.data.files import read_records, sha256, write_json_lines
+from prlhf.data.files import read_records, sha256, write_json, write_json_lines
 from prlhf.data.reading import Count, Options, Reading, Record, raw_files, text_key
 from prlhf.data.sources import raw_folder, source_name
 from prlhf.data.splits import Shares, Split, split, with_few_shot
@@ -172,9 +171,7 @@ def write(
         "known_users": known,
     }
     record["counts"] = [count._asdict() for count in counts]
-    aside = target / ".split.json.partial"
-    aside.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, target / "split.json")
+    write_json(target / "split.json", record)
 
 
 def tell(counts: Iterable[Count]) -> None:
