@@ -6,9 +6,11 @@ boolean attention mask through the attention interface; GPT-J has no SDPA there 
 """
 
 import contextlib
+import functools
 import logging
 import types
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,13 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    create_selective_checkpoint_contexts,
+)
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -46,6 +54,16 @@ transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = {"gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")}  # all others: LLAMA_LIKE
+
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}  # -> left factor
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
 
 
 class Head(NamedTuple):
@@ -150,10 +168,27 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return list(model.base_model.h if model.config.model_type == "gptj" else model.base_model.layers)
 
 
-def prepare_blocks(model: PreTrainedModel, config: ModelConfig) -> None:
+def elementwise_recomputed(narrow: int) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts for torch.utils.checkpoint: keep matrix products and attention, compute all else again.
+
+    A product over `narrow` or fewer (LoRA's B) is cheaper to compute than to keep. (Selective activation checkpointing:
+    Korthikanti et al. 2022, arXiv 2205.05198, section 5, keeps what is dear to compute for its size.)
+    """
+
+    def policy(_: SelectiveCheckpointContext, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept = op in ATTENTION or (op in PRODUCTS and args[PRODUCTS[op]].shape[-1] > narrow)
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) -> None:
     """Gradient checkpointing of every n-th block, and torch.compile of each, as the config has it."""
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options: dict[str, Any] = {"use_reentrant": False}
+        if config.recompute == "elementwise":
+            options["context_fn"] = functools.partial(elementwise_recomputed, lora_rank)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         for i, block in enumerate(blocks(model)):
             block.gradient_checkpointing = i % config.checkpoint_every == 0
     if config.compile:

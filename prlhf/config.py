@@ -74,6 +74,11 @@ class ModelConfig:
     )
     gradient_checkpointing: bool = key(False, "Recompute blocks in the backward pass to save memory.")
     checkpoint_every: int = key(1, "Of which blocks: every n-th.", low=1)
+    recompute: str = key(
+        "blocks",
+        "What of them: all, or only what is neither a matrix product nor attention, for less memory at little cost.",
+        choices=("blocks", "elementwise"),
+    )
     compile: bool = key(False, "torch.compile each block (needs a C++ compiler on a CPU; the first steps are slow).")
     frozen: bool = key(False, "Leave the backbone as it is: the user model and the reward head alone are trained.")
 

@@ -435,6 +435,8 @@ def keys_to_change(config: Config, memory: Memory, processes: int) -> list[str]:
         options.append((activations, f"optim.micro_batch_size (now {config.optim.micro_batch_size})"))
     if not config.model.gradient_checkpointing:
         options.append((activations, "model.gradient_checkpointing=true"))
+    elif config.model.recompute == "elementwise":
+        options.append((activations, "model.recompute=blocks"))
     options.append((activations // 2, f"data.max_tokens (now {config.data.max_tokens})"))
     if config.lora.rank == 0 and not config.model.frozen:
         options.append((memory.gradients + memory.optimizer, "lora.rank (now 0, full fine-tuning), e.g. 16"))

@@ -336,7 +336,7 @@ def build_model(
         add_lora(backbone, config.lora, lora_targets(backbone, config.lora.targets), config.seed)
     elif config.method == "prm" and backbone.get_output_embeddings().weight is not embeddings_VD:
         backbone.get_output_embeddings().requires_grad_(False)  # the LM head, of which a reward model has no use
-    prepare_blocks(backbone, config.model)
+    prepare_blocks(backbone, config.model, config.lora.rank)
     slot = len(bos_ids(tokenizer))
     if config.method == "pairwise":
         return PairwisePreferenceModel(backbone, user_model, pair_question(tokenizer), users, slot, config.model)

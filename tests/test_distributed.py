@@ -32,6 +32,9 @@ CASES = {
     # Without centring the final norm's bias has no gradient but rounding, which Adam makes steps of.
     "prm, linear, rows": (GPTJ, "method=prm", "loss.center=0.01", "user_model.aggregator=linear", "user_model.tokens=1", "model.layout=rows"),
     "prm, frozen": (LLAMA, "method=prm", "user_model.aggregator=linear", "user_model.tokens=1", "model.frozen=true"),
+    # Its states come from the cache that one process wrote.
+    "prm, frozen, bfloat16": (GPTJ, "method=prm", "user_model.aggregator=linear", "user_model.tokens=1", "model.frozen=true", "model.dtype=bfloat16"),
+    "pdpo, elementwise": (LLAMA, "lora.rank=2", "model.gradient_checkpointing=true", "model.recompute=elementwise"),
     "vanilla": (LLAMA, "user_model.kind=uniform", "user_model.tokens=0"),
 }  # fmt: skip
 

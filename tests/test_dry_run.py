@@ -1,5 +1,6 @@
 """What is said of a training before it runs: counted by hand, by another way of measuring, and by running it."""
 
+import gc
 import json
 import os
 import subprocess
@@ -55,7 +56,13 @@ def test_parameters_as_counted_by_hand(family, backbone, lora):
     assert adapted.parameters == {"backbone": (backbone, 0), "LoRA": (lora, lora), "user model": (users, users)}
 
 
-@pytest.mark.parametrize("overrides", [(), ("lora.rank=2",), ("method=prm",), ("model.gradient_checkpointing=true",)])
+CHECKPOINTING = "model.gradient_checkpointing=true"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [(), ("lora.rank=2",), ("method=prm",), (CHECKPOINTING,), (CHECKPOINTING, "model.recompute=elementwise")],
+)
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_memory_as_the_real_model_holds_it(family, overrides):
     """One comparison an update: the real model's forward pass saves, unique storages and weights aside, what is said."""
@@ -77,8 +84,17 @@ def test_memory_as_the_real_model_holds_it(family, overrides):
             saved[storage.data_ptr()] = storage
         return tensor
 
+    def seen_by_python():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not o.is_sparse]
+        kept = [t for t in tensors if t.dtype != torch.uint8 and t.numel() > 2]  # no generator's state, no results
+        return {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept}
+
+    before = seen_by_python()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = part_loss(config, model, comparisons, reference, items, 1)
+    if "model.recompute=elementwise" in overrides:  # torch keeps the products itself, not through autograd
+        saved |= {address: storage for address, storage in seen_by_python().items() if address not in before}
     measured = sum(storage.nbytes() for storage in saved.values())
     # Beside what autograd saves live the few small results of the forward pass itself, and its input.
     assert measured <= memory.activations <= 1.05 * measured + 16384
@@ -134,6 +150,8 @@ def test_what_cannot_fit_ends_with_1_and_the_keys(call, tmp_path):
     for key in ("optim.micro_batch_size (now 8)", "model.gradient_checkpointing=true", "data.max_tokens", "lora.rank"):
         assert key in verdict
     assert not (tmp_path / "run").exists()
+    arguments = command(tmp_path / "run", CHECKPOINTING, "model.recompute=elementwise")
+    assert "model.recompute=blocks" in call(train.main, *arguments, "--dry-run", "--memory", "0.01")[1]
 
 
 def test_a_gpu_that_is_not_here_must_be_described():

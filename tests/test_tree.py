@@ -1,5 +1,7 @@
 """The preference tree, the plain rows and one-sequence-at-a-time Hugging Face agree in loss and every gradient."""
 
+from collections import Counter
+
 import pytest
 import torch
 import transformers
@@ -15,8 +17,9 @@ from helpers import (
     tiny_model,
 )
 from torch.nn.attention.flex_attention import create_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from prlhf.backbones import random_backbone, tree_block_mask, use_tree_attention
+from prlhf.backbones import LLAMA_LIKE, LORA_TARGETS, random_backbone, tree_block_mask, use_tree_attention
 from prlhf.batching import PACK_MULTIPLE, PREFIX, Layout, collate, tree_mask
 from prlhf.losses import log_ratio_margin, sigmoid_loss
 from prlhf.personalized import build_model
@@ -51,13 +54,15 @@ def plain_loss(backbone, model, comparisons):
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("user_text", [False, True])
-@pytest.mark.parametrize("checkpointing", [(), ("model.gradient_checkpointing=true", "model.checkpoint_every=2")])
+@pytest.mark.parametrize("checkpointing", [(), ("model.checkpoint_every=2",), ("model.recompute=elementwise",)])
 def test_all_layouts_and_plain_sequences_agree(family, user_text, checkpointing):
     comparisons = random_comparisons(6, user_text=user_text)
     voters = [c._replace(user=1 + i) for i, c in enumerate(comparisons[:3])]
     flipped = [c._replace(chosen=c.rejected, rejected=c.chosen) for c in voters]
     comparisons += [*voters, *flipped]  # pairs judged by several users, and the other way round
 
+    if checkpointing:
+        checkpointing += ("model.gradient_checkpointing=true",)
     config, results = tiny_config(family=family), {}
     for layout, share in (("tree", True), ("tree", False), ("packed", True), ("packed", False), ("rows", True)):
         keys = (f"model.layout={layout}", f"model.share_trees={share}", *checkpointing)
@@ -76,6 +81,45 @@ def test_all_layouts_and_plain_sequences_agree(family, user_text, checkpointing)
         assert found_loss == pytest.approx(loss.item(), abs=1e-10)
         assert_same(found, expected)
     assert all(g.abs().max() > 0 for g in expected.values())
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.times = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.times[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family, activation", [("llama", "silu"), ("gptj", "tanh")])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_elementwise_checkpointing_computes_no_product_twice(family, activation, rank):
+    """Per block: attention and the products of full fine-tuning as often as without, an activation once more; LoRA's B
+    (one a target) again, but for the last one, behind which the block's backward pass needs nothing."""
+    comparisons = random_comparisons(2)
+
+    def counts(*keys):
+        config = tiny_config(*keys, f"lora.rank={rank}", "model.layers=3", family=family)
+        model = tiny_model(config).train()
+        outputs = model(batch_of(model, comparisons))
+        with Counted() as backward:
+            (outputs.chosen - outputs.rejected).sum().backward()
+        products = sum(n for name, n in backward.times.items() if name in ("mm", "addmm", "bmm"))
+        forward_attention = sum(n for name, n in backward.times.items() if name.endswith("for_cpu"))
+        return products, forward_attention, backward.times[activation]
+
+    without = counts()
+    whole = counts("model.gradient_checkpointing=true")
+    elementwise = counts("model.gradient_checkpointing=true", "model.recompute=elementwise")
+    again = len(LORA_TARGETS.get(family, LLAMA_LIKE)) - 1 if rank else 0
+    assert without[1:] == (0, 0)
+    assert whole[0] > elementwise[0] == without[0] + 3 * again
+    assert whole[1:] == (3, 3)
+    assert elementwise[1:] == (0, 3)
 
 
 def test_gptj_sdpa_equals_hugging_faces_attention():
