@@ -57,8 +57,9 @@ def main() -> None:
     held_out = {split: f"{args.data}/valid_{split}.jsonl" for split in HELD_OUT}
     evaluations = grid.run_grid(args, arms, data, held_out)
     for split, found in evaluations.items():
-        names = [f"{arm}={','.join(map(str, folders))}" for arm, folders in found.items()]
-        grid.call(compare.main, *names, "--out", str(Path(args.out) / f"comparison_{split}"))
+        if len(found) > 1:  # one arm has nothing to be compared with
+            names = [f"{arm}={','.join(map(str, folders))}" for arm, folders in found.items()]
+            grid.call(compare.main, *names, "--out", str(Path(args.out) / f"comparison_{split}"))
 
 
 if __name__ == "__main__":
