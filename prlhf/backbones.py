@@ -58,12 +58,14 @@ LORA_TARGETS = {"gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}  # -> left factor
-ATTENTION = {
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-}
+ATTENTION = frozenset(
+    (
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    )
+)
 
 
 class Head(NamedTuple):
@@ -111,8 +113,12 @@ def takes_flex_attention(model: PreTrainedModel) -> bool:
     """Whether FlexAttention computes this model's attention: heads of 16 or more, and no dropout in it."""
     config = model.config
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
-    return heads >= 16 and dropout == 0.0
+    return heads >= 16 and attention_dropout(model) == 0.0
+
+
+def attention_dropout(model: PreTrainedModel) -> float:
+    """The probability of dropout within attention."""
+    return getattr(model.config, "attention_dropout", 0.0) or getattr(model.config, "attn_pdrop", 0.0)
 
 
 def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
@@ -168,15 +174,17 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return list(model.base_model.h if model.config.model_type == "gptj" else model.base_model.layers)
 
 
-def elementwise_recomputed(narrow: int) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts for torch.utils.checkpoint: keep matrix products and attention, compute all else again.
+def elementwise_recomputed(
+    narrow: int, attention: frozenset[OpOverload]
+) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Contexts for torch.utils.checkpoint: keep matrix products and the operations `attention`, compute all else again.
 
     A product over `narrow` or fewer (LoRA's B) is cheaper to compute than to keep. (Selective activation checkpointing:
     Korthikanti et al. 2022, arXiv 2205.05198, section 5, keeps what is dear to compute for its size.)
     """
 
     def policy(_: SelectiveCheckpointContext, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kept = op in ATTENTION or (op in PRODUCTS and args[PRODUCTS[op]].shape[-1] > narrow)
+        kept = op in attention or (op in PRODUCTS and args[PRODUCTS[op]].shape[-1] > narrow)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)
@@ -187,7 +195,9 @@ def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) 
     if config.gradient_checkpointing:
         options: dict[str, Any] = {"use_reentrant": False}
         if config.recompute == "elementwise":
-            options["context_fn"] = functools.partial(elementwise_recomputed, lora_rank)
+            # Attention with dropout draws again, or what is dropped behind it would be other elements than before.
+            kept = frozenset() if attention_dropout(model) else ATTENTION
+            options["context_fn"] = functools.partial(elementwise_recomputed, lora_rank, kept)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         for i, block in enumerate(blocks(model)):
             block.gradient_checkpointing = i % config.checkpoint_every == 0

@@ -207,7 +207,7 @@ def save_final(
 FIXED = ("method", "model.", "user_model.", "lora.")
 FREE = (
     "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.gradient_checkpointing",
-    "model.checkpoint_every", "model.compile",
+    "model.checkpoint_every", "model.recompute", "model.compile",
 )  # fmt: skip
 
 

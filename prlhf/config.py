@@ -76,7 +76,8 @@ class ModelConfig:
     checkpoint_every: int = key(1, "Of which blocks: every n-th.", low=1)
     recompute: str = key(
         "blocks",
-        "What of them: all, or only what is neither a matrix product nor attention, for less memory at little cost.",
+        "What of them: all, or only what is neither attention nor a matrix product (but LoRA's B), for more memory and less "
+        "time.",
         choices=("blocks", "elementwise"),
     )
     compile: bool = key(False, "torch.compile each block (needs a C++ compiler on a CPU; the first steps are slow).")
@@ -487,6 +488,11 @@ def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
             "model.compute_dtype",
             f"found {config.model.compute_dtype!r}, expected null with LoRA, a frozen model or half-type weights, which "
             "compute in model.dtype; or float32 weights and full fine-tuning",
+        )
+    if config.model.recompute == "elementwise" and config.model.compile:
+        fault(
+            "model.recompute",
+            "found 'elementwise', expected 'blocks' with model.compile, whose blocks are one operation",
         )
     if config.lora.targets == ():
         fault("lora.targets", "found no names, expected some, or null for all of the family's")

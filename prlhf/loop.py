@@ -252,6 +252,46 @@ class Progress:
     sums: Sums = field(default_factory=Sums)  # since the last record of metrics.jsonl
 
 
+class Step(NamedTuple):
+    """What is known of an update: its sums, the gradient's norm before clipping, and whether the weights were changed."""
+
+    sums: Sums
+    norm: float
+    applied: bool
+
+
+def take_step(
+    config: Config,
+    model: PersonalizedModel,
+    optimizer: Optimizers,
+    training: Split,
+    update: Sequence[int],
+    number: int,
+    total: int,
+) -> Step:
+    """Update `number` (from 0) of `total`: the gradient of the mean loss over `update` (indices of comparisons), clipped,
+    and AdamW.
+
+    A loss or gradient that is not finite leaves the weights as they are.
+    """
+    started = time.perf_counter()
+    factor = learning_rate_factor(number, total, config.optim)
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    comparisons = training.data.comparisons
+    optimizer.catch_up(model.user_model.rows_of([0, *(comparisons[i].user for i in update)]))
+    torch.manual_seed(seed_of(config.seed, number))  # whatever was drawn before: resuming is exact
+    sums = accumulate_gradients(config, model, comparisons, training.reference, update)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = clip(parameters, config.optim.max_grad_norm or math.inf)
+    applied = math.isfinite(sums.loss) and math.isfinite(norm)
+    if applied:
+        optimizer.step()
+    optimizer.zero_grad()
+    sums.seconds = time.perf_counter() - started
+    return Step(sums, norm, applied)
+
+
 def train(
     config: Config,
     run: Run,
@@ -269,7 +309,6 @@ def train(
     comparisons = training.data.comparisons
     per_epoch, total = schedule(config.optim, len(comparisons))
     optimizer = make_optimizer(config, model, total)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     progress = resume(run, model, optimizer, fingerprint_of(base, users.names, comparisons))
     log = TrainingLog(config, run, progress.step, total)
     if model.device.type == "cpu":
@@ -279,24 +318,11 @@ def train(
         while progress.step < total:
             epoch, first = divmod(progress.step, per_epoch)
             for update in epoch_updates(config, comparisons, epoch)[first : first + total - progress.step]:
-                started = time.perf_counter()
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * learning_rate_factor(progress.step, total, config.optim)
-
-                optimizer.catch_up(model.user_model.rows_of([0, *(comparisons[i].user for i in update)]))
-                torch.manual_seed(seed_of(config.seed, progress.step))  # whatever was drawn before: resuming is exact
-                sums = accumulate_gradients(config, model, comparisons, training.reference, update)
-                norm = clip(parameters, config.optim.max_grad_norm or math.inf)
-                applied = math.isfinite(sums.loss) and math.isfinite(norm)
-                if applied:
-                    optimizer.step()
-                optimizer.zero_grad()
-
+                sums, norm, applied = take_step(config, model, optimizer, training, update, progress.step, total)
                 progress.step += 1
                 log.bar.update()
                 if applied:
                     progress.skipped = 0
-                    sums.seconds = time.perf_counter() - started
                     progress.sums.add(sums)
                 else:
                     refuse(config, run, log, progress, sums.loss, norm)

@@ -244,16 +244,6 @@ class Optimizers:
             for p in group["params"]:
                 p.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Both states; rows that have not caught up need not do so to be saved."""
-        return {"dense": self.dense.state_dict(), "tables": self.tables.state_dict() if self.tables else {}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put `state_dict` back."""
-        self.dense.load_state_dict(state_dict["dense"])
-        if self.tables:
-            self.tables.load_state_dict(state_dict["tables"])
-
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Scale gradients g, dense, sharded or sparse, by min(1, max_norm / (|g| + 1e-6)) and return |g|, all together's.

@@ -127,6 +127,14 @@ def test_reward_models_through_the_same_commands(call, tmp_path, overrides):
     other += ["model.frozen=true"] if "lora.rank=0" in overrides and "model.frozen=true" not in overrides else []
     for changed in other:
         refused(call(evaluate.main, "--checkpoint", run, "--set", changed), "another model", changed.split("=")[0])
+    how = [
+        "model.layout=rows",
+        "model.gradient_checkpointing=true",
+        "model.checkpoint_every=2",
+        "model.recompute=elementwise",
+    ]
+    result = call(evaluate.main, "--checkpoint", run, "--set", *how, "--out", tmp_path / "computed_otherwise")
+    assert result[0] == 0, result
     prompts = ("--prompts", "examples/tiny/prompts.jsonl", "--users", "alice", "--out", tmp_path / "o")
     refused(call(generate.main, "--checkpoint", run, *prompts), "does not generate")
 

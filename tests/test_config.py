@@ -72,6 +72,10 @@ def test_numbers(value, good):
         (["model.family=llama", "user_model.tokens=0"], "expected at least 1 for user_model.kind 'individual'"),
         (["model.family=llama", "loss.kind=ipo", "loss.label_smoothing=0.1"], "loss.label_smoothing"),
         (["model.family=llama", "train.final=best"], "'best' needs data.valid"),
+        (
+            ["model.family=llama", "model.compile=true", "model.recompute=elementwise"],
+            "expected 'blocks' with model.compile",
+        ),
         (["model.family=llama", "model=3"], "model is a group of keys"),
         (["model.family=llama", "lora.targets=q_proj"], "expected list of strings or null"),
     ],

@@ -61,7 +61,14 @@ CHECKPOINTING = "model.gradient_checkpointing=true"
 
 @pytest.mark.parametrize(
     "overrides",
-    [(), ("lora.rank=2",), ("method=prm",), (CHECKPOINTING,), (CHECKPOINTING, "model.recompute=elementwise")],
+    [
+        (),
+        ("lora.rank=2",),
+        ("method=prm",),
+        (CHECKPOINTING,),
+        (CHECKPOINTING, "model.recompute=elementwise"),
+        (CHECKPOINTING, "model.recompute=elementwise", "lora.rank=2"),
+    ],
 )
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_memory_as_the_real_model_holds_it(family, overrides):

@@ -243,9 +243,6 @@ class DenseAdamW:
     def zero_grad(self):
         self.optimizer.zero_grad()
 
-    def state_dict(self):
-        return self.optimizer.state_dict()
-
 
 @pytest.mark.parametrize("kind", ["individual", "cluster"])
 def test_training_gives_the_weights_of_dense_adamw(monkeypatch, tmp_path, kind):

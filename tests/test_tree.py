@@ -19,7 +19,15 @@ from helpers import (
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prlhf.backbones import LLAMA_LIKE, LORA_TARGETS, random_backbone, tree_block_mask, use_tree_attention
+from prlhf.backbones import (
+    LLAMA_LIKE,
+    LORA_TARGETS,
+    blocks,
+    prepare_blocks,
+    random_backbone,
+    tree_block_mask,
+    use_tree_attention,
+)
 from prlhf.batching import PACK_MULTIPLE, PREFIX, Layout, collate, tree_mask
 from prlhf.losses import log_ratio_margin, sigmoid_loss
 from prlhf.personalized import build_model
@@ -120,6 +128,31 @@ def test_elementwise_checkpointing_computes_no_product_twice(family, activation,
     assert whole[0] > elementwise[0] == without[0] + 3 * again
     assert whole[1:] == (3, 3)
     assert elementwise[1:] == (0, 3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_elementwise_checkpointing_drops_the_same_elements_again(family):
+    """The gradients of LoRA with dropout, and with dropout in attention, from the same seed with and without."""
+    comparisons, results = random_comparisons(2), []
+    for keys in ((), ("model.gradient_checkpointing=true", "model.recompute=elementwise")):
+        config = tiny_config("lora.rank=2", "lora.dropout=0.5", *keys, family=family)
+        model = tiny_model(config).train()
+        torch.manual_seed(0)
+        outputs = model(batch_of(model, comparisons))
+        (outputs.chosen - outputs.rejected).sum().backward()
+        results.append(gradients(model))
+    assert_same(*results)
+
+
+def test_attention_with_dropout_is_computed_again():
+    """Kept, it would not draw from the generator again, and dropouts behind it would drop other elements than before."""
+    config = tiny_config("model.gradient_checkpointing=true", "model.recompute=elementwise", "model.compile=false")
+    for dropout, kept in ((0.0, True), (0.1, False)):
+        model = random_backbone(config.model, VOCABULARY, 0)
+        model.config.attention_dropout = dropout
+        prepare_blocks(model, config.model, 0)
+        keep = blocks(model)[0]._gradient_checkpointing_func.keywords["context_fn"].args[1]
+        assert bool(keep) == kept
 
 
 def test_gptj_sdpa_equals_hugging_faces_attention():
