@@ -10,7 +10,6 @@ import functools
 import logging
 import types
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,7 +175,7 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def elementwise_recomputed(
     narrow: int, attention: frozenset[OpOverload]
-) -> tuple[AbstractContextManager, AbstractContextManager]:
+) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
     """Contexts for torch.utils.checkpoint: keep matrix products and the operations `attention`, compute all else again.
 
     A product over `narrow` or fewer (LoRA's B) is cheaper to compute than to keep. (Selective activation checkpointing:
