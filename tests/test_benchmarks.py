@@ -1,6 +1,8 @@
 """The benchmarks' own parts run, at toy size; what they compare with is not installed here."""
 
+import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
 
 from prlhf.backbones import byte_tokenizer, load_weights, random_backbone
 from prlhf.config import ModelConfig
@@ -36,9 +39,27 @@ def test_step_prints_a_table_and_writes_json(model, tmp_path):
     out = tmp_path / "step.json"
     arms = ("--arms", "prlhf", "prlhf pdpo", "rows")
     table = run("step.py", "--model", model, "--comparisons", 2, "--rounds", 2, "--out", out, *arms)
-    assert [row["arm"] for row in json.loads(out.read_text())["rows"]] == ["prlhf", "prlhf pdpo", "rows"]
+    written = json.loads(out.read_text())
+    assert [row["arm"] for row in written["rows"]] == ["prlhf", "prlhf pdpo", "rows"]
     assert "| prlhf pdpo | " in table and "matmul rate: " in table
-    assert all(0 < row["share_of_matmul_rate"] < 1 for row in json.loads(out.read_text())["rows"])
+    # share times seconds is an arm's useful work: the same for both ways to compute P-DPO, less without a user
+    work = {
+        row["arm"]: row["share_of_matmul_rate"] * statistics.median(written["seconds"][row["arm"]])
+        for row in written["rows"]
+    }
+    assert work["rows"] == pytest.approx(work["prlhf pdpo"]) and 0 < work["prlhf"] < work["rows"]
+
+
+def test_the_share_of_the_matmul_rate_is_useful_flops_over_what_the_time_allows(model, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import step
+    from shapes import useful_flops
+
+    args = argparse.Namespace(model=str(model), lora=0)
+    comparisons = [EncodedComparison([5] * 9, [5] * 9, [7] * 3, [8] * 4, 1)]
+    flops = useful_flops(AutoConfig.from_pretrained(model), comparisons, 0, 1, lora=False)
+    found = step.shares_of_rate(args, comparisons, {"prlhf": 2.0, "trl": 8.0}, rate=float(flops))
+    assert found == {"prlhf": pytest.approx(1 / 2), "trl": pytest.approx(1 / 8)}
 
 
 def test_a_random_model_of_a_real_shape_loads(tmp_path):
