@@ -25,7 +25,7 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	touch $@
 
 test: install
-	$(PY) -m pytest
+	$(PY) -m pytest --durations 15
 
 test-slow: install
 	$(PY) -m pytest -m slow

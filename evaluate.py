@@ -59,10 +59,10 @@ def main() -> None:
         "checkpoint": str(loaded.path),
         "data": str(source),
         "encoding": asdict(data.report),
-        **summarize(config, scores, reference, users, data.names, rules),
+        **summarize(config, scores, reference, users, data.names, rules, others=loaded.model.users > 1),
     }
     margins = reward_margins(config.loss, scores, reference)
-    write_margins(out, [c.id for c in data.raw], data.names, [user > 0 for user in users], margins)
+    write_margins(out, data.raw, [user > 0 for user in users], margins)
     if (run_dir / "metrics.jsonl").exists():
         accuracy_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
     write_report(report, out)  # last: a report says that the evaluation is complete

@@ -60,7 +60,7 @@ def main() -> None:
 
 def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     """Write the responses to --prompts for each of --users."""
-    prompts = read_prompts(args.prompts, loaded.config.data.attributes)[: args.limit]
+    prompts = read_prompts(args.prompts, loaded.config.data)[: args.limit]
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
     names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")

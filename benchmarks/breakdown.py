@@ -6,11 +6,10 @@ Self time of torch's operations, forward, backward and optimiser together, from 
 matrix products. The profiler itself costs some of what it shows.
 """
 
-import sys
 from collections import defaultdict
 
 import torch
-from step import arguments, comparisons_of, labels, made
+from step import Arm, arguments, comparisons_of, group_of, labels, made
 from torch.profiler import ProfilerActivity, profile
 
 from prlhf.errors import run_command
@@ -38,22 +37,27 @@ def main() -> None:
     args = arguments(__doc__)
     keep_freed_memory()
     comparisons = comparisons_of(args)
-    cuda = torch.cuda.is_available()
     for name in labels(args):
-        arm = made(name, args, comparisons)
-        arm.step()
-        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
-            arm.step()
-        times: dict[str, float] = defaultdict(float)
-        for event in profiled.key_averages():
-            if not cuda:
-                times[kind(event.key)] += event.self_cpu_time_total
-            elif event.device_type == torch.autograd.DeviceType.CUDA:  # the kernels themselves
-                times[kind(event.key)] += event.self_device_time_total
+        with group_of(name, args):
+            times = times_by_kind(made(name, args, comparisons))
         total = sum(times.values())
         shares = sorted(times.items(), key=lambda item: -item[1])
-        print(f"{name}: " + ", ".join(f"{label} {100 * t / total:.0f}%" for label, t in shares), file=sys.stdout)
-        del arm
+        print(f"{name}: " + ", ".join(f"{label} {100 * t / total:.0f}%" for label, t in shares))
+
+
+def times_by_kind(arm: Arm) -> dict[str, float]:
+    """Microseconds of a step, the second one, by kind of operation."""
+    cuda = torch.cuda.is_available()
+    arm.step()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
+        arm.step()
+    times: dict[str, float] = defaultdict(float)
+    for event in profiled.key_averages():
+        if not cuda:
+            times[kind(event.key)] += event.self_cpu_time_total
+        elif event.device_type == torch.autograd.DeviceType.CUDA:  # the kernels themselves
+            times[kind(event.key)] += event.self_device_time_total
+    return times
 
 
 if __name__ == "__main__":

@@ -12,13 +12,11 @@ import json
 import tempfile
 from pathlib import Path
 
-from shapes import MODELS, random_comparisons
+from shapes import MODELS, random_comparisons, training_data
 
 from prlhf import config as config_module
 from prlhf.backbones import byte_tokenizer
-from prlhf.data import UserIndex
 from prlhf.dry_run import predict
-from prlhf.encoding import Dataset, EncodingReport, TrainingData
 from prlhf.errors import run_command
 
 MODES = {
@@ -38,10 +36,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--out", help="also write the table as JSON")
     args = parser.parse_args()
-    comparisons = random_comparisons("tldr", args.comparisons, 256, USERS)
-    data = TrainingData(
-        UserIndex([f"user{i}" for i in range(USERS)]), Dataset(comparisons, [], EncodingReport(len(comparisons))), None
-    )
+    data = training_data(random_comparisons("tldr", args.comparisons, 256, USERS), USERS)
     rows = []
     for name in args.models:
         with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PretrainedConfig
 
 from prlhf.backbones import blocks
-from prlhf.encoding import EncodedComparison
+from prlhf.data import UserIndex
+from prlhf.encoding import Dataset, EncodedComparison, EncodingReport, TrainingData
 
 MODELS = {
     "GPT-J 6B": GPTJConfig(),
@@ -46,6 +47,12 @@ def random_comparisons(shape: str, count: int, vocabulary: int, users: int, seed
         chosen, rejected = ids(SHAPES[shape].response), ids(SHAPES[shape].response)
         found.append(EncodedComparison(prompt, prompt, chosen, rejected, 1 + i % users))
     return found
+
+
+def training_data(comparisons: list[EncodedComparison], users: int) -> TrainingData:
+    """The comparisons as training takes them, by users without names of their own."""
+    index = UserIndex([f"user{i}" for i in range(users)])
+    return TrainingData(index, Dataset(comparisons, [], EncodingReport(len(comparisons))), None)
 
 
 def useful_flops(

@@ -15,8 +15,9 @@ rows       the same P-DPO as one would write it: both responses as rows of their
 trl        TRL's DPOTrainer with its defaults, but for: float32, precomputed reference, dropout and checkpointing as here;
            one arm for each per-device batch size, of which the fastest counts. On a GPU Liger's kernels where installed
 
-The share of the matmul rate is that of the FLOPs an update must spend (`shapes.useful_flops`) in the time it took, over what a
-large matrix product of the same type reaches here, in the same run. Models of real shapes: benchmarks/random_model.py.
+Beside the peak of our arms stands what `train.py --dry-run` would have said. The share of the matmul rate is that of the FLOPs an
+update must spend (`shapes.useful_flops`) in the time it took, over what a large matrix product of the same type reaches here, in
+the same run. Models of real shapes: benchmarks/random_model.py; the runs that want a GPU: benchmarks/gpu.sh.
 """
 
 import argparse
@@ -30,28 +31,46 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
 
 import torch
-from shapes import random_comparisons, useful_flops
+from shapes import random_comparisons, training_data, useful_flops
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from prlhf import config as config_module
 from prlhf.backbones import choose_device, load_tokenizer, load_weights
+from prlhf.config import Config
+from prlhf.distributed import process_group, training_model
+from prlhf.dry_run import CUDA_CONTEXT, predict
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import run_command
 from prlhf.loop import accumulate_gradients, keep_freed_memory, make_optimizer
 from prlhf.optim import Optimizers, clip
-from prlhf.personalized import build_model
 from prlhf.scoring import score
 from prlhf.training_log import peak_memory_gb
 
 P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
 ARMS = {"prlhf": ("user_model.kind=uniform", "user_model.tokens=0"), "prlhf pdpo": P_DPO, "rows": P_DPO}
+OURS = ("prlhf", "prlhf pdpo")  # the arms that do as train.py does
 USERS = 4
 NOISE = 1e-3  # what the policy's weights are moved by, so that the losses are not log 2
+
+
+def config_of(name: str, args: argparse.Namespace) -> Config:
+    """The config of one of our arms."""
+    keys = [f"model.name={args.model}", f"optim.micro_batch_size={args.micro_batch}", f"lora.rank={args.lora}"]
+    keys += [f"model.gradient_checkpointing={args.checkpointing}", f"model.dtype={args.dtype}", "optim.lr=1e-6"]
+    keys += [f"optim.batch_size={args.comparisons}", f"evaluate.batch_size={args.micro_batch}"]
+    return config_module.load(None, [*keys, *ARMS[name], *args.set])
+
+
+def group_of(label: str, args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Within the context an arm may shard its model, as model.compute_dtype asks for."""
+    return process_group(config_of(label, args), choose_device("auto")) if label in ARMS else nullcontext()
 
 
 class Arm(ABC):
@@ -79,17 +98,16 @@ def moved(parameters: Sequence[torch.nn.Parameter]) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in parameters:
-            p += (NOISE * torch.randn(p.shape, generator=generator)).to(p)
+            values = p.to_local() if isinstance(p, DTensor) else p  # of one process, which has them all
+            values += (NOISE * torch.randn(p.shape, generator=generator)).to(values)
 
 
 class Ours(Arm):
     """A step of this project, by the function that its training loop calls."""
 
     def __init__(self, name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]):
-        keys = [f"model.name={args.model}", f"optim.micro_batch_size={args.micro_batch}", f"lora.rank={args.lora}"]
-        keys += [f"model.gradient_checkpointing={args.checkpointing}", f"model.dtype={args.dtype}", "optim.lr=1e-6"]
-        self.config = config_module.load(None, [*keys, *ARMS[name], *args.set])
-        self.model = build_model(self.config, load_tokenizer(self.config.model), USERS).to(choose_device("auto"))
+        self.config = config_of(name, args)
+        self.model = training_model(self.config, load_tokenizer(self.config.model), USERS, choose_device("auto"))
         self.comparisons = comparisons
         started = time.perf_counter()
         self.reference = score(self.model, comparisons, None, self.config.optim.micro_batch_size)
@@ -298,9 +316,10 @@ def main() -> None:
     args = arguments(__doc__)
     comparisons = comparisons_of(args)
     if args.worker:
-        if args.worker in ("prlhf", "prlhf pdpo"):
+        if args.worker in OURS:
             keep_freed_memory()  # as train.py does
-        work(made(args.worker, args, comparisons))
+        with group_of(args.worker, args):
+            work(made(args.worker, args, comparisons))
         return
 
     workers = {label: Worker(label) for label in labels(args)}
@@ -347,9 +366,16 @@ def shares_of_rate(
     }
 
 
+def predicted_gb(name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]) -> float:
+    """What the dry run says that an arm's memory will be at its peak, in 1e9 bytes, counted as `peak_memory_gb` counts."""
+    config, device = config_of(name, args), choose_device("auto")
+    memory = predict(config, load_tokenizer(config.model), training_data(comparisons, USERS), device).memory
+    return (memory.peak - (CUDA_CONTEXT if device == "cuda" else 0)) / 1e9
+
+
 def report(
     args: argparse.Namespace,
-    comparisons: Sequence[EncodedComparison],
+    comparisons: list[EncodedComparison],
     seconds: dict[str, list[float]],
     references: dict[str, float],
     memory: dict[str, float],
@@ -371,18 +397,19 @@ def report(
                 "slowest_over_fastest_round": max(seconds[name]) / min(seconds[name]),
                 "times_trl": medians[best] / median if best else None,
                 "memory_gb": memory[name],
+                "predicted_gb": predicted_gb(name, args, comparisons) if name in OURS else None,
                 "memory_over_trl": memory[name] / memory[best] if best else None,
                 "reference_in_steps": references[name] / median,
                 "share_of_matmul_rate": shares[name],
             }
         )
-    print("| | comparisons/s | useful tokens/s | speed over TRL's best | peak GB | over TRL's | reference, in steps "
-          "| share of the matmul rate |")  # fmt: skip
-    print("|---" * 8 + "|")
+    print("| | comparisons/s | useful tokens/s | speed over TRL's best | peak GB | by the dry run | over TRL's "
+          "| reference, in steps | share of the matmul rate |")  # fmt: skip
+    print("|---" * 9 + "|")
     for r in rows:
         cells = [f"{r['comparisons_per_s']:.3f}", f"{r['useful_tokens_per_s']:.0f}"]
         cells += ["-" if r["times_trl"] is None else f"{r['times_trl']:.2f}"]
-        cells += [f"{r['memory_gb']:.2f}"]
+        cells += [f"{r['memory_gb']:.2f}", "-" if r["predicted_gb"] is None else f"{r['predicted_gb']:.2f}"]
         cells += ["-" if r["memory_over_trl"] is None else f"{r['memory_over_trl']:.2f}"]
         print(
             f"| {r['arm']} | "

@@ -9,11 +9,12 @@ again goes on where it stopped. --set reaches every run: `model.frozen=true lora
 the first N known voters and the first N unknown ones, for a machine on which all of them take too long.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
 from examples import grid
 from prlhf import compare
+from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.errors import run_command
 
 ARMS = {
@@ -31,16 +32,15 @@ HELD_OUT = ("seen_statements", "new_statements", "unseen_users")
 def first_voters(folder: Path, count: int, out: Path) -> Path:
     """Write the comparisons of the first `count` voters of train.jsonl, and as many unknown ones, into `out`."""
 
-    def lines(name: str) -> list[tuple[str, str]]:
-        text = (folder / f"{name}.jsonl").read_text(encoding="utf-8")
-        return [(json.loads(line)["user"], line) for line in text.splitlines()]
+    def records(name: str) -> list[dict[str, Any]]:
+        return [record for _, record in read_json_lines(folder / f"{name}.jsonl")]
 
     out.mkdir(parents=True, exist_ok=True)
-    known = list(dict.fromkeys(user for user, _ in lines("train")))[:count]
-    unknown = list(dict.fromkeys(user for user, _ in lines("valid_unseen_users")))[:count]
+    known = list(dict.fromkeys(record["user"] for record in records("train")))[:count]
+    unknown = list(dict.fromkeys(record["user"] for record in records("valid_unseen_users")))[:count]
     for name in ("train", *(f"valid_{split}" for split in HELD_OUT)):
-        kept = [line for user, line in lines(name) if user in (*known, *unknown)]
-        (out / f"{name}.jsonl").write_text("\n".join(kept) + "\n", encoding="utf-8")
+        kept = (record for record in records(name) if record["user"] in (*known, *unknown))
+        write_json_lines(out / f"{name}.jsonl", kept)
     return out
 
 

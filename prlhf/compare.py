@@ -20,7 +20,7 @@ from prlhf.data.files import read_json_lines
 from prlhf.errors import UserError, run_command
 from prlhf.metrics import correct
 from prlhf.paired import LEVEL, Comparisons, Model, compare
-from prlhf.report import BRANCHES, MARGINS, interval_text, optional_pyplot, percent
+from prlhf.report import BRANCHES, MARGINS, cell, interval_text, label, optional_pyplot, percent
 
 MEASURES = {"top": "Accuracy-top", "average_mean": "Accuracy-average", "generic": "Accuracy-generic"}
 SHOWN = 10  # users in the table
@@ -33,6 +33,7 @@ def _is_finite(value: Any) -> bool:
 FIELDS = {  # of margins.jsonl: is this right, and what is
     "id": (lambda value: isinstance(value, str), "a string"),
     "user": (lambda value: value is None or isinstance(value, str), "a string or null"),
+    "text": (lambda value: isinstance(value, str), "a string (of older evaluations: evaluate anew)"),
     "known": (lambda value: isinstance(value, bool), "true or false"),
     **dict.fromkeys(BRANCHES, (_is_finite, "a finite number")),
 }
@@ -51,10 +52,11 @@ def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
             if field not in record or not kind(value):
                 raise UserError(f"{path}, line {number}, {field}: expected {expected}, found {json.dumps(value)}")
         records.append(record)
-    records.sort(key=lambda record: (record["id"], record["user"] or ""))
+    records.sort(key=lambda record: (record["id"], record["user"] or "", record["text"]))
     known_B = np.array([record["known"] for record in records])
     margins_B = np.array([record["true" if record["known"] else "generic"] for record in records], dtype=float)
-    return Comparisons([r["id"] for r in records], [r["user"] for r in records], known_B), correct(margins_B)
+    ids, users, texts = ([record[field] for record in records] for field in ("id", "user", "text"))
+    return Comparisons(ids, users, texts, known_B), correct(margins_B)
 
 
 def read_models(named: dict[str, list[str]]) -> tuple[Comparisons, list[Model]]:
@@ -72,11 +74,17 @@ def read_models(named: dict[str, list[str]]) -> tuple[Comparisons, list[Model]]:
 
 
 def require_same(first: str, expected: Comparisons, other: str, found: Comparisons) -> None:
-    """UserError that says what differs, where two folders' ids, users or known users do."""
+    """UserError that says what differs, where two folders' ids, users, texts or known users do."""
     rows = [list(zip(c.ids, c.users)) for c in (expected, found)]
     if rows[0] != rows[1]:
         only = [f"{_excess(*these)} only in {folder}" for these, folder in ((rows, first), (rows[::-1], other))]
         raise UserError(f"not the same comparisons (ids and users): {only[0]}, {only[1]}")
+    differing = np.flatnonzero(np.array(expected.texts) != np.array(found.texts))
+    if len(differing):
+        raise UserError(
+            f"not the same comparisons: in {len(differing)} of them (the first: {_title(rows[0][differing[0]])}) prompt, chosen "
+            f"or rejected response are another text in {first} than in {other}"
+        )
     differing = np.flatnonzero(expected.known_B != found.known_B)
     if len(differing):
         i = differing[0]
@@ -119,7 +127,7 @@ def figure(pyplot: Any, report: dict[str, Any], path: Path) -> None:
         x = np.arange(len(MEASURES)) + 0.5 * ((i + 0.5) / len(report["models"]) - 0.5)
         y = [math.nan if (value := model["accuracy"][m]) is None else value for m in MEASURES]
         ends = [model["interval"][m] or (value, value) for m, value in zip(MEASURES, y)]
-        axes.errorbar(x, y, np.abs(np.array(ends).T - y), fmt="o", capsize=3, label=name)
+        axes.errorbar(x, y, np.abs(np.array(ends).T - y), fmt="o", capsize=3, label=label(name))
     axes.set_xticks(range(len(MEASURES)), list(MEASURES.values()))
     axes.set_xlim(-0.6, len(MEASURES) - 0.4)
     axes.set_ylabel("accuracy")
@@ -176,7 +184,7 @@ def _excess(these: list[tuple], those: list[tuple]) -> str:
 
 
 def _row(*cells: str) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(map(cell, cells)) + " |"
 
 
 def _cell(model: dict[str, Any], measure: str) -> str:

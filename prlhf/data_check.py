@@ -7,8 +7,11 @@ dropped and cut; `data.known_users` then decides who is known. The files of the 
 data.train and data.limit say.
 """
 
+import itertools
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +28,7 @@ from prlhf.rules import RULES, conflicts, fit, majority_share, pair_key, prompt_
 FEW = 5  # fewer training comparisons than this tell little about a user
 MUCH = 0.05  # a larger share than this that is dropped or cut deserves a warning
 
-# What of a held-out comparison may also be in the training file.
+# What of a file's comparison may also be in another file; of comparisons `as_read`.
 LEAKS: dict[str, Callable[[Comparison], set[Hashable]]] = {
     "prompts": lambda c: {prompt_key(c.prompt)},
     "prompts with a response": lambda c: {(prompt_key(c.prompt), response) for response in (c.chosen, c.rejected)},
@@ -66,7 +69,7 @@ class Spread(NamedTuple):
 
 
 class Leak(NamedTuple):
-    """What a held-out file shares with the training file: how many different things, in how many comparisons."""
+    """What a file shares with an earlier one: how many different things, in how many comparisons."""
 
     distinct: int
     comparisons: int
@@ -101,7 +104,7 @@ def check(files: Sequence[str], config: Config | None) -> Iterator[Section]:
     yield activity_section(splits, users)
     yield votes_section(splits)
     if len(splits) > 1:
-        yield leaks_section(splits[0], splits[1:])
+        yield leaks_section(splits)
     yield lengths_section(splits)
     if encoder is not None:
         yield tokens_section(splits, users, encoder)
@@ -184,28 +187,49 @@ def votes_section(splits: Sequence[Split]) -> Section:
     return Section(f"\n{table(header, rows)}\n\n{meaning}", warnings)
 
 
-def leak(train: Sequence[Comparison], held_out: Sequence[Comparison], keys: Callable[[Comparison], set]) -> Leak:
-    """What of the held-out comparisons, by `keys`, is in training too, and the id of the first one affected."""
-    seen = {key for c in train for key in keys(c)}
-    shared = [(c.id, keys(c) & seen) for c in held_out]
+def as_read(comparison: Comparison) -> Comparison:
+    """A comparison whose texts differ from another's only where a reader sees it: Unicode composed (NFC), each stretch of
+    white space one space, a prompt that is a text one message of the user."""
+
+    def read(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFC", text).split())
+
+    prompt = comparison.prompt
+    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    return replace(
+        comparison,
+        prompt=tuple({**m, "content": read(m["content"])} for m in messages),
+        chosen=read(comparison.chosen),
+        rejected=read(comparison.rejected),
+    )
+
+
+def leak(one: Sequence[Comparison], other: Sequence[Comparison], keys: Callable[[Comparison], set]) -> Leak:
+    """What of the other comparisons, by `keys`, is among the one's too, and the id of the first one affected."""
+    seen = {key for c in one for key in keys(c)}
+    shared = [(c.id, keys(c) & seen) for c in other]
     affected = [name for name, found in shared if found]
     return Leak(len(set().union(*(found for _, found in shared))), len(affected), affected[0] if affected else None)
 
 
-def leaks_section(train: Split, held_out: Sequence[Split]) -> Section:
-    """What the held-out files share with the training file."""
+def leaks_section(splits: Sequence[Split]) -> Section:
+    """What each file shares with each one before it: the training file first, then other held-out files."""
     rows, warnings = [], []
-    for split in held_out:
+    read = [[as_read(c) for c in split.comparisons] for split in splits]
+    for i, j in itertools.combinations(range(len(splits)), 2):
+        earlier = "the training file" if i == 0 else splits[i].path
         for kind, keys in LEAKS.items():
-            found = leak(train.comparisons, split.comparisons, keys)
-            share = percent(found.comparisons / len(split.comparisons))
-            rows.append([split.label, kind, found.distinct, found.comparisons, share, found.example])
+            found = leak(read[i], read[j], keys)
+            share = percent(found.comparisons / len(read[j]))
+            rows.append(
+                [splits[j].label, splits[i].label, kind, found.distinct, found.comparisons, share, found.example]
+            )
             if kind == "pairs" and found.comparisons:
                 warnings.append(
-                    f"{split.path}: comparisons of pairs that are also in the training file: {found.comparisons:,} "
+                    f"{splits[j].path}: comparisons of pairs that are also in {earlier}: {found.comparisons:,} "
                     f"({share}), e.g. {found.example}"
                 )
-    header = ["also in training", "what", "how many", "comparisons", "share", "one of them"]
+    header = ["of the file", "also in", "what", "how many", "comparisons", "share", "one of them"]
     return Section(f"\n{table(header, rows)}", warnings)
 
 

@@ -131,8 +131,13 @@ def holm(p_values: np.ndarray) -> np.ndarray:
 
 
 def _exact(counts: UserCounts) -> Interval | None:
-    """Where all users are all right or all wrong, no resampling varies: Clopper and Pearson's, of independent comparisons."""
-    n, right = int(counts.n.sum()), counts.correct.sum()
-    if len(counts.users) < 2 or 0 < right < n:
+    """Where all users are all right or all wrong, no resampling varies: Clopper and Pearson's, a user being one draw.
+
+    U users, all perfect, bound the share q of perfect users, P(U of U) = q^U >= 0.025, and an accuracy over users is at
+    least q.
+    """
+    users, n, right = len(counts.users), int(counts.n.sum()), counts.correct.sum()
+    if users < 2 or 0 < right < n:
         return None
-    return Interval(exact_bound(right, n, MISSED / 2), 1 - exact_bound(n - right, n, MISSED / 2))
+    perfect = users if right else 0
+    return Interval(exact_bound(perfect, users, MISSED / 2), 1 - exact_bound(users - perfect, users, MISSED / 2))

@@ -31,10 +31,11 @@ LEVEL = 0.05
 
 
 class Comparisons(NamedTuple):
-    """What was compared, in order of id: ids, users, and whether the model knows the user."""
+    """What was compared, in order of id: ids, users, hashes of the texts, and whether the model knows the user."""
 
     ids: list[str]
     users: list[str | None]
+    texts: list[str]
     known_B: np.ndarray
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from prlhf.data import Comparison
 from prlhf.data.files import read_json_lines, write_json_lines
+from prlhf.reference import fingerprint_of
 from prlhf.rules import RULES
 
 MARGINS = "margins.jsonl"
@@ -37,29 +39,31 @@ INTERVALS = ["| | accuracy, % | 95% interval |", "|---|---|---|"]
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write report.json, report.md and per_user.png (the last only where matplotlib is installed)."""
+    """Write report.md, per_user.png (only where matplotlib is installed) and, last, report.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     pyplot = optional_pyplot()
     if pyplot is not None and report["per_user"]:
         _per_user_figure(pyplot, report, folder / "per_user.png")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_margins(
-    folder: Path, ids: Sequence[str], names: Sequence[str | None], known: Sequence[bool], margins: np.ndarray
-) -> None:
-    """Write margins.jsonl, which `prlhf.compare` reads: each comparison's id, user, whether the model knows the user.
+def write_margins(folder: Path, comparisons: Sequence[Comparison], known: Sequence[bool], margins: np.ndarray) -> None:
+    """Write margins.jsonl, which `prlhf.compare` reads: each comparison's id, user, a hash of its prompt and responses,
+    whether the model knows the user, and its margins.
 
     margins: (3, B) reward margins, chosen minus rejected, as the true, generic and shuffled user (BRANCHES).
     """
     write_json_lines(
         folder / MARGINS,
         (
-            {"id": i, "user": name, "known": bool(k), **dict(zip(BRANCHES, map(float, values)))}
-            for i, name, k, values in zip(ids, names, known, margins.T)
+            {
+                "id": c.id, "user": c.user, "text": fingerprint_of(c.prompt, c.chosen, c.rejected), "known": bool(k),
+                **dict(zip(BRANCHES, map(float, values))),
+            }
+            for c, k, values in zip(comparisons, known, margins.T)
         ),
-    )
+    )  # fmt: skip
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -79,7 +83,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", "| user | comparisons | accuracy | as generic user | as another user |", "|---|---|---|---|---|"]
     for user, row in report["per_user"].items():
         cells = [percent(row[k]) for k in ("accuracy", "generic_user", "shuffled_users")]
-        lines.append(f"| {user} | {row['n']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {cell(user)} | {row['n']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -93,6 +97,16 @@ def optional_pyplot():
     from matplotlib import pyplot
 
     return pyplot
+
+
+def cell(text: str) -> str:
+    """A text as a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def label(text: str) -> str:
+    """A text as matplotlib shows it: a dollar sign would begin a formula."""
+    return text.replace("$", "\\$")
 
 
 def percent(value: float | None) -> str:
@@ -143,8 +157,9 @@ def _per_user_figure(pyplot, report: dict[str, Any], path: Path) -> None:
     y = range(len(rows))
     axes.plot([r["accuracy"] for _, r in rows], y, "o", label="true user")
     axes.plot([r["generic_user"] for _, r in rows], y, "|", markersize=10, label="as generic user")
-    axes.plot([r["shuffled_users"] for _, r in rows], y, "x", label="as another user")
-    axes.set_yticks(list(y), [user for user, _ in rows])
+    if all(r["shuffled_users"] is not None for _, r in rows):
+        axes.plot([r["shuffled_users"] for _, r in rows], y, "x", label="as another user")
+    axes.set_yticks(list(y), [label(user) for user, _ in rows])
     axes.set_xlabel("accuracy")
     axes.set_xlim(0, 1.02)
     axes.grid(axis="x", alpha=0.3)

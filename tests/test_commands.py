@@ -12,6 +12,10 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import generate
 import train
+from prlhf import rewards
+from prlhf.backbones import byte_tokenizer
+from prlhf.config import DataConfig
+from prlhf.encoding import Encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model.width=32", "model.heads=2", "optim.epochs=1", "lora.rank=2", "data.limit=16", "data.valid_limit=12")
@@ -148,7 +152,7 @@ def test_what_was_generated_can_be_scored(call, tmp_path, finished):
     out = tmp_path / "rewards.jsonl"
     assert call(generate.main, "--checkpoint", run, "--score", responses, "--out", out)[0] == 0
     rewards = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(rewards) == 8 and not any(r["known"] for r in rewards)
+    assert len(rewards) == 8 and all(r["known"] == (r["user"] == "alice") for r in rewards)
     for line in responses.read_text().splitlines():  # alice's text about herself goes along
         assert "user_text" in json.loads(line)
 
@@ -164,7 +168,7 @@ def test_bad_lines_to_score(call, tmp_path, finished):
     for line, parts in (
         ('{"prompt": "a", "respnse": "b"}', ["line 2: no field 'response'", "did you mean 'respnse'"]),
         ('{"prompt": "a", "response": 3}', ["line 2, response"]),
-        ('{"prompt": "a", "response": "b", "user": 7}', ["line 2, user"]),
+        ('{"prompt": "a", "response": "b", "user": 7.5}', ["line 2, user"]),
     ):
         path.write_text('{"prompt": "a", "response": "b", "user": "nobody knows"}\n' + line + "\n")
         refused(call(generate.main, *arguments), str(path), *parts)
@@ -173,6 +177,26 @@ def test_bad_lines_to_score(call, tmp_path, finished):
     status, said, _ = call(generate.main, *arguments)
     assert status == 0 and "1 of users who are not known" in said
     assert json.loads((tmp_path / "o.jsonl").read_text())["known"] is False
+
+
+def test_the_column_that_names_the_user_does_so_where_responses_are_scored(tmp_path):
+    path = tmp_path / "r.jsonl"
+    records = [{"worker": "ann"}, {"worker": 7, "user": "bob"}, {"user": "bob"}, {"worker": "generic"}, {}]
+    path.write_text("".join(json.dumps({"prompt": "a", "response": "b", **r}) + "\n" for r in records))
+    found = rewards.read_lines(path, DataConfig(user_column="worker"))
+    assert [line.user for line in found] == ["ann", "7", "bob", None, None]
+
+
+def test_responses_to_one_prompt_are_scored_after_the_same_prompt():
+    """The prompt is cut as the longest of its responses demands, whichever is scored."""
+    config = DataConfig(max_tokens=40, min_prompt_tokens=4)
+    lines = [
+        rewards.ScoredLine(prompt, response, None, None, "", "")
+        for prompt, response in (("p" * 60, "r"), ("p" * 60, "r" * 20), ("q" * 60, "r"))
+    ]
+    short, long, other = rewards.encode(lines, Encoder(byte_tokenizer(), config), [0, 0, 0])
+    assert short.reading.prefix == long.reading.prefix and len(long.reading.prefix) + len(long.reading.response) == 40
+    assert len(other.reading.prefix) + len(other.reading.response) == 40 and short.cut and long.cut and other.cut
 
 
 def test_generation_goes_on_where_it_stopped(call, finished, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from prlhf import compare
+from prlhf.data import Comparison
 from prlhf.report import optional_pyplot, write_margins
 
 # Users a (4 comparisons) and b (2) are known; two comparisons of the unknown x and one of nobody are not.
@@ -16,11 +17,12 @@ BASE = [1, 1, -1, -1, 1, -1, 1, -1, 1]  # top 3/6, average (1/2 + 1/2) / 2, gene
 GOOD = [1, 1, 1, 1, 1, 0, 1, 1, 1]  # top 5.5/6, average (1 + 3/4) / 2, generic 3/3
 
 
-def write(folder, margins, ids=IDS, users=USERS, known=KNOWN):
+def write(folder, margins, ids=IDS, users=USERS, known=KNOWN, prompt="Hi?"):
     """An EVAL_DIR whose margins are `margins` under the user that counts, and the opposite under the other."""
     folder.mkdir(exist_ok=True)
     counted, sign = np.array(margins, dtype=float), np.where(known, 1, -1)
-    write_margins(folder, ids, users, known, np.stack([counted * sign, -counted * sign, counted]))
+    comparisons = [Comparison(prompt, f"yes {i}", f"no {i}", user, None, i) for i, user in zip(ids, users)]
+    write_margins(folder, comparisons, known, np.stack([counted * sign, -counted * sign, counted]))
     return folder
 
 
@@ -138,6 +140,8 @@ def test_other_comparisons_are_refused(call, tmp_path):
     refused(call(f"one={base}", f"two={users}"), "id 'a1' of user 'b'", str(users))
     fewer = write(tmp_path / "fewer", BASE[1:], IDS[1:], USERS[1:], KNOWN[1:])
     refused(call(f"one={base},{fewer}", f"two={base}"), "1 (id 'a1' of user 'a'", "none only in")
+    texts = write(tmp_path / "texts", BASE, prompt="Ho?")  # of another file of the same name, say
+    refused(call(f"one={base}", f"two={texts}"), "in 9 of them", "id 'a1' of user 'a'", str(texts))
     known = write(tmp_path / "known", BASE, known=[False, *KNOWN[1:]])
     refused(call(f"one={base}", f"two={known}"), "in 1 comparisons", "'a1'", f"unknown in {known}")
 
@@ -154,7 +158,14 @@ def test_damaged_files_are_refused(call, tmp_path):
 
     refused(with_third(lines[2][:20]), "margins.jsonl, line 3", "JSON")
     record = json.loads(lines[2])
-    for field, value in {"true": "much", "generic": float("nan"), "known": 1, "user": 3, "id": None}.items():
+    for field, value in {
+        "true": "much",
+        "generic": float("nan"),
+        "known": 1,
+        "user": 3,
+        "id": None,
+        "text": None,
+    }.items():
         refused(with_third(json.dumps({**record, field: value})), f"line 3, {field}: expected")
     del record["shuffled"]
     refused(with_third(json.dumps(record)), "line 3, shuffled: expected a finite number, found")

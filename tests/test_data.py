@@ -143,9 +143,10 @@ def test_conversations_that_do_not_agree_are_refused(tmp_path, record, message):
 
 def test_another_column_may_name_the_user(tmp_path):
     path = tmp_path / "f.jsonl"
-    path.write_bytes(lines({**GOOD, "annotator": 7}, {**GOOD, "annotator": "x"}, GOOD))
+    path.write_bytes(lines({**GOOD, "annotator": 7}, {**GOOD, "annotator": "x"}, {**GOOD, "user": 8}))
     found = read_comparisons(path, DataConfig(user_column="annotator")).comparisons
     assert [c.user for c in found] == ["7", "x", None]
+    assert [c.user for c in read_comparisons(path).comparisons] == [GOOD["user"], GOOD["user"], "8"]
     with pytest.raises(
         UserError, match="no record has the field data.user_column: 'anotator' .did you mean 'annotator'"
     ):
@@ -195,7 +196,7 @@ def test_equal_responses_are_counted_not_kept(tmp_path):
         (lines({**GOOD, "prompt": [{"role": "user"}]}), ["line 1, prompt", "{role, content}"]),
         (lines({**GOOD, "chosen": None}), ["line 1, chosen", "found null"]),
         (lines({**GOOD, "rejected": ["x", "y"]}), ["line 1, rejected", "one assistant message"]),
-        (lines({**GOOD, "user": 7}), ["line 1, user", "expected a string or null, found 7"]),
+        (lines({**GOOD, "user": 7.5}), ["line 1, user", "expected a string, a whole number or null, found 7.5"]),
         (lines({**GOOD, "user": "generic"}), ["line 1, user", "unknown user"]),
         (lines({**GOOD, "user_text": ["x"]}), ["line 1, user_text"]),
         (lines({**GOOD, "first": "left"}), ["line 1, first", "'chosen', 'rejected' or null", 'found "left"']),

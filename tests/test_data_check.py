@@ -93,12 +93,23 @@ def test_votes_that_repeat_and_contradict(check, train, valid):
 
 def test_leaks_between_the_files(check, train, valid):
     _, out, _ = check(train, valid)
-    assert [row[1:] for row in rows(out) if row[0] == "valid.jsonl.gz" and len(row) == 6 and row[-1] == "v1"] == [
+    assert [row[2:] for row in rows(out) if row[:2] == ["valid.jsonl.gz", "train.jsonl"]] == [
         ["prompts", "2", "3", "75.00%", "v1"],  # P and Q: v1, v2, v4
         ["prompts with a response", "4", "3", "75.00%", "v1"],  # P with A, B, C, and Q with z
         ["pairs", "1", "1", "25.00%", "v1"],
         ["pairs judged by the same user", "1", "1", "25.00%", "v1"],
     ]
+
+
+def test_a_leak_is_seen_through_white_space_unicode_and_form_and_between_held_out_files(check, train, tmp_path):
+    paths = [tmp_path / name for name in ("one.jsonl", "two.jsonl")]
+    paths[0].write_text(json.dumps(vote("1", "zoe", "Un caf\u00e9?", "oui", "non  merci")) + "\n")
+    message = [{"role": "user", "content": "Un  cafe\u0301? "}]
+    paths[1].write_text(json.dumps(vote("2", "zoe", message, "non merci ", "oui")) + "\n")
+    _, out, _ = check(train, *paths)
+    shared = {row[2]: row[3:] for row in rows(out) if row[:2] == ["two.jsonl", "one.jsonl"]}
+    assert shared["pairs judged by the same user"] == shared["pairs"] == ["1", "1", "100.00%", "2"]
+    assert f"warning: {paths[1]}: comparisons of pairs that are also in {paths[0]}: 1 (100.00%), e.g. 2" in out
 
 
 def test_lengths_in_words(check, train, valid):

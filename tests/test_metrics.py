@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import random_comparisons, tiny_config, tiny_model
 
+from prlhf.data import Comparison
 from prlhf.evaluation import Scores, score_users, shuffled, summarize
 from prlhf.intervals import std_interval, worst_user_interval
 from prlhf.losses import ResponseLogProbs
@@ -20,7 +21,7 @@ from prlhf.metrics import (
     pooled_interval,
     sign_flip_test,
 )
-from prlhf.report import accuracy_curve, markdown, write_margins
+from prlhf.report import accuracy_curve, markdown, write_margins, write_report
 
 
 def test_a_tie_counts_one_half():
@@ -79,6 +80,20 @@ def test_report_by_hand():
     assert "trivial rules" not in without_rules
 
 
+def test_one_known_user_has_nobody_to_be_shuffled_with(tmp_path):
+    scores = Scores(log_probs([1.0, 1.0]), log_probs([-1.0, -1.0]), log_probs([1.0, 1.0]))
+    config, names = tiny_config("evaluate.bootstrap=100"), ["a|$b^c$^d"] * 2
+    report = summarize(config, scores, log_probs([0.0, 0.0]), [1, 1], names, others=False)
+    controls = {name: row["accuracy"] for name, row in report["controls"].items()}
+    assert controls == {
+        "generic_user": 0, "gain_over_generic": 1,
+        "shuffled_users": None, "placebo_gain": None, "personalisation_gain": None,
+    }  # fmt: skip
+    write_report({"checkpoint": "c", "data": "d", **report}, tmp_path)  # a name that is a formula, and ends a cell
+    assert "| a\\|$b^c$^d | 2 | 100.00 | 0.00 | - |" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["per_user"][names[0]]["shuffled_users"] is None
+
+
 def test_nothing_to_count_is_null():
     only_unknown = summary([1.0], [1.0], [1.0], [0], [None])
     assert only_unknown["accuracy"] == {
@@ -122,10 +137,10 @@ def test_users_who_are_all_equal_tell_nothing_of_how_users_spread():
 
 
 def test_intervals_where_everything_is_right():
-    """Clopper and Pearson's: with nothing wrong in n comparisons the lower bound is 0.025^(1/n)."""
+    """Clopper and Pearson's, a user being one draw: with nobody wrong of two users the lower bound is 0.025^(1/2)."""
     perfect, rng = counts([(3, 3), (5, 5)]), np.random.default_rng(0)
-    assert pooled_interval(perfect, 100, rng) == pytest.approx((0.025 ** (1 / 8), 1))
-    assert mean_interval(perfect, 100, rng) == pytest.approx((0.025 ** (1 / 8), 1))
+    assert pooled_interval(perfect, 100, rng) == pytest.approx((0.025 ** (1 / 2), 1))
+    assert mean_interval(perfect, 100, rng) == pytest.approx((0.025 ** (1 / 2), 1))
     assert std_interval(perfect.accuracy()) is None
     assert pooled_interval(counts([(3, 3)]), 100, rng) is None
     low, high = worst_user_interval(perfect.correct, perfect.n)
@@ -189,8 +204,10 @@ def test_no_difference_has_p_one():
 
 
 def test_margins_file(tmp_path):
-    write_margins(tmp_path, ["1", "2"], ["a", None], [True, False], np.array([[1, 2], [3, 4], [5, 6]], dtype=float))
+    comparisons = [Comparison("p", "c", "r", "a", "text", "1"), Comparison("p", "r", "c", None, None, "2")]
+    write_margins(tmp_path, comparisons, [True, False], np.array([[1, 2], [3, 4], [5, 6]], dtype=float))
     lines = [json.loads(line) for line in (tmp_path / "margins.jsonl").read_text().splitlines()]
+    assert lines[0].pop("text") != lines[1].pop("text")
     assert lines == [
         {"id": "1", "user": "a", "known": True, "true": 1, "generic": 3, "shuffled": 5},
         {"id": "2", "user": None, "known": False, "true": 2, "generic": 4, "shuffled": 6},

@@ -122,7 +122,7 @@ def test_killed_at_random_moments_a_run_ends_bit_for_bit_alike(monkeypatch, tmp_
     long = ("train.save_every=1", "optim.epochs=8")
     run(monkeypatch, tmp_path / "whole", *long)
     killed, rng = tmp_path / "killed", random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         reached = max(checkpoint.steps(killed / "checkpoints"), default=0)
         process = subprocess.Popen(
             [sys.executable, *command(killed, *long)], cwd=ROOT,

@@ -76,11 +76,8 @@ def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> Compar
 
 
 def named_user(record: dict[str, Any], column: str) -> dict[str, Any]:
-    """The record with the user's name from another column, where a whole number is a name too."""
-    if column == "user":
-        return record
-    user = record.get(column)
-    return {**record, "user": str(user) if type(user) is int else user}
+    """The record with the user's name from another column."""
+    return record if column == "user" else {**record, "user": record.get(column)}
 
 
 def parse_comparison(
@@ -161,11 +158,11 @@ class Prompt(NamedTuple):
     user_text: str | None
 
 
-def read_prompts(path: str | Path, attributes: Sequence[str] | None = None) -> list[Prompt]:
+def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Prompt]:
     """The prompts of a JSON Lines file: {"prompt", "id"?, "user"?, "user_text"?}, the id being the line's number by
     default.
 
-    attributes: as in `parse_comparison`.
+    config: its user_column, where a line has it, and attributes.
     UserError, with file and line: no prompt in a line, or an id that was there before.
     """
     prompts: list[Prompt] = []
@@ -178,8 +175,9 @@ def read_prompts(path: str | Path, attributes: Sequence[str] | None = None) -> l
         if name in lines:
             raise UserError(f"{where}: id {name!r} was given in line {lines[name]} already; expected each once")
         lines[name] = number
+        record = named_user(record, config.user_column) if config.user_column in record else record
         user = parse_user(record.get("user"), f"{where}, user")
-        text = parse_user_text(record, where, attributes)
+        text = parse_user_text(record, where, config.attributes)
         prompts.append(Prompt(name, parse_prompt(record["prompt"], where), user, text))
     return prompts
 
@@ -195,11 +193,16 @@ def parse_response(response: Any, where: str) -> str:
 
 
 def parse_user(user: Any, where: str) -> str | None:
-    """A user's name, None for the unknown user (null or ""). UserError otherwise, and for the reserved `generic`."""
+    """A user's name, a whole number's digits being one too; None for the unknown user (null or "").
+
+    UserError otherwise, and for the reserved `generic`.
+    """
     if user is None or user == "":
         return None
+    if type(user) is int:
+        return str(user)
     if not isinstance(user, str):
-        raise UserError(f"{where}: expected a string or null, found {_short(user)}")
+        raise UserError(f"{where}: expected a string, a whole number or null, found {_short(user)}")
     if user == GENERIC:
         raise UserError(f"{where}: {GENERIC!r} is the name of the unknown user; expected another name or null")
     return user
