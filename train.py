@@ -13,10 +13,10 @@ from prlhf.backbones import choose_device, load_tokenizer
 from prlhf.checkpoint import save_final
 from prlhf.config import Config
 from prlhf.data import ComparisonFile, read_comparisons
-from prlhf.distributed import process_group, say, started_processes, training_model
+from prlhf.distributed import process_group, say, started_processes, started_rank, training_model
 from prlhf.dry_run import available_memory, predict, render
 from prlhf.encoding import encode_training_data
-from prlhf.errors import UserError, run_command
+from prlhf.errors import UserError, check_range, run_command
 from prlhf.loop import reproducible, train, with_reference
 from prlhf.reference import weights_fingerprint
 from prlhf.runs import Run, open_run
@@ -40,12 +40,14 @@ def main() -> None:
     train_file = read_comparisons(config.data.train, config.data)
     valid_file = read_comparisons(config.data.valid, config.data) if config.data.valid else None
     if args.dry_run:
+        check_range("--world-size", args.world_size, low=1)
         device = "cuda" if config.device == "cuda" else choose_device(config.device)
         memory = available_memory(device, args.memory, args.world_size)
         tokenizer = load_tokenizer(config.model)
         data = encode_training_data(config, tokenizer, train_file, valid_file)
         prediction = predict(config, tokenizer, data, device, args.world_size, memory)
-        print(render(prediction))
+        if started_rank() == 0:
+            print(render(prediction))
         sys.exit(0 if prediction.fits else 1)
     device = choose_device(config.device)
     with process_group(config, device):

@@ -42,7 +42,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig
 
 from prlhf import config as config_module
-from prlhf.backbones import choose_device, load_tokenizer, load_weights
+from prlhf.backbones import DTYPES, choose_device, load_tokenizer, load_weights
 from prlhf.config import Config
 from prlhf.distributed import process_group, training_model
 from prlhf.dry_run import CUDA_CONTEXT, predict
@@ -324,9 +324,9 @@ def main() -> None:
 
     workers = {label: Worker(label) for label in labels(args)}
     check_losses({label: worker.ask("warm-up")["loss"] for label, worker in workers.items()})
-    rate = matmul_rate(
-        AutoConfig.from_pretrained(str(Path(args.model).expanduser())).hidden_size, getattr(torch, args.dtype)
-    )
+    ours = config_of("prlhf", args).model
+    dtype = ours.compute_dtype or ours.dtype
+    rate = matmul_rate(AutoConfig.from_pretrained(str(Path(args.model).expanduser())).hidden_size, DTYPES[dtype])
     seconds: dict[str, list[float]] = {label: [] for label in workers}
     memory: dict[str, float] = {}
     for _ in range(args.rounds):
@@ -335,6 +335,7 @@ def main() -> None:
             seconds[label].append(found["seconds"])
             memory[label] = found["peak_gb"]
     report(args, comparisons, seconds, {label: worker.reference_s for label, worker in workers.items()}, memory, rate)
+    print(f"\nmatmul rate: {rate / 1e12:.3f} TFLOP/s, {dtype}, measured in this run, while all arms waited")
 
 
 def matmul_rate(width: int, dtype: torch.dtype, rounds: int = 7) -> float:
@@ -416,7 +417,6 @@ def report(
             + " | ".join([*cells, f"{r['reference_in_steps']:.2f}"])
             + f" | {r['share_of_matmul_rate']:.2f} |"
         )
-    print(f"\nmatmul rate: {rate / 1e12:.3f} TFLOP/s, {args.dtype}, measured in this run, while all arms waited")
     if args.out:
         Path(args.out).write_text(
             json.dumps({"arguments": vars(args), "seconds": seconds, "rows": rows}, indent=1) + "\n"

@@ -210,7 +210,7 @@ def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTraine
     if folder is None and config.name is None:
         return byte_tokenizer()
     with _explained(folder or config.name):
-        return AutoTokenizer.from_pretrained(str(folder or _expanded(config.name)))
+        return AutoTokenizer.from_pretrained(str(folder or _expanded(config.name)), trust_remote_code=False)
 
 
 def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -226,7 +226,21 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             _expanded(name), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
+    make_savable(model)
     return use_tree_attention(model)
+
+
+def make_savable(model: PreTrainedModel) -> None:
+    """Mend a generation config that transformers reads and then refuses to save: a temperature, say, without sampling."""
+    generation = model.generation_config
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            model.generation_config = GenerationConfig.from_model_config(model.config)
 
 
 def weights_folder(name: str | Path) -> Path:
@@ -238,14 +252,15 @@ def weights_folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
 
 
-def word_embeddings(model: PreTrainedModel, folder: Path, config: ModelConfig) -> Tensor:
-    """The input embeddings (V, D) of an empty model, in config.dtype, from the one file in `folder` that has them."""
+def word_embeddings(model: PreTrainedModel, folder: Path) -> Tensor:
+    """The input embeddings (V, D) of an empty model, as they lie in the one file in `folder` that has them: what of them
+    is not read takes no memory."""
     wanted = model.get_input_embeddings().weight
     name = next(name for name, p in model.named_parameters() if p is wanted)
     for file in sorted(folder.glob("*.safetensors")):
         with _explained(folder), safe_open(file, framework="pt") as opened:
             if name in opened.keys():  # noqa: SIM118 (not a dict)
-                return opened.get_tensor(name).to(DTYPES[config.dtype])
+                return opened.get_tensor(name)
     raise UserError(f"model {str(folder)!r}: no weight {name!r} in its safetensors files")
 
 
@@ -254,25 +269,29 @@ def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
 
     Buffers, such as rotary frequencies, are real. No weights are read: a named model's config.json says it all.
     """
-    with parameters_on_meta():
-        if config.name is None:
+    if config.name is None:
+        with parameters_on_meta(torch.float32):
             return use_tree_attention(random_backbone(config, len(tokenizer), 0))
-        with _explained(config.name):
-            described = AutoConfig.from_pretrained(_expanded(config.name))
-            model = AutoModelForCausalLM.from_config(described, dtype=DTYPES[config.dtype])
-            with contextlib.suppress(OSError):  # not every model has one
-                model.generation_config = GenerationConfig.from_pretrained(_expanded(config.name))
+    dtype = DTYPES[config.dtype]
+    with parameters_on_meta(dtype), _explained(config.name):
+        described = AutoConfig.from_pretrained(_expanded(config.name), trust_remote_code=False)
+        # Made in float32, as from_pretrained makes it: rotary frequencies computed in a half type would be others.
+        model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, trust_remote_code=False)
+        with contextlib.suppress(OSError):  # not every model has one
+            model.generation_config = GenerationConfig.from_pretrained(_expanded(config.name))
+    model.config.dtype = dtype
+    make_savable(model)
     return use_tree_attention(model.eval())
 
 
 @contextlib.contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Within the context, a module's parameters lose their values as soon as they are registered."""
+def parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Within the context, a module's parameters lose their values as soon as they are registered, and are of `dtype`."""
     register = nn.Module.register_parameter
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:  # one that is already there is tied
-            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            parameter = nn.Parameter(parameter.detach().to("meta", dtype), parameter.requires_grad)
         register(module, name, parameter)
 
     nn.Module.register_parameter = on_meta

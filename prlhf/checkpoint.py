@@ -35,6 +35,7 @@ from prlhf.distributed import (
     read_tensors,
     reason,
     summed,
+    text_from_main,
     whole,
     world_size,
     write_tensors,
@@ -114,8 +115,8 @@ def save_step(folder: Path, model: nn.Module, optimizer: Optimizers, users: User
         with written_aside(path) as aside:
             on_main(write_plain)
             write_tensors(training_tensors(model, optimizer), aside)
-            files = sorted(file for file in aside.iterdir() if not file.name.startswith("checksums"))
-            checksums = {file.name: _checksum(file) for file in files[rank() :: world_size()]}
+            names = json.loads(text_from_main(lambda: json.dumps(sorted(file.name for file in aside.iterdir()))))
+            checksums = {name: _checksum(aside / name) for name in names[rank() :: world_size()]}
             (aside / f"checksums-{rank()}.json").write_text(json.dumps(checksums))
     except (OSError, CheckpointException) as error:
         raise TrainingError(f"{path}: cannot be written ({reason(error)}); checkpoints before it are good") from None
@@ -124,22 +125,27 @@ def save_step(folder: Path, model: nn.Module, optimizer: Optimizers, users: User
 
 def read_state(path: Path) -> dict[str, Any]:
     """The `state` that `save_step` wrote. UserError where a file of the checkpoint is damaged or missing."""
-    try:
-        checksums: dict[str, str] = {}
-        for file in path.glob("checksums-*.json"):
-            checksums.update(json.loads(file.read_text(encoding="utf-8")))
-        found = {file.name for file in path.iterdir() if not file.name.startswith("checksums-")}
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(path, str(error)) from None
-    if found != checksums.keys():
-        raise _damaged(path, f"missing, or not written with it: {', '.join(sorted(found ^ checksums.keys()))}")
+
+    def recorded() -> str:
+        try:
+            checksums: dict[str, str] = {}
+            for file in path.glob("checksums-*.json"):
+                checksums.update(json.loads(file.read_text(encoding="utf-8")))
+            found = {file.name for file in path.iterdir() if not file.name.startswith("checksums-")}
+        except (OSError, ValueError, TypeError) as error:
+            raise _damaged(path, str(error)) from None
+        if found != checksums.keys():
+            raise _damaged(path, f"missing, or not written with it: {', '.join(sorted(found ^ checksums.keys()))}")
+        return json.dumps(checksums)
+
+    checksums = json.loads(text_from_main(recorded))
     names = sorted(checksums)
     damaged = torch.zeros(len(names))
     for i in range(rank(), len(names), world_size()):
         damaged[i] = _checksum(path / names[i]) != checksums[names[i]]
     if summed(damaged).any():
         raise _damaged(path, f"{names[int(damaged.argmax())]} is not what was written")
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return json.loads(text_from_main(lambda: (path / "state.json").read_text(encoding="utf-8")))
 
 
 def load_step(path: Path, model: nn.Module, optimizer: Optimizers | None = None) -> None:
@@ -160,7 +166,9 @@ def _checksum(*files: Path) -> str:
 
 
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"{path}: damaged checkpoint ({reason}); remove it to go on from the one before")
+    others = [other.name for other in steps(path.parent).values() if other != path]
+    then = f"go on from another: {', '.join(others)}" if others else "begin anew; there is no other"
+    return UserError(f"{path}: damaged checkpoint ({reason}); remove it to {then}")
 
 
 def steps(folder: Path) -> dict[int, Path]:
@@ -280,7 +288,9 @@ def reference_model(loaded: Loaded) -> PersonalizedLM:
     backbone = load_backbone(loaded.config.model, loaded.tokenizer, loaded.config.seed)
     _check_base(loaded.path, loaded.config, weights_fingerprint(backbone))
     nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
-    return PersonalizedLM(backbone, nobody, None, 0, loaded.model.user_slot).to(loaded.model.device)
+    return PersonalizedLM(backbone, nobody, None, 0, loaded.model.user_slot, loaded.model.config).to(
+        loaded.model.device
+    )
 
 
 def base_fingerprint(path: Path) -> str:

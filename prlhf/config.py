@@ -228,7 +228,7 @@ class TrainConfig:
     eval_every: int | None = key(None, "Updates between evaluations; null: only after the last.", low=1)
     eval_last: bool = key(True, "Evaluate after the last update too.")
     save_every: int | None = key(100, "Updates between checkpoints; null: only at the end.", low=1)
-    keep_checkpoints: int = key(1, "Newest checkpoints to keep, beside the best.", low=1)
+    keep_checkpoints: int = key(2, "Newest checkpoints to keep, beside the best.", low=1)
     final: str = key("last", "Which weights become RUN_DIR/final.", choices=("last", "best"))
     tensorboard: bool = key(False, "Also write TensorBoard events to RUN_DIR/tensorboard.")
 

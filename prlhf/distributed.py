@@ -54,6 +54,11 @@ def started_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def started_rank() -> int:
+    """This process's number as torchrun gave it, before there is a process group; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def rank() -> int:
     """This process's number, from 0; 0 is the one that writes and speaks."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -67,13 +72,17 @@ def process_group(config: Config, device: str) -> Iterator[None]:
     W does not fit fsdp.replicas.
     """
     size = started_processes()
-    if size % config.fsdp.replicas:
-        raise UserError(f"fsdp.replicas: found {config.fsdp.replicas}, expected a divisor of the {size} processes")
+    check_processes(config, size)
     if dist.is_initialized() or (size == 1 and not sharded(config)):
         yield
         return
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(
+                f"--nproc_per_node: found more than {local} processes, expected at most one for each of {gpus} GPUs"
+            )
+        torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     if size > 1:
         dist.init_process_group(backend, timeout=PATIENCE)
@@ -84,10 +93,17 @@ def process_group(config: Config, device: str) -> Iterator[None]:
     except (dist.DistError, RuntimeError) as error:
         if isinstance(error, dist.DistError) or any(sign in str(error) for sign in CONNECTION_LOST):
             raise OtherRankFailed(
-                f"process {rank()} lost another one, which died or left; the last checkpoint is good, and the same command goes on"
+                f"process {rank()} lost another one, which died or left, or cannot reach it ({reason(error)}); the last "
+                "checkpoint is good, and the same command goes on"
             ) from None
         raise
     dist.destroy_process_group()
+
+
+def check_processes(config: Config, processes: int) -> None:
+    """UserError where so many processes cannot hold config.fsdp.replicas whole models."""
+    if processes % config.fsdp.replicas:
+        raise UserError(f"fsdp.replicas: found {config.fsdp.replicas}, expected a divisor of the {processes} processes")
 
 
 def sharded(config: Config) -> bool:
@@ -131,6 +147,15 @@ def from_main(values: Tensor | None) -> Tensor:
     if rank() != 0:
         values = torch.zeros(sizes[:ndim], dtype=types[dtype])
     return summed(values.clone())
+
+
+def text_from_main(function: Callable[[], str]) -> str:
+    """What `function` returns on rank 0, on every rank: what it sees of a file system may reach others later."""
+    text = on_main(function)
+    if world_size() == 1:
+        return text
+    sent = from_main(torch.tensor(list(text.encode()), dtype=torch.float64) if text is not None else None)
+    return bytes(int(byte) for byte in sent.tolist()).decode()
 
 
 def gathered_rows(rows: Sequence[int], values: Tensor, count: int) -> Tensor:
@@ -240,7 +265,7 @@ def training_model(config: Config, tokenizer: PreTrainedTokenizerBase, users: in
         return model
     folder = weights_folder(config.model.name)
     backbone = empty_backbone(config.model, tokenizer)
-    model = build_model(config, tokenizer, users, backbone, word_embeddings(backbone, folder, config.model))
+    model = build_model(config, tokenizer, users, backbone, word_embeddings(backbone, folder))
     shard(model, config, device)
     load_weights_into(model, folder, device, "cpu" if config.fsdp.offload else device)
     return model

@@ -31,7 +31,7 @@ from prlhf.allocations import Allocations, give_fake_storage
 from prlhf.backbones import DTYPES, blocks, byte_tokenizer, empty_backbone, head, takes_flex_attention
 from prlhf.batching import PreferenceBatch, micro_batches
 from prlhf.config import Config
-from prlhf.distributed import sharded
+from prlhf.distributed import check_processes, sharded
 from prlhf.encoding import EncodedComparison, TrainingData
 from prlhf.errors import UserError
 from prlhf.logprobs import HeadGradients, Pass, Softmax
@@ -107,8 +107,10 @@ def predict(
 ) -> Prediction:
     """The prediction for a config and its data on `device` (cpu or cuda, which need not be there).
 
-    No weights are read, and nothing is written. available: bytes that each process has.
+    No weights are read, and nothing is written. available: bytes that each process has. UserError where so many
+    processes do not fit fsdp.replicas.
     """
+    check_processes(config, processes)
     comparisons = data.train.comparisons
     gpu = device == "cuda"
     process = CUDA_CONTEXT if gpu else resident_after_a_toy_update(config)
@@ -125,7 +127,7 @@ def predict(
         model = build_model(config, tokenizer, len(data.users), backbone)
     model.check_lengths(comparisons)
     steps = schedule(config.optim, len(comparisons))
-    update, parts = largest_parts(config, model, comparisons)
+    update, parts = largest_parts(config, model, comparisons, processes)
     with gpu_stand_ins(config) if gpu else contextlib.nullcontext():
         memory = predicted_memory(config, model, data, allocations, update, parts, process, processes, gpu)
     rows, positions = max((shape(model, comparisons, part) for part in parts), key=math.prod)
@@ -175,9 +177,9 @@ def collated(
 
 
 def largest_parts(
-    config: Config, model: PersonalizedModel, comparisons: Sequence[EncodedComparison]
+    config: Config, model: PersonalizedModel, comparisons: Sequence[EncodedComparison], processes: int
 ) -> tuple[list[int], list[list[Item]]]:
-    """Of all the updates of the training the one with the largest micro-batch, and its two largest, in their order."""
+    """Of all the updates that `processes` share the one with the largest micro-batch, and its two largest, in their order."""
     per_epoch, total = schedule(config.optim, len(comparisons))
     updates: list[list[int]] = []
     for epoch in range(math.ceil(total / per_epoch)):
@@ -187,7 +189,7 @@ def largest_parts(
 
     best: tuple[int, list[int], list[list[Item]]] | None = None
     for update in updates[:CANDIDATES]:
-        parts = update_parts(config, model, comparisons, update)
+        parts = update_parts(config, model, comparisons, update, processes)
         sizes = [math.prod(shape(model, comparisons, part)) for part in parts]
         if best is None or max(sizes) > best[0]:
             two = sorted(sorted(range(len(parts)), key=lambda n: -sizes[n])[:2])
@@ -391,7 +393,7 @@ def same_type(config: Config) -> bool:
     """Whether a model's files hold config.model.dtype, by its config.json."""
     from transformers import AutoConfig
 
-    described = AutoConfig.from_pretrained(str(Path(config.model.name or "").expanduser()))
+    described = AutoConfig.from_pretrained(str(Path(config.model.name or "").expanduser()), trust_remote_code=False)
     return described.dtype is None or described.dtype == DTYPES[config.model.dtype]
 
 

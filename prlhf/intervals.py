@@ -3,7 +3,9 @@
 Users are the sample: a user's comparisons stand or fall together. For the accuracies of ten users in the simulations of
 tests/test_statistics.py, the percentile bootstrap covers the truth in 88 to 91% of cases; with percentiles expanded as
 Hesterberg (2015, arXiv 1411.5279) proposes, in 93 to 95%, less where accuracies are high and users of unequal size;
-`ratio_interval`, which takes the bootstrap's standard error to Student's t on a variance-stabilising scale, in 95%.
+`ratio_interval`, which takes the bootstrap's standard error to Student's t on a variance-stabilising scale, in 95%. Where most
+users are near 100% it is too sure: with accuracies drawn from Beta(4.5, 0.5) it covers the mean of ten users in 92% of cases, with
+Beta(9, 1) in 93 to 94% (2,000 draws each, 5 to 60 comparisons a user).
 """
 
 import math

@@ -31,6 +31,7 @@ from prlhf.distributed import (
     rank,
     share,
     sum_rows,
+    text_from_main,
     world_size,
 )
 from prlhf.encoding import Dataset, EncodedComparison
@@ -94,10 +95,14 @@ def branches(indices: Sequence[int], users: Sequence[int], alpha: float, persona
 
 
 def update_parts(
-    config: Config, model: PersonalizedModel, comparisons: Sequence[EncodedComparison], update: Sequence[int]
+    config: Config,
+    model: PersonalizedModel,
+    comparisons: Sequence[EncodedComparison],
+    update: Sequence[int],
+    processes: int | None = None,
 ) -> list[list[Item]]:
     """The micro-batches of an update (indices of comparisons), in the order in which they are computed; small enough to
-    give every rank some."""
+    give each of `processes` (those there are) some."""
     personal = is_personal(model.user_model, config.loss.alpha)
     plan = branches(update, [comparisons[i].user for i in update], config.loss.alpha, personal)
     if not model.backbone_reads_users:
@@ -106,7 +111,7 @@ def update_parts(
     for items in plan:
         of_items = [comparisons[item.index] for item in items]
         trees = tree_keys(model, of_items, [item.user for item in items])
-        size = min(config.optim.micro_batch_size, math.ceil(len(set(trees)) / world_size()))
+        size = min(config.optim.micro_batch_size, math.ceil(len(set(trees)) / (processes or world_size())))
         groups = micro_batches(trees, [c.length for c in of_items], size)
         parts += [[items[i] for i in group] for group in groups]
     return parts
@@ -331,11 +336,11 @@ def train(
                     where = {"step": progress.step, "epoch": epoch, "lr": lr, "user_lr": user_lr, "grad_norm": norm}
                     log.write({**where, **progress.sums.record()})
                     progress.sums = Sums()
-                evaluate_and_save(
+                saved = evaluate_and_save(
                     config, run, log, model, users, optimizer, progress, valid, last=progress.step == total
                 )
                 if on_any(told_to_stop.is_set()) and progress.step < total:
-                    if progress.step not in checkpoint.steps(run.checkpoints):
+                    if not saved:
                         save(config, run, model, users, optimizer, progress)
                     log.close()
                     raise Stopped(
@@ -354,11 +359,11 @@ def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_fr
 
     UserError where it started from other base weights, users or data than those at hand.
     """
-    found = checkpoint.steps(run.checkpoints)
-    if not found:
+    newest = int(text_from_main(lambda: str(max(checkpoint.steps(run.checkpoints), default=0))))
+    if not newest:
         on_main(lambda: run.forget_after(0))
         return Progress(started_from)
-    path = found[max(found)]
+    path = run.checkpoints / f"step_{newest}"
     state = checkpoint.read_state(path)
     try:
         progress = Progress(**{**state, "sums": Sums(**state["sums"])})
@@ -398,8 +403,11 @@ def evaluate_and_save(
     progress: Progress,
     valid: Split | None,
     last: bool,
-) -> None:
-    """After an update: evaluate where that is due, and save where that is due, or the evaluation is the best so far."""
+) -> bool:
+    """After an update: evaluate where that is due, and save where that is due, or the evaluation is the best so far.
+
+    Returns whether there is a checkpoint of this update now.
+    """
 
     def due(every: int | None, at_last: bool = True) -> bool:
         return (last and at_last) or (every is not None and progress.step % every == 0)
@@ -409,11 +417,13 @@ def evaluate_and_save(
         optimizer.catch_up()
         record = evaluate(config, model, valid, progress.step)
         log.write(record)
-        improved = progress.best is None or record["loss"] < progress.best["loss"]
+        improved = math.isfinite(record["loss"]) and (progress.best is None or record["loss"] < progress.best["loss"])
         if improved:
             progress.best = {"step": progress.step, "loss": record["loss"]}
-    if improved or due(config.train.save_every):
+    saving = improved or due(config.train.save_every)
+    if saving:
         save(config, run, model, users, optimizer, progress)
+    return saving
 
 
 def save(

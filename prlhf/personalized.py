@@ -328,7 +328,7 @@ def build_model(
     dtype = torch.promote_types(embeddings_VD.dtype, torch.float32)
     user_model = build_user_model(
         config.user_model, users, embeddings_VD if vocabulary_VD is None else vocabulary_VD, torch.Generator().manual_seed(config.seed),
-        reward_head=config.method == "prm" and linear,
+        reward_head=config.method == "prm" and linear, read_as=embeddings_VD.dtype,
     )  # fmt: skip
     if config.model.frozen:
         backbone.requires_grad_(False)

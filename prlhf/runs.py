@@ -13,9 +13,10 @@ from typing import IO, Any, NamedTuple
 from prlhf import checkpoint
 from prlhf import config as config_module
 from prlhf.config import Config
-from prlhf.distributed import on_main
+from prlhf.distributed import on_any, on_main, rank
 from prlhf.errors import UserError
 
+FREE = "fsdp."  # how processes share the work may change from one start to the next, as their number may
 WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "final", "eval", "tensorboard")  # what --overwrite removes
 
 
@@ -57,8 +58,8 @@ class Run(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Whether training ended and the model for use is there."""
-        return (self.final / "users.json").is_file()
+        """Whether training ended and the model for use is there, as rank 0 sees it."""
+        return on_any(rank() == 0 and (self.final / "users.json").is_file())
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
@@ -106,6 +107,7 @@ def _held(path: Path, config: Config, overwrite: bool) -> IO[str]:
     begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
     if begun and not overwrite:
         differing = config_module.differing_keys(config_module.load(path / "config.yaml"), config)
+        differing = [line for line in differing if not line.startswith(FREE)]
         if differing:
             raise UserError(
                 f"run_dir: {path} belongs to a run with another config:\n"
@@ -128,4 +130,8 @@ def prune_checkpoints(run: Run, keep: int, best: int | None) -> None:
     found = checkpoint.steps(run.checkpoints)
     for step in list(found)[:-keep]:
         if step != best:
-            shutil.rmtree(found[step])
+            going = (
+                run.checkpoints / f".{found[step].name}.old.partial"
+            )  # at once no checkpoint any more, whatever kills this
+            os.rename(found[step], going)
+            shutil.rmtree(going)

@@ -137,7 +137,12 @@ def is_personal(user_model: nn.Module, alpha: float) -> bool:
 
 
 def build_user_model(
-    config: UserModelConfig, users: int, vocabulary_VD: Tensor, generator: torch.Generator, reward_head: bool = False
+    config: UserModelConfig,
+    users: int,
+    vocabulary_VD: Tensor,
+    generator: torch.Generator,
+    reward_head: bool = False,
+    read_as: torch.dtype | None = None,
 ) -> nn.Module:
     """The user model for `users` known users, in float32 at least, initialised by config.init:
 
@@ -145,17 +150,23 @@ def build_user_model(
     differences between users start at zero; random: Gaussian noise of the embeddings' standard deviation.
     Cluster weights start at 1/K, with noise of that size unless init is zero. As a `reward_head` (e_u is what hidden
     states are multiplied with) zero is all zero, so that every reward starts at 0, and cluster weights are noisy.
+
+    read_as: the type that the word embeddings have in the model, where the file at hand holds them in another.
     """
     V, D = vocabulary_VD.shape
-    dtype = torch.promote_types(vocabulary_VD.dtype, torch.float32)
+    read_as = read_as or vocabulary_VD.dtype
+    dtype = torch.promote_types(read_as, torch.float32)
 
     def vectors(*shape: int) -> Tensor:
         if config.init == "random":
-            return torch.randn(*shape, D, generator=generator, dtype=dtype) * vocabulary_VD.detach().std().cpu()
+            return (
+                torch.randn(*shape, D, generator=generator, dtype=dtype)
+                * vocabulary_VD.detach().to(read_as).std().cpu()
+            )
         if config.init == "zero" and reward_head:
             return torch.zeros(*shape, D, dtype=dtype)
         drawn = torch.randint(V, shape, generator=generator)
-        return vocabulary_VD.detach()[drawn.to(vocabulary_VD.device)].to("cpu", dtype)
+        return vocabulary_VD.detach()[drawn.to(vocabulary_VD.device)].to("cpu", read_as).to(dtype)
 
     U = config.tokens
     if config.kind == "uniform":

@@ -56,7 +56,7 @@ def refused(result, *parts):
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("tuning", ["lora.rank=2", "lora.rank=0"])
-def test_train_evaluate_generate(call, tmp_path, family, tuning):
+def test_train_evaluate_generate(call, tmp_path, monkeypatch, family, tuning):
     run = tmp_path / "run"
     overrides = [f"run_dir={run}", *SMALL, f"model.family={family}", tuning]
     assert call(train.main, "--config", "tiny.yaml", "--set", *overrides)[0] == 0
@@ -74,6 +74,12 @@ def test_train_evaluate_generate(call, tmp_path, family, tuning):
     # The evaluation at the end of training and the one of the saved model are the same.
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["eval"] and last["accuracy_top"] == report["accuracy"]["top"]
+
+    # On another machine, where the reference is computed anew: from the base model, which a full fine-tune has left.
+    monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "another cache"))
+    assert call(evaluate.main, "--checkpoint", run, "--out", tmp_path / "again")[0] == 0
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert again["accuracy"] == report["accuracy"] and again["calibration"] == pytest.approx(report["calibration"])
 
     out = tmp_path / "responses.jsonl"
     arguments = ["--checkpoint", run, "--prompts", "examples/tiny/prompts.jsonl", "--users", "alice,generic",

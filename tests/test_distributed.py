@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from prlhf import checkpoint, config
 from prlhf.backbones import byte_tokenizer, empty_backbone, load_backbone, load_tokenizer, random_backbone
+from prlhf.distributed import process_group
+from prlhf.errors import OtherRankFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -37,7 +39,7 @@ CASES = {
     "pdpo, elementwise": (LLAMA, "lora.rank=2", "model.gradient_checkpointing=true", "model.recompute=elementwise"),
     "vanilla": (LLAMA, "user_model.kind=uniform", "user_model.tokens=0"),
 }  # fmt: skip
-LONG = ["pdpo, linear, checkpointing", "prm, frozen", "vanilla"]  # for two processes behind the marker
+SLOW = ["pdpo, linear, checkpointing", "prm, frozen", "vanilla"]  # for two processes behind the marker
 
 
 def arguments(run_dir, *overrides):
@@ -108,8 +110,8 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     "processes, names",
     [
-        (2, [name for name in CASES if name not in LONG]),
-        pytest.param(2, LONG, marks=pytest.mark.slow),
+        (2, [name for name in CASES if name not in SLOW]),
+        pytest.param(2, SLOW, marks=pytest.mark.slow),
         pytest.param(4, list(CASES), marks=pytest.mark.slow),
         pytest.param(8, ["pdpo", "prm, linear, rows"], marks=pytest.mark.slow),
     ],
@@ -153,6 +155,10 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     short = ("model.family=null", "optim.max_steps=6")
     named = (f"model.name={tmp_path / 'base'}", *short)
     cases = {"full": named, "lora": (*named, "lora.rank=4"), "prm": (*named, *CASES["prm"][1:])}
+    random_backbone(config.load(None, [GPTJ]).model, len(tokenizer), 3).save_pretrained(tmp_path / "gptj")
+    tokenizer.save_pretrained(tmp_path / "gptj")
+    half = (f"model.name={tmp_path / 'gptj'}", *short, "model.dtype=bfloat16")
+    cases |= {"half": (*half, "lora.rank=4"), "half, prm": (*half, "lora.rank=4", *CASES["prm"][1:])}
     cases["tied"] = (f"model.name={tmp_path / 'tied'}", *short)
     for processes in (1, 2):
         train_all(processes, tmp_path / str(processes), cases)
@@ -214,6 +220,44 @@ def test_an_empty_backbone_is_the_real_one_without_values(family):
     buffers = dict(empty.named_buffers())
     assert buffers.keys() == dict(real.named_buffers()).keys()
     assert all(torch.equal(buffers[name], b) for name, b in real.named_buffers())
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_an_empty_named_backbone_of_a_half_type_has_the_buffers_of_the_loaded_one(family, tmp_path):
+    """Rotary frequencies above all: made in float32 whatever the weights' type."""
+    described = config.load(None, [f"model.family={family}", "model.width=128"]).model
+    random_backbone(described, len(byte_tokenizer()), 3).save_pretrained(tmp_path)
+    named = config.load(None, [f"model.name={tmp_path}", "model.dtype=bfloat16", "lora.rank=2"]).model
+    empty, real = empty_backbone(named, byte_tokenizer()), load_backbone(named, byte_tokenizer(), seed=0)
+    assert {p.dtype for p in empty.parameters()} == {p.dtype for p in real.parameters()} == {torch.bfloat16}
+    assert empty.config.dtype == real.config.dtype == torch.bfloat16
+    buffers = dict(empty.named_buffers())
+    assert buffers.keys() == dict(real.named_buffers()).keys() and buffers
+    for name, buffer in real.named_buffers():
+        assert buffer.dtype == buffers[name].dtype and torch.equal(buffers[name], buffer), name
+
+
+def test_a_generation_config_that_transformers_will_not_save_is_mended_when_it_is_read(tmp_path):
+    """A temperature without sampling, as some published models have it: refused at the end of a run of days, else."""
+    described = config.load(None, [LLAMA]).model
+    random_backbone(described, len(byte_tokenizer()), 3).save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    named = config.load(None, [f"model.name={tmp_path / 'base'}"]).model
+    for name, model in (
+        ("loaded", load_backbone(named, byte_tokenizer(), 0)),
+        ("empty", empty_backbone(named, byte_tokenizer())),
+    ):
+        model.generation_config.save_pretrained(tmp_path / name)
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+def test_what_the_network_said_is_not_lost(monkeypatch):
+    """The first error on a machine that is set up wrongly comes here too."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    lost = pytest.raises(OtherRankFailed, match="Duplicate GPU detected")
+    with lost, process_group(config.load(None, [LLAMA]), "cpu"):
+        raise torch.distributed.DistBackendError("NCCL error: Duplicate GPU detected")
 
 
 LONG = (LLAMA, "optim.epochs=12", "optim.max_steps=30", "train.save_every=1", "train.eval_every=null")

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from helpers import TOKENIZER, VOCABULARY, tiny_config
 
 import train
+from prlhf import loop
 from prlhf.backbones import load_backbone
 from prlhf.data import read_comparisons
 from prlhf.dry_run import available_memory, predict
@@ -138,6 +140,29 @@ def test_the_peak_of_a_real_run(tmp_path):
     assert said == pytest.approx(measured, rel=0.1)
 
 
+def test_processes_share_an_update_in_the_dry_run_as_they_do_in_training(monkeypatch):
+    """Micro-batches are cut so that every process has some: smaller ones for eight than for one."""
+    few = ("optim.batch_size=8", "optim.micro_batch_size=8", "data.limit=8")
+    alone = prediction_of(*few)[2].largest
+    eight = prediction_of(*few, processes=8)[2].largest
+    monkeypatch.setattr(loop, "world_size", lambda: 8)  # as in a process of eight
+    config, data, _ = prediction_of(*few)
+    model = build_model(config, TOKENIZER, len(data.users), load_backbone(config.model, TOKENIZER, 0))
+    comparisons = data.train.comparisons
+    parts = update_parts(config, model, comparisons, range(8))
+    shapes = [
+        model.collate([comparisons[item.index] for item in part], [item.user for item in part]).input_ids_RT.shape
+        for part in parts
+    ]
+    assert eight == max(map(tuple, shapes), key=math.prod) and math.prod(eight) < math.prod(alone)
+
+
+@pytest.mark.parametrize("world, fault", [("0", "--world-size: found 0"), ("3", "fsdp.replicas: found 2")])
+def test_numbers_of_processes_that_cannot_be(call, tmp_path, world, fault):
+    status, _, err = call(train.main, *command(tmp_path / "run", "fsdp.replicas=2"), "--dry-run", "--world-size", world)
+    assert status == 2 and fault in err
+
+
 def test_nothing_is_written_and_no_weights_are_read(call, tmp_path):
     described = tmp_path / "model"
     config = tiny_config()
@@ -172,15 +197,16 @@ def test_a_gpu_that_is_not_here_must_be_described():
 
 
 def test_a_gpu_keeps_no_mask_and_processes_share_the_backbone():
-    _, data, alone = prediction_of(device="cuda")
-    four = prediction_of(device="cuda", processes=4)[2]
+    single = "optim.micro_batch_size=1"  # so that four processes compute the same micro-batches
+    _, data, alone = prediction_of(single, device="cuda")
+    four = prediction_of(single, device="cuda", processes=4)[2]
     assert alone.largest[0] == 1  # heads of 16: packed
     table = 4 * 3 * D * len(data.users)  # each process has the whole of it; its gradient is but of few rows
     for name, replicated in (("weights", table), ("gradients", 0)):
         whole, share = getattr(alone.memory, name), getattr(four.memory, name)
         assert share - replicated == pytest.approx((whole - replicated) / 4, abs=1)
     assert four.memory.activations == alone.memory.activations
-    half = prediction_of("model.compute_dtype=bfloat16", device="cuda", processes=4)[2].memory
+    half = prediction_of(single, "model.compute_dtype=bfloat16", device="cuda", processes=4)[2].memory
     for name in ("weights", "gradients", "optimizer"):  # float32 either way
         assert getattr(half, name) == pytest.approx(getattr(four.memory, name), abs=8), name
     assert half.activations < 0.75 * four.memory.activations and half.whole_blocks < four.memory.whole_blocks

@@ -16,7 +16,7 @@ from helpers import gradients, random_comparisons, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 import train as train_script
-from prlhf import checkpoint, loop
+from prlhf import checkpoint, config, loop
 from prlhf.data import Comparison, UserIndex, read_comparisons
 from prlhf.encoding import Dataset, EncodingReport
 from prlhf.errors import TrainingError, UserError
@@ -77,6 +77,29 @@ def test_a_run_leaves_what_it_promises(monkeypatch, tmp_path):
                 "comparisons_per_s", "tokens_per_s", "peak_memory_gb"):  # fmt: skip
         assert key in log[0]
     assert not list((tmp_path / "a").rglob("*partial*"))
+
+
+def test_a_loss_that_is_not_finite_is_not_the_best(monkeypatch, tmp_path):
+    losses = iter([math.nan, 0.5, 0.6])
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *args: {**evaluate(*args), "loss": next(losses)})
+    run(monkeypatch, tmp_path / "a", "train.final=best")
+    state = json.loads((tmp_path / "a" / "checkpoints" / "step_12" / "state.json").read_text())
+    assert state["best"] == {"step": 10, "loss": 0.5}
+
+
+def test_how_processes_share_the_work_may_change_between_two_starts(tmp_path):
+    def opened(*overrides):
+        opened = open_run(config.load(None, [f"run_dir={tmp_path / 'a'}", *overrides]), "a")
+        opened.lock.close()
+        return opened
+
+    first = opened("fsdp.replicas=2")
+    first.begin(config.load(None, [f"run_dir={first.path}", "fsdp.replicas=2"]), overwrite=False)
+    first.log({"step": 1})
+    opened("fsdp.replicas=4", "fsdp.offload=true")
+    with pytest.raises(UserError, match="another config:\n  optim.lr"):
+        opened("fsdp.replicas=4", "optim.lr=0.5")
 
 
 def test_newest_and_best_checkpoints_stay(monkeypatch, tmp_path):
@@ -228,7 +251,7 @@ def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path
             (step / name).unlink()
             if damaged is not None:
                 (step / name).write_bytes(damaged)
-            with pytest.raises(UserError, match="damaged checkpoint"):
+            with pytest.raises(UserError, match=r"damaged checkpoint .*; remove it to go on from another: step_10"):
                 run(monkeypatch, tmp_path / name)
             (step / name).write_bytes(whole)
         run(monkeypatch, tmp_path / name)
