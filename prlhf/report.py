@@ -72,7 +72,10 @@ def markdown(report: dict[str, Any]) -> str:
     lines += INTERVALS + [interval_row(HEADLINES[k], report["accuracy"][k], report["interval"][k]) for k in HEADLINES]
     ece = (f"{title} {percent(report['calibration'][name])}" for name, title in CALIBRATION.items())
     lines += ["", "Expected calibration error, %: " + ", ".join(ece) + ".", ""]
-    lines += ["Personalisation helps where the gain over the generic user is above 0, and is personal where its own gain is.", ""]
+    lines += [
+        "Personalisation helps where the gain over the generic user is above 0, and is personal where its own gain is.",
+        "",
+    ]
     controls = report["controls"].items()
     lines += INTERVALS + [interval_row(CONTROLS[k], c["accuracy"], c["interval"]) for k, c in controls]
     if "rules" in report:

@@ -360,3 +360,22 @@ def test_a_full_disk_ends_with_a_message_and_the_last_good_checkpoint(tmp_path, 
     assert set(checkpoint.steps(run / "checkpoints")) == {1} and not list(run.glob("checkpoints/.*"))
     finished(start(processes, "train.py", *arguments(run, *LONG)))
     assert len(records(run)) >= 30
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_of_two_processes_finds_damaged_is_refused_by_both(uninterrupted, tmp_path):
+    """A flipped bit in the file that rank 1 checks: a message, no waiting, and the checkpoint before it goes on."""
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    shutil.rmtree(run / "final")
+    newest = run / "checkpoints" / f"step_{reached(run)}"
+    names = sorted(name for part in newest.glob("checksums-*.json") for name in json.loads(part.read_text()))
+    file = newest / names[1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    process = start(2, "train.py", *arguments(run, *LONG))
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode != 0 and f"{names[1]} is not what was written" in said
+    assert f"go on from another: step_{reached(run) - 1}" in said
+    shutil.rmtree(newest)
+    finished(start(2, "train.py", *arguments(run, *LONG)))
+    assert_equal_runs(run, uninterrupted)

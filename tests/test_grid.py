@@ -12,7 +12,9 @@ import torch
 
 import evaluate
 from examples import ablation, grid, polis, table1
+from examples.conformity import conformity
 from prlhf import config as config_module
+from prlhf.data import Comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -266,3 +268,16 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     assert {"vanilla(uniform)_seed1", "individual_alpha0.5_notshared_seed0", "cluster_K10_seed1"} < folders
     calls.clear()
     assert call(ablation.main, *common, *keys)[0] == 0 and {module for module, _ in calls} == {"train"}
+
+
+def test_conformity_by_hand():
+    """Three judges of one pair, A A B: to each A-judge the others are even on it, to the one of B they are for A."""
+
+    def votes(user, chosen, rejected):
+        return Comparison("p", chosen, rejected, user, None, user)
+
+    assert conformity([votes("ann", "A", "B"), votes("bob", "A", "B"), votes("cid", "B", "A")]) == {
+        "ann": 0.5, "bob": 0.5, "cid": 0.0,
+    }  # fmt: skip
+    more = [votes("ann", "A", "B"), votes("bob", "A", "B"), votes("cid", "B", "A"), votes("dee", "A", "C")]
+    assert conformity(more) == {"ann": 1.0, "bob": 1.0, "cid": 0.0, "dee": 1.0}  # to dee A has 2 of 3 votes, C none
