@@ -163,7 +163,12 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     for processes in (1, 2):
         train_all(processes, tmp_path / str(processes), cases)
     for name in cases:
-        assert_alike(tmp_path / "1" / name, tmp_path / "2" / name, 1e-5, updates=6)
+        # In a half type another order of a sum can turn into another rounding, of 2^-9 of a value, once weights have moved.
+        tolerance = 2**-9 if name.startswith("half") else 1e-5
+        assert_alike(tmp_path / "1" / name, tmp_path / "2" / name, tolerance, updates=6)
+        assert records(tmp_path / "1" / name)[1]["loss"] == pytest.approx(
+            records(tmp_path / "2" / name)[1]["loss"], abs=1e-5
+        )
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "2" / "full" / "final")
     ours = load_file(tmp_path / "1" / "full" / "final" / "model.safetensors")
     for name, parameter in exported.named_parameters():
