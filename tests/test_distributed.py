@@ -370,7 +370,8 @@ def test_a_full_disk_ends_with_a_message_and_the_last_good_checkpoint(tmp_path, 
 @pytest.mark.slow
 def test_a_checkpoint_that_one_of_two_processes_finds_damaged_is_refused_by_both(uninterrupted, tmp_path):
     """A flipped bit in the file that rank 1 checks: a message, no waiting, and the checkpoint before it goes on."""
-    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    run = tmp_path / "run"
+    finished(start(2, "train.py", *arguments(run, *LONG)))
     shutil.rmtree(run / "final")
     newest = run / "checkpoints" / f"step_{reached(run)}"
     names = sorted(name for part in newest.glob("checksums-*.json") for name in json.loads(part.read_text()))
