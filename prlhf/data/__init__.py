@@ -76,8 +76,11 @@ def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> Compar
 
 
 def named_user(record: dict[str, Any], column: str) -> dict[str, Any]:
-    """The record with the user's name from another column."""
-    return record if column == "user" else {**record, "user": record.get(column)}
+    """The record with the user's name from another column, where a whole number's digits are a name too."""
+    if column == "user":
+        return record
+    user = record.get(column)
+    return {**record, "user": str(user) if type(user) is int else user}
 
 
 def parse_comparison(
