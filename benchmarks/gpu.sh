@@ -7,8 +7,8 @@
 # lora     Llama-3-8B's shape, LoRA of rank 16 on bfloat16: a step, its memory beside the dry run's, where its time goes
 # full     GPT-J 6B's shape, full fine-tuning in mixed precision: the same (needs some 110 GB on one GPU)
 #
-# Weights are random (benchmarks/random_model.py) and lie in OUT/models. TRL takes part where it and peft are installed. A part that
-# fails does not stop the next: every log is in OUT, and the last lines of each are printed at the end.
+# Weights are random (benchmarks/random_model.py) and lie in OUT/models. TRL takes part where it and peft are installed. A
+# part that fails does not stop the next: every log is in OUT, and the last lines of each are printed at the end.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?expected a folder for logs and tables}
@@ -24,7 +24,7 @@ run() { # NAME COMMAND...
     "$@" >"$out/$name.log" 2>&1 || echo "FAILED with status $?: $*" >>"$out/$name.log"
 }
 
-model() { # FOLDER SHAPE [TYPE]
+model() { # FOLDER SHAPE TYPE
     [ -f "$out/models/$1/config.json" ] || run "$1-weights" "$python" benchmarks/random_model.py "$2" --out "$out/models/$1" --dtype "$3" $LAYERS
 }
 

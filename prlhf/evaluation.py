@@ -134,34 +134,34 @@ def summarize(
             "top": expected_calibration_error(margins[0][known]),
             "generic": expected_calibration_error(margins[1][~known]),
         },
-        "controls": _controls(true, generic, other if others else None, samples, rng),
-        "per_user": _per_user(true, generic, other if others else None),
+        "controls": _controls(true, generic, other, samples, rng),
+        "per_user": _per_user(true, generic, other),
     }
+    if not others:
+        for name in ("shuffled_users", "placebo_gain", "personalisation_gain"):
+            report["controls"][name] = {"accuracy": None, "interval": None}
+        for row in report["per_user"].values():
+            row["shuffled_users"] = None
     return report if rules is None else {**report, "rules": _rules(rules, known)}
 
 
 def _controls(
-    true: UserCounts, generic: UserCounts, other: UserCounts | None, samples: int, rng: np.random.Generator
+    true: UserCounts, generic: UserCounts, other: UserCounts, samples: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Known users' accuracy under the generic and a random other user, and what knowing the true user gains.
 
     personalisation_gain = gain_over_generic - placebo_gain = (true - generic) - (shuffled - generic), which is true -
     shuffled: what any user's vectors gain over none is not personal.
     """
-    nothing = {"accuracy": None, "interval": None}
     found: dict[str, Any] = {}
     for name, control in (("generic_user", generic), ("shuffled_users", other)):
-        found[name] = nothing if control is None else {
-            "accuracy": pooled(control), "interval": pooled_interval(control, samples, rng)
-        }  # fmt: skip
+        found[name] = {"accuracy": pooled(control), "interval": pooled_interval(control, samples, rng)}
     gains = {
         "gain_over_generic": (true, generic), "placebo_gain": (other, generic), "personalisation_gain": (true, other)
     }  # fmt: skip
     for name, (a, b) in gains.items():
-        found[name] = nothing if a is None or b is None else {
-            "accuracy": pooled(a) - pooled(b) if true.users else None,
-            "interval": pooled_difference_interval(a, b, samples, rng),
-        }  # fmt: skip
+        gain = pooled(a) - pooled(b) if true.users else None
+        found[name] = {"accuracy": gain, "interval": pooled_difference_interval(a, b, samples, rng)}
     return found
 
 
@@ -177,9 +177,10 @@ def _rules(rules: dict[str, Sequence[float]], known: np.ndarray) -> dict[str, An
     }
 
 
-def _per_user(true: UserCounts, generic: UserCounts, other: UserCounts | None) -> dict[str, Any]:
+def _per_user(true: UserCounts, generic: UserCounts, other: UserCounts) -> dict[str, Any]:
     """The table of known users (the paper's Tables 3 and 4): n, and accuracy as themselves and under both controls."""
-    shuffled_users = [None] * len(true.users) if other is None else other.accuracy().tolist()
-    columns = zip(true.users, true.n.tolist(), true.accuracy().tolist(), generic.accuracy().tolist(), shuffled_users)
-    names = ("n", "accuracy", "generic_user", "shuffled_users")
-    return {user: dict(zip(names, values)) for user, *values in columns}
+    columns = zip(true.users, true.n, true.accuracy(), generic.accuracy(), other.accuracy())
+    return {
+        user: {"n": int(n), "accuracy": float(a), "generic_user": float(g), "shuffled_users": float(o)}
+        for user, n, a, g, o in columns
+    }

@@ -24,6 +24,7 @@ from prlhf import checkpoint
 from prlhf.batching import length_bucketed_updates, micro_batches, pair_of
 from prlhf.config import Config, OptimConfig, UserModelConfig
 from prlhf.data import UserIndex
+from prlhf.data.files import fingerprint_of
 from prlhf.distributed import (
     named_parameters,
     on_any,
@@ -40,7 +41,7 @@ from prlhf.evaluation import mixed_loss, score_users, summarize
 from prlhf.losses import ResponseLogProbs, branch_weights, needs_reference, preference_loss, reward_margin
 from prlhf.optim import Optimizers, RowAdamW, clip
 from prlhf.personalized import PersonalizedModel
-from prlhf.reference import fingerprint_of, reference_log_probs, remember_states
+from prlhf.reference import reference_log_probs, remember_states
 from prlhf.runs import Run, prune_checkpoints
 from prlhf.scoring import select, tree_keys
 from prlhf.training_log import Sums, TrainingLog

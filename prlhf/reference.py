@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prlhf.batching import Reading
+from prlhf.data.files import fingerprint_of
 from prlhf.data.sources import cache_dir
 from prlhf.distributed import (
     from_main,
@@ -56,11 +56,6 @@ def weights_fingerprint(backbone: nn.Module) -> str:
     for (name, weight), digits in zip(weights, summed(hashes).tolist()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + bytes(digits))
     return digest.hexdigest()
-
-
-def fingerprint_of(*parts: Any) -> str:
-    """A hash of plain values, in order."""
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def reference_log_probs(

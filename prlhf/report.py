@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from prlhf.data import Comparison
-from prlhf.data.files import read_json_lines, write_json_lines
-from prlhf.reference import fingerprint_of
+from prlhf.data.files import fingerprint_of, read_json_lines, write_json_lines
 from prlhf.rules import RULES
 
 MARGINS = "margins.jsonl"

@@ -130,8 +130,7 @@ def prune_checkpoints(run: Run, keep: int, best: int | None) -> None:
     found = checkpoint.steps(run.checkpoints)
     for step in list(found)[:-keep]:
         if step != best:
-            going = (
-                run.checkpoints / f".{found[step].name}.old.partial"
-            )  # at once no checkpoint any more, whatever kills this
+            # Renamed first: at once no checkpoint any more, whatever kills this.
+            going = run.checkpoints / f".{found[step].name}.old.partial"
             os.rename(found[step], going)
             shutil.rmtree(going)

@@ -85,10 +85,8 @@ def test_nothing_is_unpickled_and_no_code_comes_with_a_model():
             keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert keywords.get("trust_remote_code", "False") == "False", path
             if name.startswith("Auto") and name.endswith((".from_pretrained", ".from_config")):
-                assert keywords["trust_remote_code"] == "False", (
-                    path,
-                    name,
-                )  # None would ask, and take yes for an answer
+                # None would ask, and take yes for an answer.
+                assert keywords["trust_remote_code"] == "False", (path, name)
             if name == "AutoModelForCausalLM.from_pretrained":
                 assert keywords["use_safetensors"] == "True", path
 

@@ -183,3 +183,8 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """A hash of plain values, in order."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
