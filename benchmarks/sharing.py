@@ -1,13 +1,15 @@
-"""How many positions an epoch computes, with and without what comparisons of one pair share.
+"""How many positions an epoch computes, with and without what comparisons of one pair, or of the same responses, share.
 
     python benchmarks/sharing.py --data ../shared/data/ukpconvarg1/train.jsonl.gz [--known 10] [--batch-size 32]
 
-P-DPO with both branches on real comparisons, T_u = 10: `pair_updates` puts comparisons of the same two responses into one
-update, `share_trees` computes once what they have in common. Counts positions of the forward passes, padding left out; the
-model that lays them out is a random one of one block.
+`group_by` puts comparisons of the same two responses, or of few responses, into one update, `share_trees` computes once what
+they have in common. P-DPO with both branches, T_u = 10, and a reward model behind the backbone. Counts positions of the
+forward passes, padding left out; the model that lays them out is a random one of one block. Updates are not cut into
+micro-batches.
 """
 
 import argparse
+import itertools
 
 from prlhf import config as config_module
 from prlhf.backbones import byte_tokenizer, load_tokenizer
@@ -16,6 +18,11 @@ from prlhf.encoding import encode_training_data
 from prlhf.errors import run_command
 from prlhf.loop import epoch_updates, update_parts
 from prlhf.personalized import build_model
+
+MODELS = {
+    "P-DPO, soft prompt": ["method=pdpo", "user_model.tokens=10"],
+    "P-RM, linear head": ["method=prm", "user_model.tokens=1", "user_model.aggregator=linear", "user_model.init=zero"],
+}
 
 
 def main() -> None:
@@ -40,10 +47,15 @@ def main() -> None:
         f"data.limit={args.limit or 'null'}",
         f"optim.batch_size={args.batch_size}",
     ]
-    data, positions = None, {}
-    for pairs in ("false", "true"):
-        for share in ("false", "true"):
-            config = config_module.load(None, [*keys, f"optim.pair_updates={pairs}", f"model.share_trees={share}"])
+    keys.append(f"optim.micro_batch_size={2 * args.batch_size}")
+    data = None
+    print("| | optim.group_by | model.share_trees | positions an epoch | of none |")
+    print("|---|---|---|---|---|")
+    for model_name, model_keys in MODELS.items():
+        positions: dict[tuple[str, str], int] = {}
+        for group_by, share in itertools.product(("none", "pair", "response"), ("false", "true")):
+            settings = [f"optim.group_by={group_by}", f"model.share_trees={share}"]
+            config = config_module.load(None, [*keys, *model_keys, *settings])
             data = data or encode_training_data(config, tokenizer, file, None)
             comparisons = data.train.comparisons
             model = build_model(config, tokenizer, len(data.users))
@@ -52,12 +64,10 @@ def main() -> None:
                 for items in update_parts(config, model, comparisons, update):
                     batch = model.collate([comparisons[i.index] for i in items], [i.user for i in items])
                     count += int((batch.trees_RT > 0).sum())
-            positions[pairs, share] = count
+            positions[group_by, share] = count
+            of_none = count / positions["none", "false"]
+            print(f"| {model_name} | {group_by} | {share} | {count:,} | {of_none:.2f} |", flush=True)
     print(f"{data.train.report.lines()}; {len(data.users)} known users; {args.batch_size} comparisons an update")
-    print("| optim.pair_updates | model.share_trees | positions an epoch | of none |")
-    print("|---|---|---|---|")
-    for (pairs, share), count in positions.items():
-        print(f"| {pairs} | {share} | {count:,} | {count / positions['false', 'false']:.2f} |")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ run it, which works while the others wait; peak memory is that of the process (o
 
 prlhf      plain DPO (uniform user, T_u = 0); reference computed before, once
 prlhf pdpo P-DPO, both branches (individual users, T_u = 10, alpha 0.5); reference as above
-rows       the same P-DPO as one would write it: both responses as rows of their own in both branches, the model's logits at
-           all positions, the reference computed in the step
+rows       the same P-DPO as one would write it, DPO's loss in each branch: both responses as rows of their own, the model's
+           logits at all positions, their reference computed in the step
+rows once  the same, but for a reference that both branches share
 trl        TRL's DPOTrainer with its defaults, but for: float32, precomputed reference, dropout and checkpointing as here;
            one arm for each per-device batch size, of which the fastest counts. On a GPU Liger's kernels where installed
 
@@ -54,7 +55,8 @@ from prlhf.scoring import score
 from prlhf.training_log import peak_memory_gb
 
 P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
-ARMS = {"prlhf": ("user_model.kind=uniform", "user_model.tokens=0"), "prlhf pdpo": P_DPO, "rows": P_DPO}
+PLAIN = ("user_model.kind=uniform", "user_model.tokens=0")
+ARMS = {"prlhf": PLAIN, "prlhf pdpo": P_DPO, "rows": P_DPO, "rows once": P_DPO}
 OURS = ("prlhf", "prlhf pdpo")  # the arms that do as train.py does
 USERS = 4
 NOISE = 1e-3  # what the policy's weights are moved by, so that the losses are not log 2
@@ -127,6 +129,7 @@ class Rows(Ours):
 
     def __init__(self, name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]):
         super().__init__(name, args, comparisons)
+        self.shares_reference = name == "rows once"
         config = self.config.model
         self.reference_model = load_weights(config.name, config.dtype).to(self.model.device)  # as before the first step
 
@@ -152,9 +155,11 @@ class Rows(Ours):
     def accumulate(self) -> float:
         total = 0.0
         for c in self.comparisons:
-            with torch.no_grad():
-                reference = self.log_probs(self.reference_model, c, None)
+            reference = None
             for user in (c.user, 0):
+                if reference is None or not self.shares_reference:
+                    with torch.no_grad():
+                        reference = self.log_probs(self.reference_model, c, None)
                 ratio = self.log_probs(self.model.backbone, c, user) - reference
                 loss = -torch.nn.functional.logsigmoid(0.1 * (ratio[0] - ratio[1])) * 0.5 / len(self.comparisons)
                 loss.backward()
@@ -233,7 +238,7 @@ def check_losses(losses: dict[str, float]) -> None:
 def made(label: str, args: argparse.Namespace, comparisons: list[EncodedComparison]) -> Arm:
     """The arm of a label: "trl, batch 2" is the trainer with that batch size."""
     name, _, size = label.partition(", batch ")
-    if name == "rows":
+    if name in ("rows", "rows once"):
         return Rows(name, args, comparisons)
     if name != "trl":
         return Ours(name, args, comparisons)

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
+    checkpoint,
     create_selective_checkpoint_contexts,
 )
 from transformers import (
@@ -40,6 +41,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
@@ -159,10 +161,12 @@ def _gptj_attention(
 
 
 def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model's attention take the masks of `attention_mask`."""
+    """Let a model's attention take the masks of `attention_mask`, and compute GPT-J's GELU in one operation."""
     if model.config.model_type == "gptj":
         for block in model.transformer.h:
             block.attn._attn = types.MethodType(_gptj_attention, block.attn)
+            if isinstance(block.mlp.act, NewGELUActivation):
+                block.mlp.act = nn.GELU(approximate="tanh")
     else:
         model.set_attn_implementation("trees")
     return model
@@ -189,8 +193,47 @@ def elementwise_recomputed(
     return create_selective_checkpoint_contexts(policy)
 
 
+def keep_less(block: nn.Module) -> None:
+    """Let a block keep its products' outputs and its attention's for the backward pass, but not what is elementwise within
+    RMSNorm and the MLP, which is computed again there. (As Liger does: Hsu et al. 2024, arXiv 2410.10989, section 3.2.)"""
+    for name, module in block.named_modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(_computed_again, module.forward)
+        elif name == "mlp" and all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            module.forward = types.MethodType(_gated_mlp, module)
+        elif name == "mlp" and all(hasattr(module, part) for part in ("fc_in", "act", "fc_out", "dropout")):
+            module.forward = types.MethodType(_gptj_mlp, module)
+
+
+def _computed_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which the backward pass keeps the inputs alone. A last product is not computed again: the
+    recomputation ends with what it has to keep."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _then_product(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """layer(function(*inputs)), keeping neither the layer's input nor what leads to it; with LoRA only not the latter, as
+    the layer is then more than one product."""
+    if isinstance(layer, nn.Linear):
+        return _computed_again(lambda *again: layer(function(*again)), *inputs)
+    return layer(_computed_again(function, *inputs))
+
+
+def _gated_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """LlamaMLP.forward, W_down (act(W_gate x) * W_up x)."""
+    return _then_product(mlp.down_proj, lambda gate, up: mlp.act_fn(gate) * up, mlp.gate_proj(x), mlp.up_proj(x))
+
+
+def _gptj_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    """GPTJMLP.forward, W_out act(W_in x)."""
+    return mlp.dropout(_then_product(mlp.fc_out, mlp.act, mlp.fc_in(x)))
+
+
 def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) -> None:
-    """Gradient checkpointing of every n-th block, and torch.compile of each, as the config has it."""
+    """Gradient checkpointing of every n-th block, and torch.compile of each, as the config has it; the blocks with neither
+    `keep_less`: a checkpointed block keeps still less, and the compiler chooses by itself."""
     if config.gradient_checkpointing:
         options: dict[str, Any] = {"use_reentrant": False}
         if config.recompute == "elementwise":
@@ -200,9 +243,11 @@ def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         for i, block in enumerate(blocks(model)):
             block.gradient_checkpointing = i % config.checkpoint_every == 0
-    if config.compile:
-        for block in blocks(model):
+    for block in blocks(model):
+        if config.compile:
             block.compile(dynamic=True)
+        elif not (config.gradient_checkpointing and block.gradient_checkpointing):
+            keep_less(block)
 
 
 def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:

@@ -183,9 +183,11 @@ class OptimConfig:
     micro_batch_size: int = key(
         8, "Comparisons per forward pass (those that are one tree count once); never changes the update.", low=1
     )
-    pair_updates: bool = key(
-        True,
-        "Put comparisons of the same two responses into the same update, where they share work (`model.share_trees`).",
+    group_by: str = key(
+        "pair",
+        "Which comparisons come into the same update, where they share work (`model.share_trees`): those of the same two "
+        "responses; those of the same prompt and of few of its responses; or none.",
+        choices=("none", "pair", "response"),
     )
     epochs: int = key(1, "Passes over the training data.", low=1)
     max_steps: int | None = key(None, "Stop after this many updates.", low=1)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf import checkpoint
-from prlhf.batching import length_bucketed_updates, micro_batches, pair_of
+from prlhf.batching import micro_batches, updates_of_epoch
 from prlhf.config import Config, OptimConfig, UserModelConfig
 from prlhf.data import UserIndex
 from prlhf.data.files import fingerprint_of
@@ -190,9 +190,7 @@ def schedule(config: OptimConfig, comparisons: int) -> Schedule:
 
 def epoch_updates(config: Config, comparisons: Sequence[EncodedComparison], epoch: int) -> list[list[int]]:
     """The updates of an epoch, as indices of comparisons."""
-    pairs = [pair_of(c) for c in comparisons] if config.optim.pair_updates else None
-    lengths = [c.length for c in comparisons]
-    return length_bucketed_updates(lengths, config.optim.batch_size, config.seed, epoch, pairs)
+    return updates_of_epoch(comparisons, config.optim.batch_size, config.seed, epoch, config.optim.group_by)
 
 
 def keep_freed_memory() -> None:

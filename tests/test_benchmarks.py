@@ -37,17 +37,18 @@ def model(tmp_path):
 
 def test_step_prints_a_table_and_writes_json(model, tmp_path):
     out = tmp_path / "step.json"
-    arms = ("--arms", "prlhf", "prlhf pdpo", "rows")
+    arms = ("--arms", "prlhf", "prlhf pdpo", "rows", "rows once")
     table = run("step.py", "--model", model, "--comparisons", 2, "--rounds", 2, "--out", out, *arms)
     written = json.loads(out.read_text())
-    assert [row["arm"] for row in written["rows"]] == ["prlhf", "prlhf pdpo", "rows"]
+    assert [row["arm"] for row in written["rows"]] == ["prlhf", "prlhf pdpo", "rows", "rows once"]
     assert "| prlhf pdpo | " in table and "matmul rate: " in table
     # share times seconds is an arm's useful work: the same for both ways to compute P-DPO, less without a user
     work = {
         row["arm"]: row["share_of_matmul_rate"] * statistics.median(written["seconds"][row["arm"]])
         for row in written["rows"]
     }
-    assert work["rows"] == pytest.approx(work["prlhf pdpo"]) and 0 < work["prlhf"] < work["rows"]
+    assert [work["rows"], work["rows once"]] == pytest.approx([work["prlhf pdpo"]] * 2)
+    assert 0 < work["prlhf"] < work["rows"]
 
 
 def test_the_share_of_the_matmul_rate_is_useful_flops_over_what_the_time_allows(model, monkeypatch):

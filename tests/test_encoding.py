@@ -1,11 +1,13 @@
+import itertools
+
 import pytest
 from helpers import TOKENIZER, tiny_config
 from tokenizers import processors
 
 from prlhf.backbones import byte_tokenizer
-from prlhf.batching import length_bucketed_updates, micro_batches
+from prlhf.batching import micro_batches, updates_of_epoch
 from prlhf.data import ComparisonFile, UserIndex, parse_comparison
-from prlhf.encoding import Encoder, EncodingReport, encode_file
+from prlhf.encoding import EncodedComparison, Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
 
 
@@ -168,9 +170,26 @@ def test_nothing_fits_is_an_error_and_the_report_says_what_was_dropped():
     assert "4 equal responses dropped" in data.report.lines()
 
 
-def test_an_epoch_holds_every_comparison_once_and_is_seeded():
-    lengths = [(i * 37) % 101 for i in range(203)]
-    epochs = [length_bucketed_updates(lengths, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+def of_length(length, prompt):
+    """A comparison of that many tokens; those of one prompt number have the same two responses."""
+    return EncodedComparison([prompt], [prompt], [1] * (length - 2), [2], user=0)
+
+
+def tournament(prompt, responses):
+    """Every pair of so many responses to a prompt, in their order."""
+    pairs = itertools.combinations(range(responses), 2)
+    return [EncodedComparison([prompt], [prompt], [a], [b], user=0) for a, b in pairs]
+
+
+def responses_in(comparisons, update):
+    return {(c.prefix[0], *side) for c in (comparisons[i] for i in update) for side in (c.chosen, c.rejected)}
+
+
+@pytest.mark.parametrize("group_by", ["none", "pair", "response"])
+def test_an_epoch_holds_every_comparison_once_and_is_seeded(group_by):
+    comparisons = [of_length(3 + (i * 37) % 101, prompt=i // 9) for i in range(203)]
+    drawn = ((0, 0), (0, 0), (0, 1), (1, 0))
+    epochs = [updates_of_epoch(comparisons, 8, seed, epoch, group_by) for seed, epoch in drawn]
     for updates in epochs:
         assert sorted(i for update in updates for i in update) == list(range(203))
         assert sorted(len(update) for update in updates)[1:] == [8] * 25
@@ -184,27 +203,44 @@ def test_buckets_leave_little_padding():
         return sum(len(u) * max(lengths[i] for i in u) for u in updates) / sum(lengths)
 
     in_order = [list(range(i, min(i + 16, 2000))) for i in range(0, 2000, 16)]
-    assert padded(length_bucketed_updates(lengths, 16, 0, 0)) < 1.1 < 1.6 < padded(in_order)
+    comparisons = [of_length(length, prompt=i) for i, length in enumerate(lengths)]
+    for group_by in ("none", "pair", "response"):
+        assert padded(updates_of_epoch(comparisons, 16, 0, 0, group_by)) < 1.1 < 1.6 < padded(in_order)
 
 
 def test_comparisons_of_one_pair_stay_together():
     """50 pairs of two lengths with four votes each: few updates of 8 break a pair up; without pairs most do."""
     pairs = [i % 50 for i in range(200)]
-    lengths = [10 + pair % 2 for pair in pairs]
+    comparisons = [of_length(10 + pair % 2, prompt=pair) for pair in pairs]
 
     def pairs_in(updates):
         return sum(len({pairs[i] for i in update}) for update in updates) / len(updates)
 
-    together = length_bucketed_updates(lengths, 8, 0, 0, pairs)
+    together = updates_of_epoch(comparisons, 8, 0, 0, "pair")
     assert sorted(i for update in together for i in update) == list(range(200))
-    assert pairs_in(together) <= 3 < 6 < pairs_in(length_bucketed_updates(lengths, 8, 0, 0))
+    assert pairs_in(together) <= 3 < 6 < pairs_in(updates_of_epoch(comparisons, 8, 0, 0))
 
 
 def test_pairs_that_occur_once_leave_the_order_as_it_is():
-    lengths = [(i * 37) % 101 for i in range(203)]
-    assert length_bucketed_updates(lengths, 8, 3, 1, [f"pair{i}" for i in range(203)]) == length_bucketed_updates(
-        lengths, 8, 3, 1
-    )
+    comparisons = [of_length(3 + (i * 37) % 101, prompt=i) for i in range(203)]
+    assert updates_of_epoch(comparisons, 8, 3, 1, "pair") == updates_of_epoch(comparisons, 8, 3, 1, "none")
+
+
+def test_an_update_grouped_by_response_holds_few_of_them():
+    """All 780 pairs of 40 responses, 60 an update: no 60 pairs have fewer than 12 responses (12 * 11 / 2 = 66). Squares have
+    two strips of 40 sqrt(60 / 1560) = 8, and an update that goes from one strip to the next a third one."""
+    comparisons = tournament(prompt=0, responses=40)
+    counts = [len(responses_in(comparisons, u)) for u in updates_of_epoch(comparisons, 60, 0, 0, "response")]
+    assert len(counts) == 13 and min(counts) >= 12 and max(counts) <= 3 * 8 + 1
+    at_random = [len(responses_in(comparisons, u)) for u in updates_of_epoch(comparisons, 60, 0, 0)]
+    assert sum(counts) / 13 < 19 < 35 < sum(at_random) / 13
+
+
+def test_grouped_by_response_a_prompt_stays_whole():
+    """30 prompts with four responses each, so six comparisons, 12 an update: two prompts an update, each in one."""
+    comparisons = [c for prompt in range(30) for c in tournament(prompt, responses=4)]
+    updates = updates_of_epoch(comparisons, 12, 0, 0, "response")
+    assert [len(responses_in(comparisons, u)) for u in updates] == [8] * 15
 
 
 def test_micro_batches_put_the_longest_first_and_equal_trees_together():
