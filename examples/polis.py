@@ -5,10 +5,13 @@
 Trains a vanilla reward model, individual users, and 5 and 10 clusters with both values of alpha, for every seed, by
 train.py; evaluates each on the three held-out files by evaluate.py; and compares them by prlhf.compare. The same command
 again goes on where it stopped. --set reaches every run: `model.frozen=true lora.rank=0` is the frozen-backbone table,
-`user_model.aggregator=soft_prompt user_model.tokens=4 user_model.init=vocabulary` the other aggregator. --voters N keeps
-the first N known voters and the first N unknown ones, for a machine on which all of them take too long.
+`user_model.aggregator=soft_prompt user_model.tokens=4 user_model.init=vocabulary` the other aggregator. For a machine on
+which all of it takes too long, --voters N keeps the first N known voters and the first N unknown ones, --comparisons N the
+first N of each known voter in training, and --held-out N the first N of each voter in each held-out file.
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +32,32 @@ ARMS = {
 HELD_OUT = ("seen_statements", "new_statements", "unseen_users")
 
 
-def first_voters(folder: Path, count: int, out: Path) -> Path:
-    """Write the comparisons of the first `count` voters of train.jsonl, and as many unknown ones, into `out`."""
+def first_of(records: list[dict[str, Any]], voters: int | None, each: int | None) -> Iterator[dict[str, Any]]:
+    """The first `each` records of each of the first `voters` voters, in their order; None: all."""
+    kept = set(list(dict.fromkeys(record["user"] for record in records))[:voters])
+    seen: Counter[str] = Counter()
+    for record in records:
+        seen[record["user"]] += 1
+        if record["user"] in kept and (each is None or seen[record["user"]] <= each):
+            yield record
+
+
+def smaller(folder: Path, voters: int | None, comparisons: int | None, held_out: int | None, out: Path) -> Path:
+    """Write the first `voters` known voters of the files in `folder`, and as many unknown ones, into `out`: the first
+    `comparisons` of each in training, the first `held_out` of each in every held-out file."""
 
     def records(name: str) -> list[dict[str, Any]]:
         return [record for _, record in read_json_lines(folder / f"{name}.jsonl")]
 
     out.mkdir(parents=True, exist_ok=True)
-    known = list(dict.fromkeys(record["user"] for record in records("train")))[:count]
-    unknown = list(dict.fromkeys(record["user"] for record in records("valid_unseen_users")))[:count]
-    for name in ("train", *(f"valid_{split}" for split in HELD_OUT)):
-        kept = (record for record in records(name) if record["user"] in (*known, *unknown))
-        write_json_lines(out / f"{name}.jsonl", kept)
+    train = list(first_of(records("train"), voters, comparisons))
+    write_json_lines(out / "train.jsonl", train)
+    known = {record["user"] for record in train}
+    for split in HELD_OUT:
+        of_file = records(f"valid_{split}")
+        if split != "unseen_users":
+            of_file = [record for record in of_file if record["user"] in known]
+        write_json_lines(out / f"valid_{split}.jsonl", first_of(of_file, voters, held_out))
     return out
 
 
@@ -48,10 +65,13 @@ def main() -> None:
     """Every arm and seed, then the three comparisons."""
     parser = grid.options(__doc__, "runs/polis")
     parser.add_argument("--data", required=True, help="the folder of train.jsonl and valid_*.jsonl")
-    parser.add_argument("--voters", type=int, help="keep this many known and unknown voters (default: all)")
+    for name, what in (("voters", "known, and unknown, voters"), ("comparisons", "of each voter in training"),
+                       ("held-out", "of each voter in each held-out file")):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"keep this many {what} (default: all)")
     args = parser.parse_args()
-    if args.voters:
-        args.data = first_voters(Path(args.data), args.voters, Path(args.out) / "data")
+    if any((args.voters, args.comparisons, args.held_out)):
+        data = Path(args.out) / "data"
+        args.data = smaller(Path(args.data), args.voters, args.comparisons, args.held_out, data)
     arms = {name: grid.Arm("polis_prm.yaml", keys) for name, keys in ARMS.items()}
     data = (f"data.train={args.data}/train.jsonl", "data.valid=null")
     held_out = {split: f"{args.data}/valid_{split}.jsonl" for split in HELD_OUT}

@@ -270,6 +270,30 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     assert call(ablation.main, *common, *keys)[0] == 0 and {module for module, _ in calls} == {"train"}
 
 
+def test_fewer_voters_and_comparisons_are_the_first_ones(tmp_path):
+    """Two of three known voters, two comparisons of each in training, one of each in each held-out file; two strangers."""
+
+    def write(name, users):
+        records = [{"user": user, "id": i} for i, user in enumerate(users)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    write("train", "abcaabcb")
+    write("valid_seen_statements", "cbba")
+    write("valid_new_statements", "aabb")
+    write("valid_unseen_users", "xyxzy")
+    out = polis.smaller(tmp_path, 2, 2, 1, tmp_path / "out")
+    kept = {path.stem: [r["id"] for r in map(json.loads, path.open())] for path in out.iterdir()}
+    assert kept == {
+        "train": [0, 1, 3, 5], "valid_seen_statements": [1, 3], "valid_new_statements": [0, 2], "valid_unseen_users": [0, 1],
+    }  # fmt: skip
+    out = polis.smaller(tmp_path, 2, None, None, tmp_path / "all")
+    kept = {path.stem: [r["id"] for r in map(json.loads, path.open())] for path in out.iterdir()}
+    assert kept == {
+        "train": [0, 1, 3, 4, 5, 7], "valid_seen_statements": [1, 2, 3], "valid_new_statements": [0, 1, 2, 3],
+        "valid_unseen_users": [0, 1, 2, 4],
+    }  # fmt: skip
+
+
 def test_conformity_by_hand():
     """Three judges of one pair, A A B: to each A-judge the others are even on it, to the one of B they are for A."""
 
