@@ -6,12 +6,12 @@ Trains a vanilla reward model, individual users, and 5 and 10 clusters with both
 train.py; evaluates each on the three held-out files by evaluate.py; and compares them by prlhf.compare. The same command
 again goes on where it stopped. --set reaches every run: `model.frozen=true lora.rank=0` is the frozen-backbone table,
 `user_model.aggregator=soft_prompt user_model.tokens=4 user_model.init=vocabulary` the other aggregator. For a machine on
-which all of it takes too long, --voters N keeps the first N known voters and the first N unknown ones, --comparisons N the
-first N of each known voter in training, and --held-out N the first N of each voter in each held-out file.
+which all of it takes too long, --statements N keeps the comparisons of the N statements that are in most of the training
+comparisons (the new statements stay), --voters N the first N known voters and the first N unknown ones, --comparisons N
+the first N of each known voter in training, and --held-out N the first N of each voter in each held-out file.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +32,45 @@ ARMS = {
 HELD_OUT = ("seen_statements", "new_statements", "unseen_users")
 
 
-def first_of(records: list[dict[str, Any]], voters: int | None, each: int | None) -> Iterator[dict[str, Any]]:
+Records = list[dict[str, Any]]
+
+
+def first_of(records: Records, voters: int | None, each: int | None) -> Records:
     """The first `each` records of each of the first `voters` voters, in their order; None: all."""
     kept = set(list(dict.fromkeys(record["user"] for record in records))[:voters])
     seen: Counter[str] = Counter()
+    first = []
     for record in records:
         seen[record["user"]] += 1
         if record["user"] in kept and (each is None or seen[record["user"]] <= each):
-            yield record
+            first.append(record)
+    return first
 
 
-def smaller(folder: Path, voters: int | None, comparisons: int | None, held_out: int | None, out: Path) -> Path:
-    """Write the first `voters` known voters of the files in `folder`, and as many unknown ones, into `out`: the first
-    `comparisons` of each in training, the first `held_out` of each in every held-out file."""
+def smaller(
+    folder: Path, out: Path, statements: int | None, voters: int | None, comparisons: int | None, held_out: int | None
+) -> Path:
+    """Write the files of `folder` into `out`, with fewer records: those of the `statements` most compared ones in training,
+    of the first `voters` known voters and as many unknown ones, the first `comparisons` of each in training and the first
+    `held_out` of each in every held-out file; None: all."""
 
-    def records(name: str) -> list[dict[str, Any]]:
+    def records(name: str) -> Records:
         return [record for _, record in read_json_lines(folder / f"{name}.jsonl")]
 
+    def among(kept: set[str], records: Records) -> Records:
+        return [record for record in records if {record["chosen"], record["rejected"]} <= kept]
+
     out.mkdir(parents=True, exist_ok=True)
-    train = list(first_of(records("train"), voters, comparisons))
-    write_json_lines(out / "train.jsonl", train)
+    train = records("train")
+    counts = Counter(record[side] for record in train for side in ("chosen", "rejected"))
+    kept = {statement for statement, _ in counts.most_common(statements)}
+    train = first_of(among(kept, train), voters, comparisons)
     known = {record["user"] for record in train}
+    write_json_lines(out / "train.jsonl", train)
     for split in HELD_OUT:
         of_file = records(f"valid_{split}")
+        if statements is not None and split != "new_statements":
+            of_file = among(kept, of_file)
         if split != "unseen_users":
             of_file = [record for record in of_file if record["user"] in known]
         write_json_lines(out / f"valid_{split}.jsonl", first_of(of_file, voters, held_out))
@@ -65,13 +81,15 @@ def main() -> None:
     """Every arm and seed, then the three comparisons."""
     parser = grid.options(__doc__, "runs/polis")
     parser.add_argument("--data", required=True, help="the folder of train.jsonl and valid_*.jsonl")
-    for name, what in (("voters", "known, and unknown, voters"), ("comparisons", "of each voter in training"),
-                       ("held-out", "of each voter in each held-out file")):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"keep this many {what} (default: all)")
+    for name, what in (
+        ("statements", "the N statements that are compared most"), ("voters", "the first N known and N unknown voters"),
+        ("comparisons", "each voter's first N in training"), ("held-out", "each voter's first N in each held-out file"),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"keep {what} (default: all)")
     args = parser.parse_args()
-    if any((args.voters, args.comparisons, args.held_out)):
-        data = Path(args.out) / "data"
-        args.data = smaller(Path(args.data), args.voters, args.comparisons, args.held_out, data)
+    sizes = (args.statements, args.voters, args.comparisons, args.held_out)
+    if any(size is not None for size in sizes):
+        args.data = smaller(Path(args.data), Path(args.out) / "data", *sizes)
     arms = {name: grid.Arm("polis_prm.yaml", keys) for name, keys in ARMS.items()}
     data = (f"data.train={args.data}/train.jsonl", "data.valid=null")
     held_out = {split: f"{args.data}/valid_{split}.jsonl" for split in HELD_OUT}

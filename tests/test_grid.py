@@ -270,28 +270,26 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     assert call(ablation.main, *common, *keys)[0] == 0 and {module for module, _ in calls} == {"train"}
 
 
-def test_fewer_voters_and_comparisons_are_the_first_ones(tmp_path):
-    """Two of three known voters, two comparisons of each in training, one of each in each held-out file; two strangers."""
+def test_less_of_polis_is_what_comes_first_and_what_is_compared_most(tmp_path):
+    """By hand: voters a to d and w to z; statements P to S, of which P and Q are in most of the training comparisons."""
 
-    def write(name, users):
-        records = [{"user": user, "id": i} for i, user in enumerate(users)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    def write(name, records):
+        lines = (dict(zip(("user", "chosen", "rejected"), record), id=i) for i, record in enumerate(records.split()))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    write("train", "abcaabcb")
-    write("valid_seen_statements", "cbba")
-    write("valid_new_statements", "aabb")
-    write("valid_unseen_users", "xyxzy")
-    out = polis.smaller(tmp_path, 2, 2, 1, tmp_path / "out")
-    kept = {path.stem: [r["id"] for r in map(json.loads, path.open())] for path in out.iterdir()}
-    assert kept == {
-        "train": [0, 1, 3, 5], "valid_seen_statements": [1, 3], "valid_new_statements": [0, 2], "valid_unseen_users": [0, 1],
-    }  # fmt: skip
-    out = polis.smaller(tmp_path, 2, None, None, tmp_path / "all")
-    kept = {path.stem: [r["id"] for r in map(json.loads, path.open())] for path in out.iterdir()}
-    assert kept == {
-        "train": [0, 1, 3, 4, 5, 7], "valid_seen_statements": [1, 2, 3], "valid_new_statements": [0, 1, 2, 3],
-        "valid_unseen_users": [0, 1, 2, 4],
-    }  # fmt: skip
+    write("train", "aPQ bQP cPR aPQ aQP bQS cPQ bPQ")
+    write("valid_seen_statements", "cPQ bPR bQP aPQ")
+    write("valid_new_statements", "aTU aUT bTU bUT")
+    write("valid_unseen_users", "xPQ yQP xPR zPQ yPQ")
+
+    def kept(*sizes):
+        out = polis.smaller(tmp_path, tmp_path / "out", *sizes)
+        order = ("train", *(f"valid_{split}" for split in polis.HELD_OUT))
+        return [[json.loads(line)["id"] for line in (out / f"{name}.jsonl").open()] for name in order]
+
+    assert kept(None, 2, 2, 1) == [[0, 1, 3, 5], [1, 3], [0, 2], [0, 1]]
+    assert kept(None, 2, None, None) == [[0, 1, 3, 4, 5, 7], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 4]]
+    assert kept(2, None, None, None) == [[0, 1, 3, 4, 6, 7], [0, 2, 3], [0, 1, 2, 3], [0, 1, 3, 4]]
 
 
 def test_conformity_by_hand():
