@@ -55,6 +55,7 @@ transformers_logging.disable_progress_bar()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = {"gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")}  # all others: LLAMA_LIKE
+GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # classes that compute what _gated_mlp does
 
 
 aten = torch.ops.aten
@@ -195,13 +196,15 @@ def elementwise_recomputed(
 
 def keep_less(block: nn.Module) -> None:
     """Let a block keep its products' outputs and its attention's for the backward pass, but not what is elementwise within
-    RMSNorm and the MLP, which is computed again there. (As Liger does: Hsu et al. 2024, arXiv 2410.10989, section 3.2.)"""
-    for name, module in block.named_modules():
-        if type(module).__name__.endswith("RMSNorm"):
+    RMSNorm and the MLP, which is computed again there. (As Liger does: Hsu et al. 2024, arXiv 2410.10989, section 3.2.)
+    An MLP of another class than those known here stays as it is."""
+    for module in block.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
             module.forward = functools.partial(_computed_again, module.forward)
-        elif name == "mlp" and all(hasattr(module, part) for part in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        elif kind in GATED_MLPS:
             module.forward = types.MethodType(_gated_mlp, module)
-        elif name == "mlp" and all(hasattr(module, part) for part in ("fc_in", "act", "fc_out", "dropout")):
+        elif kind == "GPTJMLP":
             module.forward = types.MethodType(_gptj_mlp, module)
 
 

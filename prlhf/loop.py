@@ -113,7 +113,9 @@ def update_parts(
         of_items = [comparisons[item.index] for item in items]
         trees = tree_keys(model, of_items, [item.user for item in items])
         size = min(config.optim.micro_batch_size, math.ceil(len(set(trees)) / (processes or world_size())))
-        groups = micro_batches(trees, [c.length for c in of_items], size)
+        # Grouped by response, neighbours in the update share most: its order stays. Else those of one length go together.
+        lengths = [0 if config.optim.group_by == "response" else c.length for c in of_items]
+        groups = micro_batches(trees, lengths, size)
         parts += [[items[i] for i in group] for group in groups]
     return parts
 

@@ -1,7 +1,7 @@
 import itertools
 
 import pytest
-from helpers import TOKENIZER, tiny_config
+from helpers import TOKENIZER, tiny_config, tiny_model
 from tokenizers import processors
 
 from prlhf.backbones import byte_tokenizer
@@ -9,6 +9,7 @@ from prlhf.batching import micro_batches, updates_of_epoch
 from prlhf.data import ComparisonFile, UserIndex, parse_comparison
 from prlhf.encoding import EncodedComparison, Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
+from prlhf.loop import update_parts
 
 
 def with_bos():
@@ -241,6 +242,26 @@ def test_grouped_by_response_a_prompt_stays_whole():
     comparisons = [c for prompt in range(30) for c in tournament(prompt, responses=4)]
     updates = updates_of_epoch(comparisons, 12, 0, 0, "response")
     assert [len(responses_in(comparisons, u)) for u in updates] == [8] * 15
+
+
+def test_micro_batches_of_an_update_grouped_by_response_hold_few_of_them_too():
+    """All 780 pairs of 40 responses of 5 to 44 tokens, 60 an update, 8 a micro-batch: eight neighbours in a strip of 8 lower
+    ranks (above) share a higher rank, or two: at most 8 + 2 responses, fewer near the diagonal. Cut by length they share less."""
+    responses = [[i % 7] * (5 + i) for i in range(40)]
+    pairs = itertools.combinations(responses, 2)
+    comparisons = [EncodedComparison([1], [1], a, b, user=0) for a, b in pairs]
+    counts = {}
+    for group_by in ("response", "pair"):
+        keys = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1", "optim.batch_size=60")
+        config = tiny_config(*keys, "optim.micro_batch_size=8", f"optim.group_by={group_by}")
+        parts = [
+            [item.index for item in items]
+            for update in updates_of_epoch(comparisons, 60, 0, 0, "response")
+            for items in update_parts(config, tiny_model(config), comparisons, update)
+        ]
+        assert sorted(i for part in parts for i in part) == list(range(780))
+        counts[group_by] = sum(len(responses_in(comparisons, part)) for part in parts) / len(parts)
+    assert counts["response"] <= 10 and counts["response"] < 0.9 * counts["pair"]
 
 
 def test_micro_batches_put_the_longest_first_and_equal_trees_together():
