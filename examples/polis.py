@@ -1,14 +1,16 @@
 """Which statement does a voter agree with? The grid behind the Polis table of docs/results.md.
 
-    python -m examples.polis --data FOLDER [--out runs/polis] [--seeds 0 1 2] [--voters N] [--set key=value ...]
+    python -m examples.polis --data FOLDER [--config polis_prm.yaml] [--out runs/polis] [--seeds 0 1 2] [--set key=value ...]
 
 Trains a vanilla reward model, individual users, and 5 and 10 clusters with both values of alpha, for every seed, by
 train.py; evaluates each on the three held-out files by evaluate.py; and compares them by prlhf.compare. The same command
-again goes on where it stopped. --set reaches every run: `model.frozen=true lora.rank=0` is the frozen-backbone table,
-`user_model.aggregator=soft_prompt user_model.tokens=4 user_model.init=vocabulary` the other aggregator. For a machine on
-which all of it takes too long, --statements N keeps the comparisons of the N statements that are in most of the training
-comparisons (the new statements stay), --voters N the first N known voters and the first N unknown ones, --comparisons N
-the first N of each known voter in training, and --held-out N the first N of each voter in each held-out file.
+again goes on where it stopped. --config polis_lora_prm.yaml is the one of the longer LoRA runs, polis_soft_prm.yaml the
+other aggregator; --set reaches every run, and `model.frozen=true lora.rank=0` is the frozen-backbone table.
+
+For a machine on which all of it takes too long, --statements N keeps the comparisons of the N statements that are in most
+of the training comparisons (the new statements stay), --voters N the first N known voters and the first N unknown ones,
+--comparisons N the first N of each known voter in training, and --held-out N the first N of each voter in each held-out
+file.
 """
 
 from collections import Counter
@@ -81,6 +83,9 @@ def main() -> None:
     """Every arm and seed, then the three comparisons."""
     parser = grid.options(__doc__, "runs/polis")
     parser.add_argument("--data", required=True, help="the folder of train.jsonl and valid_*.jsonl")
+    parser.add_argument(
+        "--config", default="polis_prm.yaml", metavar="NAME", help="of every run (default: %(default)s)"
+    )
     for name, what in (
         ("statements", "the N statements that are compared most"), ("voters", "the first N known and N unknown voters"),
         ("comparisons", "each voter's first N in training"), ("held-out", "each voter's first N in each held-out file"),
@@ -90,7 +95,7 @@ def main() -> None:
     sizes = (args.statements, args.voters, args.comparisons, args.held_out)
     if any(size is not None for size in sizes):
         args.data = smaller(Path(args.data), Path(args.out) / "data", *sizes)
-    arms = {name: grid.Arm("polis_prm.yaml", keys) for name, keys in ARMS.items()}
+    arms = {name: grid.Arm(args.config, keys) for name, keys in ARMS.items()}
     data = (f"data.train={args.data}/train.jsonl", "data.valid=null")
     held_out = {split: f"{args.data}/valid_{split}.jsonl" for split in HELD_OUT}
     evaluations = grid.run_grid(args, arms, data, held_out)
