@@ -11,6 +11,7 @@ from prlhf.backbones import choose_device
 from prlhf.checkpoint import base_fingerprint, load_final, reference_model
 from prlhf.config import Config
 from prlhf.data import UserIndex, read_comparisons
+from prlhf.distributed import check_started_alone
 from prlhf.encoding import Encoder, encode_file
 from prlhf.errors import UserError, run_command
 from prlhf.evaluation import reward_margins, score_users, summarize
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     args = parser.parse_args()
 
+    check_started_alone("evaluate.py")
     loaded = load_final(args.checkpoint, tuple(args.set))
     config = loaded.config
     source = args.data or config.data.valid

@@ -17,7 +17,7 @@ from prlhf.distributed import process_group, say, started_processes, started_ran
 from prlhf.dry_run import available_memory, predict, render
 from prlhf.encoding import encode_training_data
 from prlhf.errors import UserError, check_range, run_command
-from prlhf.loop import reproducible, train, with_reference
+from prlhf.loop import out_of_memory_explained, reproducible, train, with_reference
 from prlhf.reference import weights_fingerprint
 from prlhf.runs import Run, open_run
 
@@ -50,7 +50,7 @@ def main() -> None:
             print(render(prediction))
         sys.exit(0 if prediction.fits else 1)
     device = choose_device(config.device)
-    with process_group(config, device):
+    with process_group(config, device), out_of_memory_explained(config):
         run_training(
             config, open_run(config, path.stem, args.overwrite), device, train_file, valid_file, args.overwrite
         )

@@ -7,6 +7,7 @@ boolean attention mask through the attention interface; GPT-J has no SDPA there 
 
 import contextlib
 import functools
+import json
 import logging
 import types
 from collections.abc import Callable, Iterator
@@ -300,15 +301,31 @@ def weights_folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files in `folder` that from_pretrained reads: model.safetensors, else those that its index names; of others, of
+    another type say, none. Empty where there is neither."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    try:
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted({Path(file).name for file in files})]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: cannot be read ({error})") from None
+
+
 def word_embeddings(model: PreTrainedModel, folder: Path) -> Tensor:
-    """The input embeddings (V, D) of an empty model, as they lie in the one file in `folder` that has them: what of them
+    """The input embeddings (V, D) of an empty model, as they lie in the one of `weight_files` that has them: what of them
     is not read takes no memory."""
     wanted = model.get_input_embeddings().weight
     name = next(name for name, p in model.named_parameters() if p is wanted)
-    for file in sorted(folder.glob("*.safetensors")):
+    files = weight_files(folder)
+    for file in files:
         with _explained(folder), safe_open(file, framework="pt") as opened:
             if name in opened.keys():  # noqa: SIM118 (not a dict)
                 return opened.get_tensor(name)
+    if not files:
+        raise UserError(f"model {str(folder)!r}: no model.safetensors and no index of its parts{_conversion(folder)}")
     raise UserError(f"model {str(folder)!r}: no weight {name!r} in its safetensors files")
 
 
@@ -417,6 +434,18 @@ def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple
     return names or LORA_TARGETS.get(model.config.model_type, LLAMA_LIKE)
 
 
+def _conversion(name: str | Path) -> str:
+    """What to do with a model that has no safetensors, or '' where its folder has some."""
+    folder = Path(_expanded(name))
+    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+        return ""
+    return (
+        "; it has .bin files alone, which are never unpickled here. Where you trust them, convert them once: "
+        f"transformers.AutoModelForCausalLM.from_pretrained({str(name)!r}).save_pretrained(NEW_FOLDER, "
+        "safe_serialization=True), and the tokenizer likewise"
+    )
+
+
 def _expanded(name: str | Path) -> str:
     path = Path(name).expanduser()
     return str(path) if path.exists() else str(name)
@@ -434,7 +463,7 @@ def _explained(name: str | Path) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model {str(name)!r}: expected a folder or hub name (model.name) of a causal LM with whole safetensors "
-            f"and a tokenizer ({reason})"
+            f"and a tokenizer ({reason}){_conversion(name)}"
         ) from None
     finally:
         logger.setLevel(level)

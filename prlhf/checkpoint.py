@@ -188,27 +188,36 @@ def save_final(
     """Write the model for use; `base` is the fingerprint of the weights that training started from.
 
     A plain Hugging Face folder, or PEFT adapter, whatever the number of ranks; rank 0 holds all weights meanwhile.
+    TrainingError where it cannot be written (a full disk, say).
     """
     named_parameters(model)  # sharded from here on, where the model is
     adapters = whole(lora_state(model.backbone))
     trained = not config.lora.rank and not config.model.frozen
     weights = whole(dict(model.backbone.named_parameters()) if trained else {})
     users_state = whole(_user_state(model))
-    with written_aside(path) as aside:
 
-        def write() -> None:
-            if config.lora.rank:
-                save_lora(model.backbone, config.lora, config.model.name, aside, adapters)
-            elif trained:
-                model.backbone.save_pretrained(aside, state_dict=weights)
-            save_file(users_state, aside / "users.safetensors")
-            users.save(aside / "users.json")
-            tokenizer.save_pretrained(aside)
-            (aside / "config.yaml").write_text(config_module.dump(config), encoding="utf-8")
-            described = {"name": config.model.name, "dtype": config.model.dtype, "fingerprint": base}
-            (aside / "base.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    def write() -> None:
+        if config.lora.rank:
+            save_lora(model.backbone, config.lora, config.model.name, aside, adapters)
+        elif trained:
+            model.backbone.save_pretrained(aside, state_dict=weights)
+        save_file(users_state, aside / "users.safetensors")
+        users.save(aside / "users.json")
+        tokenizer.save_pretrained(aside)
+        (aside / "config.yaml").write_text(config_module.dump(config), encoding="utf-8")
+        described = {"name": config.model.name, "dtype": config.model.dtype, "fingerprint": base}
+        (aside / "base.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
-        on_main(write)
+    try:
+        with written_aside(path) as aside:
+            on_main(write)
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # as tokenizers raises
+            raise
+        raise TrainingError(
+            f"{path}: cannot be written ({reason(error)}); the last checkpoint is good, and the same command goes on "
+            "from it"
+        ) from None
 
 
 # What decides which model the saved weights are, and what of it may still change: where the base lies, how it computes.

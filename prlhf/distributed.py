@@ -34,14 +34,18 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from prlhf.backbones import DTYPES, blocks, empty_backbone, weights_folder, word_embeddings
+from prlhf.backbones import DTYPES, blocks, empty_backbone, weight_files, weights_folder, word_embeddings
 from prlhf.config import Config
 from prlhf.errors import OtherRankFailed, UserError
 from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build_model
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=2)  # of the ranks that wait while rank 0 writes a large model
-CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer")  # what gloo says of a rank that is gone
+PATIENCE = timedelta(hours=2)  # of the ranks that wait (gloo) while rank 0 writes a large model, or for a slow CPU
+# What gloo says of a rank that is gone, and of one that has not answered for PATIENCE.
+CONNECTION_LOST = (
+    "Connection closed by peer", "Connection reset by peer", "Remote peer closed", "Socket closed", "Broken pipe",
+    "Application timeout caused pair closure", "Timed out waiting", "connectFullMesh failed",
+)  # fmt: skip
 
 
 def world_size() -> int:
@@ -52,6 +56,14 @@ def world_size() -> int:
 def started_processes() -> int:
     """How many torchrun has started, before they know each other; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_started_alone(script: str) -> None:
+    """UserError where torchrun has started several copies of a script that works alone: all would write the same files."""
+    if started_processes() > 1:
+        raise UserError(
+            f"{script}: found {started_processes()} processes, expected one: python {script}, without torchrun"
+        )
 
 
 def started_rank() -> int:
@@ -170,18 +182,15 @@ def sum_rows(table: nn.Parameter) -> None:
     W = world_size()
     if W == 1:
         return
-    grad = table.grad
-    if grad is None:
-        nothing = torch.zeros(1, 0, dtype=torch.long), table.new_empty(0, *table.shape[1:])
-        grad = torch.sparse_coo_tensor(*nothing, table.shape, check_invariants=False)
-    grad = grad.coalesce()
-    n, r = grad._nnz(), rank()
+    grad = None if table.grad is None else table.grad.coalesce()
+    n, r = 0 if grad is None else grad._nnz(), rank()
     counts_W = torch.zeros(W, dtype=torch.long)
     counts_W[r] = n
     most = int(summed(counts_W).max())  # every rank's counts now
     rows_WN = torch.zeros(W, most, dtype=torch.long)
     values_WN = torch.zeros(W, most, *table.shape[1:], dtype=table.dtype)
-    rows_WN[r, :n], values_WN[r, :n] = grad.indices()[0], grad.values()
+    if grad is not None:
+        rows_WN[r, :n], values_WN[r, :n] = grad.indices()[0], grad.values()
     real_WN = torch.arange(most) < counts_W[:, None]
     rows, values = summed(rows_WN)[real_WN], summed(values_WN)[real_WN]
     table.grad = torch.sparse_coo_tensor(
@@ -272,11 +281,19 @@ def training_model(config: Config, tokenizer: PreTrainedTokenizerBase, users: in
 
 
 def device_mesh(config: Config, device: str) -> DeviceMesh:
-    """The ranks in a row, or, with fsdp.replicas > 1, as (replicas, shards)."""
+    """The ranks in a row, or, with fsdp.replicas > 1, as (replicas, shards).
+
+    GPUs get groups of their own, with torch's patience: 10 minutes for NCCL, 30 where gloo sums what is offloaded. That of
+    the processes, which wait for each other's files and evaluations, would leave a hung NCCL silent for PATIENCE.
+    """
     replicas = config.fsdp.replicas
-    if replicas == 1:
-        return init_device_mesh(device, (world_size(),))
-    return init_device_mesh(device, (replicas, world_size() // replicas), mesh_dim_names=("replicate", "shard"))
+    shape, names = (world_size(),), None
+    if replicas > 1:
+        shape, names = (replicas, world_size() // replicas), ("replicate", "shard")
+    own = None
+    if device == "cuda":
+        own = dict.fromkeys(range(len(shape)), "cpu:gloo,cuda:nccl" if config.fsdp.offload else "nccl")
+    return init_device_mesh(device, shape, mesh_dim_names=names, backend_override=own)
 
 
 def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weights_on: str) -> None:
@@ -294,7 +311,8 @@ def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weigh
     tensors = {name: t.detach() for name, t in _tensors(backbone)}
     for name, values in kept.items():
         tensors[name].copy_(values)
-    read_tensors({name.replace(".base.", "."): t for name, t in tensors.items() if name not in kept}, folder)
+    wanted = {name.replace(".base.", "."): t for name, t in tensors.items() if name not in kept}
+    read_tensors(wanted, folder, weight_files(folder))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -302,12 +320,15 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def read_tensors(values: dict[str, Tensor], folder: Path) -> None:
-    """Fill tensors, sharded or not, from the safetensors files in a folder by their names; each rank reads its own rows.
+def read_tensors(values: dict[str, Tensor], folder: Path, files: Sequence[Path] | None = None) -> None:
+    """Fill tensors, sharded or not, from the safetensors `files` in a folder (all that there are) by their names; each rank
+    reads its own rows.
 
     UserError where one is missing or has another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
+    if files is not None:
+        reader.fs.ls = lambda _: [str(file) for file in files]  # else torch takes every one that it lists
     try:
         with _silence():
             dcp.load(values, storage_reader=reader, no_dist=world_size() == 1)

@@ -3,8 +3,8 @@
 The real model, without values, computes the two largest micro-batches of the training's largest update and the optimiser's
 step on fake tensors (`allocations`); what is counted there is what the real ones take. Where nothing runs, formulas do:
 
-    N processes (FSDP)  weights, gradients and moments / N, and whole: what is outside the blocks, and two blocks with
-                        their gradients; user tables and activations are each process's own
+    N processes (FSDP)  weights, gradients and moments / N, and whole what `gathered_bytes` says; user tables and
+                        activations are each process's own
     a GPU               FlexAttention keeps what causal attention without a mask keeps; Triton's log-probs take a tile of
                         logits (`logprobs_triton.ROWS` x `TILE`) instead of a chunk
     this process        what it holds after imports, data and a toy update, which has touched the code that training runs
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf import logprobs, personalized
 from prlhf.allocations import Allocations, give_fake_storage
-from prlhf.backbones import DTYPES, blocks, byte_tokenizer, empty_backbone, head, takes_flex_attention
+from prlhf.backbones import DTYPES, blocks, byte_tokenizer, empty_backbone, head, takes_flex_attention, weight_files
 from prlhf.batching import PreferenceBatch, micro_batches
 from prlhf.config import Config
 from prlhf.distributed import check_processes, sharded
@@ -302,12 +302,26 @@ def bytes_of_gradients(model: nn.Module) -> int:
 
 
 def gathered_bytes(model: PersonalizedModel) -> int:
-    """What FSDP gathers: the backbone outside its blocks and the two largest blocks, with the gradients of what is
-    trained."""
-    sizes = sorted(bytes_of(b.parameters()) + bytes_of(b.parameters(), trained=True) for b in blocks(model.backbone))
-    inside = {id(p) for b in blocks(model.backbone) for p in b.parameters()}
+    """What FSDP holds whole of the backbone, at most: within its blocks, or after them.
+
+        within  weights and gradients outside the blocks, two blocks' weights (one is fetched ahead), a block's gradients,
+                and those of the block behind it once more in float32, which the reduce-scatter sends
+        after   gradients outside the blocks, and these once more in float32; weights are freed by then
+
+    (torch 2.13, FSDPParamGroup.post_backward and foreach_reduce.)
+    """
+    of_blocks = [list(b.parameters()) for b in blocks(model.backbone)]
+    inside = {id(p) for block in of_blocks for p in block}
     root = [p for p in model.backbone.parameters() if id(p) not in inside]
-    return sum(sizes[-2:]) + bytes_of(root) + bytes_of(root, trained=True)
+    reduced = max(bytes_of(block, trained=True) + bytes_sent(block) for block in of_blocks)
+    two = sum(sorted(bytes_of(block) for block in of_blocks)[-2:])
+    within = bytes_of(root) + bytes_of(root, trained=True) + two + reduced
+    return max(within, bytes_of(root, trained=True) + bytes_sent(root))
+
+
+def bytes_sent(parameters: Sequence[nn.Parameter]) -> int:
+    """Bytes of the trained parameters' gradients in float32, in which they are summed (`distributed.shard`)."""
+    return sum(4 * p.numel() for p in parameters if p.requires_grad)
 
 
 def scoring_peak(config: Config, model: PersonalizedModel, data: TrainingData, allocations: Allocations) -> int:
@@ -382,7 +396,7 @@ def file_bytes_beside(config: Config) -> int:
     Files of the same type are the weights themselves. Only their headers' types would say so surely; config.json does.
     """
     folder = Path(config.model.name or "").expanduser()
-    files = list(folder.glob("*.safetensors")) if config.model.name and folder.is_dir() else []
+    files = [file for file in weight_files(folder) if file.is_file()] if config.model.name and folder.is_dir() else []
     total = sum(file.stat().st_size for file in files)
     if not files or same_type(config):
         return 0

@@ -75,6 +75,20 @@ def with_reference(config: Config, model: PersonalizedModel, data: Dataset, base
     return Split(data, reference_log_probs(lambda: model, data.comparisons, batch_size, base, computes_on))
 
 
+@contextlib.contextmanager
+def out_of_memory_explained(config: Config) -> Iterator[None]:
+    """Within the context a GPU that has no more memory ends with what to change (TrainingError)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"process {rank()} has no GPU memory left ({str(error).splitlines()[0]}). Lower optim.micro_batch_size (now "
+            f"{config.optim.micro_batch_size}) or evaluate.batch_size (now {config.evaluate.batch_size}), set "
+            "model.gradient_checkpointing=true, or use more GPUs (torchrun --nproc_per_node N); the same command with "
+            "--dry-run says what each would hold. Checkpoints are good"
+        ) from None
+
+
 class Item(NamedTuple):
     """One comparison in one branch: as whom it is read, and what its loss counts."""
 
@@ -349,6 +363,8 @@ def train(
                     )
     log.close()
     optimizer.catch_up()
+    if config.train.final == "best":
+        forget_best_if_gone(run, progress)
     if config.train.final == "best" and progress.best is not None:
         best = run.checkpoints / f"step_{progress.best['step']}"
         checkpoint.read_state(best)  # whether it is whole
@@ -379,7 +395,23 @@ def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_fr
     on_main(lambda: run.forget_after(progress.step))
     if rank() == 0:
         print(f"resuming after update {progress.step}", file=sys.stderr)
+    forget_best_if_gone(run, progress)
     return progress
+
+
+def forget_best_if_gone(run: Run, progress: Progress) -> None:
+    """Let a best checkpoint that was removed (as one is told to that is damaged) no longer be the best."""
+    if progress.best is None:
+        return
+    name = f"step_{int(progress.best['step'])}"
+    if on_any(rank() == 0 and not (run.checkpoints / name).is_dir()):
+        progress.best = None
+        if rank() == 0:
+            print(
+                f"{name}, the best checkpoint, is gone; with train.final=best the best of later evaluations is taken, or "
+                "without one the last weights",
+                file=sys.stderr,
+            )
 
 
 def refuse(config: Config, run: Run, log: TrainingLog, progress: Progress, loss: float, norm: float) -> None:

@@ -6,9 +6,11 @@ tokenizer, template, truncation and data). A cache file is written aside and ren
 right, or it is not used.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -141,10 +143,16 @@ def _checksum(fingerprint: str, values: Tensor) -> str:
 
 
 def _write(path: Path, fingerprint: str, values: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keep values for the next start, which computes them again where that cannot be (a full disk, say)."""
     aside = path.with_suffix(f".partial-{os.getpid()}")
-    save_file({"values": values.contiguous()}, aside, metadata={"checksum": _checksum(fingerprint, values)})
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"values": values.contiguous()}, aside, metadata={"checksum": _checksum(fingerprint, values)})
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        print(f"warning: {path} cannot be written ({error}); going on without it", file=sys.stderr)
 
 
 def _read(path: Path, fingerprint: str, count: int) -> Tensor | None:

@@ -3,10 +3,12 @@
 config.yaml, metrics.jsonl, checkpoints/, final/ (its presence says that the run is finished)
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -16,6 +18,7 @@ from prlhf.config import Config
 from prlhf.distributed import on_any, on_main, rank
 from prlhf.errors import UserError
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without flock says (Lustre, some NFS)
 FREE = "fsdp."  # how processes share the work may change from one start to the next, as their number may
 WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "final", "eval", "tensorboard")  # what --overwrite removes
 
@@ -102,8 +105,14 @@ def _held(path: Path, config: Config, overwrite: bool) -> IO[str]:
     run = Run(path, open(path / ".lock", "w"))
     try:
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"run_dir: {path} is in use by another process") from None
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise UserError(f"run_dir: {path} is in use by another process") from None
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"warning: {path} cannot be locked ({error.strerror}); let no other process train into it", file=sys.stderr
+        )
     begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
     if begun and not overwrite:
         differing = config_module.differing_keys(config_module.load(path / "config.yaml"), config)

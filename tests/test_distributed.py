@@ -1,6 +1,7 @@
 """Many processes train as one: the same losses and weights whatever their number, and nothing lost when one dies."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -12,12 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from prlhf import checkpoint, config
-from prlhf.backbones import byte_tokenizer, empty_backbone, load_backbone, load_tokenizer, random_backbone
-from prlhf.distributed import process_group
-from prlhf.errors import OtherRankFailed
+import evaluate
+from prlhf import checkpoint, config, distributed
+from prlhf.backbones import (
+    byte_tokenizer,
+    empty_backbone,
+    load_backbone,
+    load_tokenizer,
+    random_backbone,
+    weight_files,
+    word_embeddings,
+)
+from prlhf.distributed import full, process_group, training_model
+from prlhf.errors import OtherRankFailed, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -57,6 +67,14 @@ def start(processes, *command, **options):
     )  # fmt: skip
 
 
+def halted(process):
+    """Stop a process, so that it starts no others; its children."""
+    os.kill(process.pid, signal.SIGSTOP)
+    while process.poll() is None and Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2][0] not in "TZ":
+        time.sleep(0.001)
+    return children(process)
+
+
 def finished(process, status=0):
     """What a process said, once it has ended with `status`."""
     said, _ = process.communicate(timeout=600)
@@ -64,12 +82,12 @@ def finished(process, status=0):
     return said
 
 
-def train_all(processes, folder, cases):
+def train_all(processes, folder, cases, script=ROOT / "tests" / "train_in_turn.py"):
     """Train every case on so many processes, started once."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [arguments(folder / name, *overrides) for name, overrides in cases.items()]
     (folder / "arguments.json").write_text(json.dumps(lines))
-    return finished(start(processes, ROOT / "tests" / "train_in_turn.py", folder / "arguments.json"))
+    return finished(start(processes, script, folder / "arguments.json"))
 
 
 def weights(run_dir):
@@ -137,6 +155,31 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path, process
         assert_alike(alone(*cases) / name, tmp_path / "run" / name, 1e-5)
 
 
+# train_in_turn.py, which fails where a process loads a model by itself, and notes how much each reads, of how much.
+READING = f"""
+import os, sys
+from math import prod
+sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
+import train_in_turn
+from prlhf import backbones, distributed
+
+def refused(*_):
+    raise AssertionError("a process loads the whole model")
+
+here, rank = sys.argv[0], os.environ["RANK"]
+
+def noted(values, *files):
+    mine = sum(getattr(t, "_local_tensor", t).numel() for t in values.values())
+    with open(here + rank, "a") as file:
+        print(mine, sum(prod(t.shape) for t in values.values()), file=file)
+    read_tensors(values, *files)
+
+backbones.load_weights = refused
+read_tensors, distributed.read_tensors = distributed.read_tensors, noted
+train_in_turn.main()
+"""
+
+
 def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     """A named model, full fine-tuning and LoRA: two processes, each of which reads its rows, do as one that reads all."""
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -160,8 +203,14 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     half = (f"model.name={tmp_path / 'gptj'}", *short, "model.dtype=bfloat16")
     cases |= {"half": (*half, "lora.rank=4"), "half, prm": (*half, "lora.rank=4", *CASES["prm"][1:])}
     cases["tied"] = (f"model.name={tmp_path / 'tied'}", *short)
-    for processes in (1, 2):
-        train_all(processes, tmp_path / str(processes), cases)
+    train_all(1, tmp_path / "1", cases)
+    reading = tmp_path / "reading.py"
+    reading.write_text(READING)
+    train_all(2, tmp_path / "2", cases, reading)
+    halves = [[tuple(map(int, line.split())) for line in open(f"{reading}{rank}")] for rank in (0, 1)]
+    assert len(halves[0]) == len(halves[1]) == len(cases)
+    for (first, whole), (second, _) in zip(*halves):  # an odd row more is one's: padding is not read
+        assert first + second == whole and max(first, second) < 0.51 * whole
     for name in cases:
         # In a half type another order of a sum can turn into another rounding, of 2^-9 of a value, once weights have moved.
         tolerance = 2**-9 if name.startswith("half") else 1e-5
@@ -256,6 +305,129 @@ def test_a_generation_config_that_transformers_will_not_save_is_mended_when_it_i
         assert json.loads((tmp_path / name / "generation_config.json").read_text())["temperature"] == 0.9
 
 
+def saved_model(folder, **options):
+    """A random Llama's weights in `folder`, with its tokenizer."""
+    backbone = random_backbone(config.load(None, [LLAMA]).model, len(byte_tokenizer()), 3)
+    backbone.save_pretrained(folder, **options)
+    byte_tokenizer().save_pretrained(folder)
+    return backbone
+
+
+def sharded_model(folder):
+    """The model in `folder` as one process of FSDP reads it, whole again."""
+    named = config.load(None, [f"model.name={folder}", "model.compute_dtype=bfloat16", "user_model.tokens=2"])
+    try:
+        with process_group(named, "cpu"):
+            model = training_model(named, byte_tokenizer(), 2, "cpu")
+            return {name: full(p.detach()).clone() for name, p in model.named_parameters()}
+    finally:
+        if torch.distributed.is_initialized():  # left by an error, with which a command ends
+            torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("parts", ["10GB", "100KB"])
+def test_files_that_are_not_the_models_are_not_read(tmp_path, parts):
+    """Another precision's weights beside the model's own, which one process leaves alone, are left alone by many."""
+    backbone = saved_model(tmp_path, max_shard_size=parts)
+    assert (tmp_path / "model.safetensors").exists() == (parts == "10GB")
+    zeros = {name: torch.zeros_like(p, dtype=torch.float16) for name, p in backbone.named_parameters()}
+    for name in ("model.fp16.safetensors", "consolidated.safetensors", "z.safetensors"):
+        save_file(zeros, tmp_path / name)
+    read = sharded_model(tmp_path)
+    for name, p in backbone.named_parameters():
+        assert torch.equal(read[f"backbone.{name}"], p), name
+    embeddings = backbone.get_input_embeddings().weight  # their mean row is where a user's vectors begin
+    assert torch.equal(weights_read_for_users(tmp_path), embeddings)
+
+
+def weights_read_for_users(folder):
+    named = config.load(None, [f"model.name={folder}"]).model
+    return word_embeddings(empty_backbone(named, byte_tokenizer()), folder)
+
+
+def test_a_model_without_safetensors_is_refused_with_how_to_convert_it(tmp_path):
+    backbone = saved_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(backbone.state_dict(), tmp_path / "pytorch_model.bin")
+    named = config.load(None, [f"model.name={tmp_path}"]).model
+    for load in (lambda: sharded_model(tmp_path), lambda: load_backbone(named, byte_tokenizer(), 0)):
+        with pytest.raises(UserError, match=r"save_pretrained\(NEW_FOLDER, safe_serialization=True\)"):
+            load()
+
+
+def test_an_index_that_cannot_be_read_is_named(tmp_path):
+    saved_model(tmp_path, max_shard_size="100KB")
+    index = tmp_path / "model.safetensors.index.json"
+    for content in ("{", "[]", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        with pytest.raises(UserError, match="index.json: cannot be read"):
+            weight_files(tmp_path)
+    index.write_text('{"weight_map": {"a": "../outside.safetensors"}}')
+    assert weight_files(tmp_path) == [tmp_path / "outside.safetensors"]
+
+
+def test_a_table_without_a_gradient_is_summed_where_it_lies(monkeypatch):
+    """On another device than the CPU, here meta: indices and values of what is summed must lie on the same."""
+    table = torch.nn.Parameter(torch.empty(5, 3, device="meta"))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "summed", lambda values: values)
+    distributed.sum_rows(table)
+    assert table.grad.is_meta and table.grad.is_sparse and table.grad.shape == (5, 3)
+
+
+def test_evaluation_is_not_started_in_copies(monkeypatch, tmp_path, call):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = call(evaluate.main, "--checkpoint", tmp_path)
+    assert status == 2 and "evaluate.py: found 2 processes, expected one" in err
+
+
+# As gloo writes them (gloo/transport/tcp/pair.cc, unbound_buffer.cc; gloo/rendezvous/context.cc).
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[/gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:17085",
+        "[/gloo/transport/tcp/pair.cc:544] Read error [127.0.0.1]:1444: Connection reset by peer",
+        "[/gloo/transport/tcp/pair.cc:322] writev [127.0.0.1]:4153: Broken pipe",
+        "[/gloo/transport/tcp/pair.cc:598] Socket closed [127.0.0.1]:4153",
+        "[/gloo/transport/tcp/pair.cc:578] Application timeout caused pair closure",
+        "[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 7200000ms for recv operation to complete",
+        "Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:144] no error",
+    ],
+)
+def test_what_gloo_says_of_one_that_is_gone(monkeypatch, said):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    lost = pytest.raises(OtherRankFailed, match="lost another one.*the same command goes on")
+    with lost, process_group(config.load(None, [LLAMA]), "cpu"):
+        raise RuntimeError(said)
+
+
+WAITING = f"""
+import sys, time
+from datetime import timedelta
+sys.path.insert(0, {str(ROOT)!r})
+from prlhf import config, distributed
+from prlhf.errors import run_command
+
+def main():
+    distributed.PATIENCE = timedelta(seconds=2)
+    with distributed.process_group(config.load(None, ["model.family=llama"]), "cpu"):
+        distributed.barrier()
+        if distributed.rank() == 1:
+            time.sleep(30)
+        distributed.barrier()
+
+run_command(main)
+"""
+
+
+@pytest.mark.slow
+def test_one_that_does_not_answer_is_given_up_and_said_to_be_lost(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    said = finished(start(2, tmp_path / "waiting.py"), status=1)
+    assert "process 0 lost another one" in said and 'waiting.py", line' not in said
+
+
 def test_what_the_network_said_is_not_lost(monkeypatch):
     """The first error on a machine that is set up wrongly comes here too."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -327,28 +499,34 @@ def test_a_process_that_dies_ends_the_run_within_a_minute_and_loses_nothing(unin
     assert_equal_runs(uninterrupted, run)
 
 
-def kill_and_resume(uninterrupted, run, kills, seed):
+def kill_and_resume(uninterrupted, run, keys, kills, seed, starting=()):
+    """kills: how many; of these `starting` (from 0) come at a moment before the first update, or with it."""
     rng = random.Random(seed)
-    for _ in range(kills):
+    for kill in range(kills):
         before = reached(run)
-        process = start(2, "train.py", *arguments(run, *LONG))
-        wait_until(lambda before=before: reached(run) > before, process)
-        time.sleep(rng.uniform(0.0, 0.3))
-        for pid in (process.pid, *children(process)):
+        process = start(2, "train.py", *arguments(run, *keys))
+        until = time.monotonic() + rng.uniform(0.0, 10.0) if kill in starting else math.inf
+        wait_until(lambda before=before, until=until: reached(run) > before or time.monotonic() > until, process)
+        if kill not in starting:
+            time.sleep(rng.uniform(0.0, 0.3))
+        for pid in (*halted(process), process.pid):
             os.kill(pid, signal.SIGKILL)
         process.communicate()
         assert not (run / "final").exists(), "ended before it could be killed"
-    finished(start(2, "train.py", *arguments(run, *LONG)))
+    finished(start(2, "train.py", *arguments(run, *keys)))
     assert_equal_runs(uninterrupted, run)
 
 
 def test_killed_at_a_random_moment_two_processes_end_bit_for_bit_alike(uninterrupted, tmp_path):
-    kill_and_resume(uninterrupted, tmp_path / "run", kills=1, seed=0)
+    kill_and_resume(uninterrupted, tmp_path / "run", LONG, kills=1, seed=0)
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_random_moments_two_processes_end_bit_for_bit_alike(uninterrupted, tmp_path):
-    kill_and_resume(uninterrupted, tmp_path / "run", kills=20, seed=1)
+def test_killed_at_twenty_random_moments_two_processes_end_bit_for_bit_alike(tmp_path):
+    """Every third while it starts; so many updates that none of the others is the end."""
+    keys = (*LONG, "optim.epochs=99", "optim.max_steps=200")
+    finished(start(2, "train.py", *arguments(tmp_path / "whole", *keys)))
+    kill_and_resume(tmp_path / "whole", tmp_path / "run", keys, kills=20, seed=1, starting=range(0, 20, 3))
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -356,12 +534,9 @@ def test_a_full_disk_ends_with_a_message_and_the_last_good_checkpoint(tmp_path, 
     """No file may become larger than 150 kB from the second checkpoint on: what a disk without room does to a save."""
     run = tmp_path / "run"
     command = (ROOT / "tests" / "train_on_a_full_disk.py", *arguments(run, *LONG))
-    said = start(processes, *command).communicate(timeout=120)[0]
-    assert (
-        "step_2: cannot be written" in said
-        and "are good" in said
-        and 'Traceback (most recent call last):\n  File "train' not in said
-    )
+    said = finished(start(processes, *command), status=1)  # torchrun's own too, which prints a traceback of itself
+    assert "step_2: cannot be written" in said and "are good" in said
+    assert f'File "{command[0]}", line' not in said, "a traceback"
     assert set(checkpoint.steps(run / "checkpoints")) == {1} and not list(run.glob("checkpoints/.*"))
     finished(start(processes, "train.py", *arguments(run, *LONG)))
     assert len(records(run)) >= 30

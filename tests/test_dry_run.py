@@ -58,6 +58,28 @@ def test_parameters_as_counted_by_hand(family, backbone, lora):
     assert adapted.parameters == {"backbone": (backbone, 0), "LoRA": (lora, lora), "user model": (users, users)}
 
 
+@pytest.mark.parametrize(
+    "overrides, within, after",
+    [
+        # Numbers of a block, and outside the blocks, times their bytes: weights, gradients, fetched ahead, sent in float32.
+        ((), (4 + 4 + 4 + 4, 4 + 4), 4 + 4),
+        (("model.compute_dtype=bfloat16",), (2 + 2 + 2 + 4, 2 + 2), 2 + 4),
+        (("model.compute_dtype=bfloat16", "model.layers=1"), (2 + 2 + 4, 2 + 2), 2 + 4),
+    ],
+)
+def test_what_fsdp_holds_whole_as_counted_by_hand(overrides, within, after):
+    block, outside = 2 * D * D + 2 * D * D // 2 + 3 * 4 * D * D + 2 * D, D + 2 * VOCABULARY * D
+    expected = max(block * within[0] + outside * within[1], outside * after)
+    assert prediction_of(*overrides, processes=2)[2].memory.whole_blocks == expected
+
+
+def test_what_fsdp_holds_whole_with_lora_as_counted_by_hand():
+    """Two blocks' frozen weights in bfloat16, their A and B in float32, a gradient of one block's and as much sent."""
+    found = prediction_of("model.dtype=bfloat16", "lora.rank=2", processes=2)[2].memory.whole_blocks
+    block, outside = 2 * D * D + 2 * D * D // 2 + 3 * 4 * D * D + 2 * D, D + 2 * VOCABULARY * D
+    assert found == 2 * outside + 2 * 2 * block + (2 * 4 + 4 + 4) * LLAMA_LORA // LAYERS
+
+
 CHECKPOINTING = "model.gradient_checkpointing=true"
 
 

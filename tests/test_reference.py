@@ -1,6 +1,10 @@
+import errno
+import os
+
 import pytest
 import torch
 from helpers import random_comparisons, tiny_config, tiny_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from prlhf import reference as reference_module
@@ -90,6 +94,25 @@ def test_a_kill_while_writing_leaves_no_cache(counted, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         counted(model_of(), comparisons)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("raised", [SafetensorError, OSError])
+def test_a_full_disk_leaves_no_cache_and_the_training_goes_on(counted, tmp_path, monkeypatch, capsys, raised):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise raised(*[errno.ENOSPC, os.strerror(errno.ENOSPC)][raised is SafetensorError :])
+
+    comparisons = random_comparisons(5)
+    whole, _ = counted(model_of(), comparisons)
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    monkeypatch.setattr(reference_module, "save_file", full)
+    found, calls = counted(model_of(), comparisons)
+    assert calls == 2 and torch.equal(found.chosen, whole.chosen)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    said = capsys.readouterr().err
+    assert "cannot be written" in said and "No space left" in said
+    assert counted(model_of(), comparisons)[1] == 3  # nothing was kept
 
 
 def test_what_changes_the_function_and_not_the_weights_changes_the_fingerprint():

@@ -1,13 +1,18 @@
 """Whole runs of the tiny config through the public commands, in this process unless one is to be killed."""
 
+import errno
+import fcntl
 import json
 import math
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,6 +91,64 @@ def test_a_loss_that_is_not_finite_is_not_the_best(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path / "a", "train.final=best")
     state = json.loads((tmp_path / "a" / "checkpoints" / "step_12" / "state.json").read_text())
     assert state["best"] == {"step": 10, "loss": 0.5}
+
+
+def test_a_run_whose_best_checkpoint_is_damaged_can_be_finished(monkeypatch, tmp_path, capsys):
+    losses = iter([0.5, 0.6, 0.7])
+    evaluate = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *args: {**evaluate(*args), "loss": next(losses)})
+    run(monkeypatch, tmp_path / "a", "train.final=best")
+    best, last = (tmp_path / "a" / "checkpoints" / f"step_{step}" for step in (5, 12))
+    shutil.rmtree(tmp_path / "a" / "final")
+    (best / "users.json").write_text("[]")
+    with pytest.raises(UserError, match=r"step_5: damaged checkpoint .*; remove it to go on"):
+        run(monkeypatch, tmp_path / "a", "train.final=best")
+    shutil.rmtree(best)
+    capsys.readouterr()
+    run(monkeypatch, tmp_path / "a", "train.final=best")
+    assert "step_5, the best checkpoint, is gone" in capsys.readouterr().err
+    users = load_file(tmp_path / "a" / "final" / "users.safetensors")
+    assert torch.equal(users["user_model.e_UD"], step_tensors(last)["model.user_model.e_UD"])
+
+
+def test_a_full_disk_while_the_model_for_use_is_written(monkeypatch, tmp_path):
+    """No file may grow as large as one of safetensors, or of tokenizers: a message, and the next start finishes the run."""
+    run(monkeypatch, tmp_path / "a", "optim.epochs=1")
+    before_that = weights(tmp_path / "a")
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "a" / "final").iterdir()}
+    shutil.rmtree(tmp_path / "a" / "final")
+    save_final = train_script.save_final
+
+    def with_less_room(limit, *args):
+        before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            save_final(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    assert sizes["users.safetensors"] < sizes["tokenizer.json"]
+    for file in ("users.safetensors", "tokenizer.json"):
+        monkeypatch.setattr(train_script, "save_final", partial(with_less_room, sizes[file] - 1))
+        with pytest.raises(TrainingError, match=r"cannot be written \(.*File too large.*the last checkpoint is good"):
+            run(monkeypatch, tmp_path / "a", "optim.epochs=1")
+        assert not (tmp_path / "a" / "final").exists() and not list((tmp_path / "a").rglob("*.partial"))
+    monkeypatch.setattr(train_script, "save_final", save_final)
+    run(monkeypatch, tmp_path / "a", "optim.epochs=1")
+    assert same(weights(tmp_path / "a"), before_that)
+
+
+def test_a_gpu_without_memory_ends_with_what_to_change(monkeypatch, tmp_path, call):
+    def take_step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    monkeypatch.setattr(loop, "take_step", take_step)
+    status, _, err = call(train_script.main, *command(tmp_path / "a")[1:])
+    assert status == 1 and err.splitlines()[-1].startswith("stopped: ") and "Tried to allocate 2.00 GiB." in err
+    for word in ("--dry-run", "optim.micro_batch_size", "model.gradient_checkpointing=true", "--nproc_per_node"):
+        assert word in err
+    assert "Traceback" not in err
 
 
 def test_how_processes_share_the_work_may_change_between_two_starts(tmp_path):
@@ -221,6 +284,25 @@ def test_a_run_in_use_is_refused(tmp_path):
     with pytest.raises(UserError, match="in use by another process"):
         open_run(tiny_config(f"run_dir={tmp_path / 'a'}"), "x")
     held.lock.close()
+
+
+def test_only_a_lock_that_another_holds_is_one_in_use(monkeypatch, tmp_path, capsys):
+    def says(number):
+        def flock(*_):
+            raise OSError(number, "no lock")  # Python makes it the subclass of the number
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        opened = open_run(tiny_config(f"run_dir={tmp_path / 'a'}"), "x")
+        opened.lock.close()
+
+    for without_locks in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        says(without_locks)
+        assert "cannot be locked (no lock)" in capsys.readouterr().err
+    for held in (errno.EAGAIN, errno.EACCES):
+        with pytest.raises(UserError, match="in use by another process"):
+            says(held)
+    with pytest.raises(OSError, match="no lock"):
+        says(errno.EIO)
 
 
 def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path):
