@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="a run's directory or its final/")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--prompts", help="what to answer")
-    task.add_argument("--score", metavar="FILE", help="responses to score")
+    task.add_argument("--score", metavar="FILE", help="responses to score, all, each as its own user")
     parser.add_argument(
         "--users", help="with --prompts: names with commas between (generic: unknown), @all, or @own: who asks"
     )
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--limit", type=int, help="with --prompts: the first so many")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
     args = parser.parse_args()
@@ -49,6 +49,10 @@ def main() -> None:
     check_range("--top-p", args.top_p, low=1e-6, high=1)
     check_range("--batch-size", args.batch_size, low=1)
     check_range("--limit", 1 if args.limit is None else args.limit, low=1)
+    for name in ("users", "limit", "max_new_tokens", "temperature", "top_p", "seed"):
+        if args.score and getattr(args, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option}: not for --score, expected --out, --batch-size, --overwrite or --set beside it")
     loaded = load_final(args.checkpoint, tuple(args.set))
     if args.score:
         print(score_file(loaded, args.score, args.out, args.batch_size, args.overwrite))

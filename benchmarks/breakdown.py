@@ -1,63 +1,113 @@
 """Where the time of a training step goes, by kind of operation.
 
-    python benchmarks/breakdown.py [the arguments of benchmarks/step.py; --arms names what is looked at]
+    python benchmarks/breakdown.py [the arguments of benchmarks/step.py; --arms names what is looked at] [--out FILE.json]
 
-Self time of torch's operations, forward, backward and optimiser together, from torch.profiler; the head is part of the
-matrix products. The profiler itself costs some of what it shows.
+On a CPU self time of torch's operations, from torch.profiler; on a GPU that of the kernels, beside the time by the clock, in
+which kernels may also wait for each other. Forward, backward and optimiser together; the head is part of the matrix products.
+The profiler itself costs some of what it shows. First arms that compute the same thing must agree on it, as in
+benchmarks/step.py.
 """
 
+import json
+import re
+import time
 from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from step import Arm, arguments, comparisons_of, group_of, labels, made
+from step import (
+    Arm,
+    arguments,
+    check_equal,
+    comparisons_of,
+    computing_type,
+    device_name,
+    labels,
+    made,
+    surroundings,
+    versions,
+)
 from torch.profiler import ProfilerActivity, profile
 
 from prlhf.errors import run_command
 from prlhf.loop import keep_freed_memory
 
+REST = "elementwise, reductions, the rest"
+# The first kind that a name has a part of: torch's operations on a CPU, kernels on a GPU (attention names its products too).
 KINDS = {
-    "matrix products": (
-        "aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear", "aten::baddbmm", "gemm", "nvjet", "cutlass",
-    ),
-    "attention": ("attention", "flex", "flash", "aten::_softmax"),
-    "optimiser": ("_foreach", "_fused_adam", "Optimizer"),
-    "copies and layout": ("aten::copy_", "aten::cat", "aten::contiguous", "aten::clone", "aten::index", "aten::fill_"),
-}  # fmt: skip
+    "attention": r"flash|fmha|flex_attention|sdpa|_attention|aten::_softmax|softmax_warp",
+    "matrix products": r"aten::(mm|addmm|bmm|baddbmm|linear)_?$|gemm|gemv|nvjet|cutlass|splitK|triton_tem|_fused_values",
+    "log-probs, beside their products": r"_softmax_step|_logits_gradient",
+    "optimiser and clipping": r"_foreach|_fused_adam|Optimizer|multi_tensor_apply",
+    "copies and layout": r"aten::(copy_|cat|contiguous|clone|index|index_select|index_copy_?|fill_|zero_)$|Memcpy|Memset"
+    r"|copy_kernel|CatArray|FillFunctor|split_with_sizes|chunk_cat|gather_kernel|index\w*_kernel|indexSelect|indexFunc|indexCopy",
+}
 
 
 def kind(operation: str) -> str:
-    """The kind of an operation, by its name."""
-    for name, parts in KINDS.items():
-        if any(operation == part if part.startswith("aten::") else part in operation for part in parts):
-            return name
-    return "elementwise, reductions, the rest"
+    """The kind of an operation or kernel, by its name."""
+    return next((name for name, parts in KINDS.items() if re.search(parts, operation)), REST)
+
+
+class Times(NamedTuple):
+    """Seconds of a step: by the clock, and of its operations by kind."""
+
+    clock: float
+    kinds: dict[str, float]
+
+
+def times_by_kind(arm: Arm) -> Times:
+    """The times of a second step."""
+    cuda = torch.cuda.is_available()
+    arm.step()
+    if cuda:
+        torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
+        started = time.perf_counter()
+        arm.step()
+        if cuda:
+            torch.cuda.synchronize()
+        clock = time.perf_counter() - started
+    kinds: dict[str, float] = defaultdict(float)
+    for event in profiled.key_averages():
+        if not cuda:
+            kinds[kind(event.key)] += event.self_cpu_time_total / 1e6
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:  # kernels
+            kinds[kind(event.key)] += event.self_device_time_total / 1e6
+    return Times(clock, kinds)
+
+
+def report(found: dict[str, Times]) -> None:
+    """Print the table: each kind's share of all operations' time, and that time."""
+    totals = {name: sum(times.kinds.values()) for name, times in found.items()}
+    print("| | " + " | ".join(found) + " |")
+    print("|---" * (len(found) + 1) + "|")
+    for label in (*KINDS, REST):
+        shares = [f"{100 * times.kinds.get(label, 0.0) / totals[name]:.0f}%" for name, times in found.items()]
+        print(f"| {label} | " + " | ".join(shares) + " |")
+    print("| all, seconds | " + " | ".join(f"{total:.3f}" for total in totals.values()) + " |")
+    print("| by the clock, seconds | " + " | ".join(f"{times.clock:.3f}" for times in found.values()) + " |")
 
 
 def main() -> None:
     args = arguments(__doc__)
     keep_freed_memory()
     comparisons = comparisons_of(args)
+    found, computed = {}, {}
     for name in labels(args):
-        with group_of(name, args):
-            times = times_by_kind(made(name, args, comparisons))
-        total = sum(times.values())
-        shares = sorted(times.items(), key=lambda item: -item[1])
-        print(f"{name}: " + ", ".join(f"{label} {100 * t / total:.0f}%" for label, t in shares))
-
-
-def times_by_kind(arm: Arm) -> dict[str, float]:
-    """Microseconds of a step, the second one, by kind of operation."""
-    cuda = torch.cuda.is_available()
-    arm.step()
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiled:
-        arm.step()
-    times: dict[str, float] = defaultdict(float)
-    for event in profiled.key_averages():
-        if not cuda:
-            times[kind(event.key)] += event.self_cpu_time_total
-        elif event.device_type == torch.autograd.DeviceType.CUDA:  # the kernels themselves
-            times[kind(event.key)] += event.self_device_time_total
-    return times
+        with surroundings(name, args):
+            arm = made(name, args, comparisons)
+            computed[name] = arm.computed()
+            found[name] = times_by_kind(arm)
+            del arm  # there may be no room for the next one beside it
+    check_equal(computed, computing_type(args))
+    report(found)
+    print(f"\n{device_name()}")
+    if args.out:
+        arms = {name: times._asdict() | computed[name]._asdict() for name, times in found.items()}
+        written = {"arguments": vars(args), "device": device_name(), "versions": versions(), "arms": arms}
+        Path(args.out).write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

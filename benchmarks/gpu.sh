@@ -4,18 +4,22 @@
 #     benchmarks/gpu.sh OUT [kernels] [lora] [full]      all three by default; PYTHON=python3 names another Python
 #
 # kernels  the log-prob kernels and packed rows compiled, by their tests; then their cost beside the bare products
-# lora     Llama-3-8B's shape, LoRA of rank 16 on bfloat16: a step, its memory beside the dry run's, where its time goes
-# full     GPT-J 6B's shape, full fine-tuning in mixed precision: the same (needs some 110 GB on one GPU)
+# lora     Llama-3-8B's shape, LoRA of rank 16 on bfloat16: a step, its memory beside the dry run's, where its time goes, and
+#          P-DPO beside plain rows (the arms wait side by side, which takes some 120 GB; with less, STEP=--one-at-a-time)
+# full     GPT-J 6B's shape, full fine-tuning in mixed precision: the same but for the rows (needs some 110 GB on one GPU, so
+#          one arm at a time)
 #
-# Weights are random (benchmarks/random_model.py) and lie in OUT/models. TRL takes part where it and peft are installed. A
-# part that fails does not stop the next: every log is in OUT, and the last lines of each are printed at the end.
+# Weights are random (benchmarks/random_model.py) and lie in OUT/models. TRL takes part where it and peft are installed, with
+# several batch sizes, of which one that finds no memory is left out, and with Liger's kernels where they are; `versions`, at
+# the end, says what was there. A part that fails does not stop the next: every log is in OUT, and the last lines of each are
+# printed at the end. To try it: LAYERS="--layers 2" COMPARISONS=2 ROUNDS=1 STEP="--shape short", LOGPROB="--positions 64".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?expected a folder for logs and tables}
 shift
 parts=${*:-kernels lora full}
 python=${PYTHON:-python}
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD:$PWD/benchmarks
 mkdir -p "$out/models"
 
 run() { # NAME COMMAND...
@@ -28,9 +32,12 @@ model() { # FOLDER SHAPE TYPE
     [ -f "$out/models/$1/config.json" ] || run "$1-weights" "$python" benchmarks/random_model.py "$2" --out "$out/models/$1" --dtype "$3" $LAYERS
 }
 
-LAYERS=${LAYERS:-} # "--layers 2", to try the script where there is no such memory
+LAYERS=${LAYERS:-}
 arms=(prlhf "prlhf pdpo")
-"$python" -c "import trl, peft" 2>/dev/null && with_trl=(--arms "${arms[@]}" trl --trl-batch 4 8) || with_trl=(--arms "${arms[@]}")
+with_trl=(--arms "${arms[@]}")
+"$python" -c "import trl, peft" 2>/dev/null && with_trl+=(trl --trl-batch 1 2 4 8)
+run versions "$python" -c 'import step; print(step.device_name(), step.versions(), sep="\n")'
+size=(--checkpointing --comparisons ${COMPARISONS:-32} --micro-batch 8 ${STEP:-}) rounds=(--rounds ${ROUNDS:-3})
 for part in $parts; do
     case $part in
     kernels)
@@ -39,22 +46,21 @@ for part in $parts; do
         ;;
     lora)
         model llama Llama-3-8B bfloat16
-        lora=(--model "$out/models/llama" --lora 16 --dtype bfloat16 --checkpointing --comparisons ${COMPARISONS:-32} --micro-batch 8)
-        run lora "$python" benchmarks/step.py "${lora[@]}" --rounds 3 "${with_trl[@]}" --out "$out/lora.json"
-        run lora-breakdown "$python" benchmarks/breakdown.py "${lora[@]}" --arms "${arms[@]}"
+        lora=(--model "$out/models/llama" --lora 16 --dtype bfloat16 "${size[@]}")
+        run lora "$python" benchmarks/step.py "${lora[@]}" "${rounds[@]}" "${with_trl[@]}" --out "$out/lora.json"
+        run lora-rows "$python" benchmarks/step.py "${lora[@]}" "${rounds[@]}" --arms "prlhf pdpo" rows "rows once" --out "$out/lora-rows.json"
+        run lora-breakdown "$python" benchmarks/breakdown.py "${lora[@]}" --arms "${arms[@]}" --out "$out/lora-breakdown.json"
         ;;
     full)
         model gptj "GPT-J 6B" float32
-        full=(--model "$out/models/gptj" --checkpointing --comparisons ${COMPARISONS:-32} --micro-batch 8 --set model.compute_dtype=bfloat16)
-        for arm in "${arms[@]}"; do # one at a time: there is room for one
-            run "full-${arm// /-}" "$python" benchmarks/step.py "${full[@]}" --rounds 3 --arms "$arm" --out "$out/full-${arm// /-}.json"
-        done
-        run full-breakdown "$python" benchmarks/breakdown.py "${full[@]}" --arms prlhf
+        full=(--model "$out/models/gptj" "${size[@]}" --set model.compute_dtype=bfloat16)
+        run full "$python" benchmarks/step.py "${full[@]}" "${rounds[@]}" "${with_trl[@]}" --one-at-a-time --out "$out/full.json"
+        run full-breakdown "$python" benchmarks/breakdown.py "${full[@]}" --arms prlhf --out "$out/full-breakdown.json"
         ;;
     *) echo "unknown part $part; expected kernels, lora or full" >&2; exit 2 ;;
     esac
 done
 for log in "$out"/*.log; do
     echo "== $(basename "$log" .log)"
-    tail -n 12 "$log"
+    tail -n 14 "$log"
 done

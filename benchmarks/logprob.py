@@ -4,35 +4,65 @@
 
 forward: log p of every target without gradients (reference, evaluation), over one matrix product of that size.
 training: forward, and backward for the hidden states with a frozen head (LoRA), over three such products.
-The implementations take turns; medians over the rounds. First all must agree with float64 on a part. Extra memory is what
-is allocated beyond inputs and the hidden states' gradient, on a GPU alone. Others are measured where they install:
-cut-cross-entropy, liger-kernel, torch's own F.linear_cross_entropy.
+The implementations take turns; medians over the rounds. First all must agree with float64 on a part, our own in the hidden
+states' gradient too; the table has both errors. Extra memory is what is allocated beyond inputs and the hidden states'
+gradient, on a GPU alone. Others are measured where they install: cut-cross-entropy, liger-kernel, torch's own
+F.linear_cross_entropy.
+
+prlhf triton         as the models call it: both designs of prlhf/logprobs_triton.py, each for its purpose
+prlhf triton, fused  values by the fused kernel alone (half types); in training all slopes come in the backward pass, by tiles
+prlhf triton, tiles  the vendor's products on tiles of the vocabulary alone; in training all slopes are kept from the forward
+                     pass (for the backward pass there is no fused kernel)
 """
 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from prlhf import logprobs
 from prlhf.errors import run_command
-from prlhf.logprobs import log_probs
+from prlhf.logprobs import accumulation_type, log_probs
 from prlhf.loop import keep_freed_memory
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> (N,)
 Call = Callable[[], object]
+# The largest relative error against float64: more is another function. Half types round the gradient itself.
+MOST_ERROR, MOST_GRADIENT_ERROR = 1e-2, 3e-2
 
 
 def full_logits(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """As one would write it, in the inputs' type."""
-    logits_NV = (hidden_ND @ weight_VD.T).float()
+    """As one would write it: logits in the inputs' type, their softmax in float32 (float64 for float64)."""
+    logits_NV = (hidden_ND @ weight_VD.T).to(accumulation_type(hidden_ND.dtype))
     return logits_NV.log_softmax(dim=-1).gather(1, targets_N[:, None])[:, 0]
+
+
+def one_design(fused: bool) -> LogProbs:
+    """Triton by one of its designs, without the other where that is possible (see above)."""
+    from prlhf import logprobs_triton
+
+    def values(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        if fused:
+            return logprobs_triton._fused(hidden_ND, weight_VD, None, targets_N).log_p_N
+        chunks = zip(hidden_ND.split(logprobs_triton.ROWS), targets_N.split(logprobs_triton.ROWS))
+        return torch.cat([logprobs_triton._tiled(h, weight_VD, None, t, None).log_p_N for h, t in chunks])
+
+    def function(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        if not hidden_ND.requires_grad:
+            return values(hidden_ND, weight_VD, targets_N)
+        with patch.object(logprobs, "KEPT_SLOPES", 0 if fused else hidden_ND.numel()):
+            return log_probs(hidden_ND, weight_VD, None, targets_N, "triton")
+
+    return function
 
 
 def implementations(cuda: bool) -> dict[str, LogProbs]:
@@ -43,8 +73,9 @@ def implementations(cuda: bool) -> dict[str, LogProbs]:
         "prlhf torch": lambda h, w, t: log_probs(h, w, None, t, "torch"),
         "prlhf chunked": lambda h, w, t: log_probs(h, w, None, t, "chunked"),
     }
-    if cuda:
+    if cuda or os.environ.get("TRITON_INTERPRET") == "1":  # there to be tried, not to be timed
         found["prlhf triton"] = lambda h, w, t: log_probs(h, w, None, t, "triton")
+        found["prlhf triton, fused"], found["prlhf triton, tiles"] = one_design(fused=True), one_design(fused=False)
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
         from torch.nn.functional import linear_cross_entropy
 
@@ -103,26 +134,43 @@ def extra_memory_mb(function: Call) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def checked(arms: dict[str, LogProbs], inputs: Inputs) -> dict[str, float]:
-    """Each arm's relative error against float64, on 64 positions; arms that do not run here are taken out of `arms`."""
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """|found - truth| / |truth|."""
+    return ((found.double() - truth).norm() / truth.norm()).item()
+
+
+class Errors(NamedTuple):
+    """Relative errors against float64, of log p and of its gradient for the hidden states."""
+
+    values: float
+    gradient: float
+
+
+def checked(arms: dict[str, LogProbs], inputs: Inputs) -> dict[str, Errors]:
+    """Each arm's errors on 64 positions; arms that do not run here are taken out of `arms`.
+
+    SystemExit where the values are another function's, and where the gradient of one of ours is (what others do with the
+    incoming gradient is their own: Liger takes it to be the same everywhere).
+    """
     hidden_ND, _, targets_N, grad_N = (t[:64] for t in inputs)
     part = Inputs(hidden_ND, inputs.weight_VD, targets_N, grad_N)
-    truth = full_logits(hidden_ND.double(), inputs.weight_VD.double(), targets_N)
+    exact = Inputs(hidden_ND.double(), inputs.weight_VD.double(), targets_N, grad_N.double())
+    truth, truth_grad = full_logits(*exact[:3]), training(full_logits, exact)
     errors = {}
     for name, function in list(arms.items()):
+        ours = name.startswith(("prlhf", "full"))
         try:
             with torch.no_grad():
-                found = function(hidden_ND, inputs.weight_VD, targets_N).double()
-            training(function, part)
+                found = function(hidden_ND, inputs.weight_VD, targets_N)
+            errors[name] = Errors(relative_error(found, truth), relative_error(training(function, part), truth_grad))
         except Exception as error:  # another project's kernel on a machine that it does not run on
-            if name.startswith(("prlhf", "full")):
+            if ours:
                 raise
             print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
             del arms[name]
             continue
-        errors[name] = ((found - truth).norm() / truth.norm()).item()
-        if errors[name] > 1e-2:
-            raise SystemExit(f"{name}: relative error {errors[name]:.1e} against float64: not the same function")
+        if errors[name].values > MOST_ERROR or (ours and errors[name].gradient > MOST_GRADIENT_ERROR):
+            raise SystemExit(f"{name}: {errors[name]} against float64: not the same function")
     return errors
 
 
@@ -142,12 +190,13 @@ def measured(calls: dict[str, tuple[Call, Call]], rounds: int) -> dict[str, list
 
 def report(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
-    print("| | forward / 1 product | training / 3 products | extra MB, forward | extra MB, training | relative error |")
-    print("|---|---|---|---|---|---|")
+    print("| | forward / 1 product | training / 3 products | extra MB, forward | extra MB, training | relative error "
+          "| of the gradient |")  # fmt: skip
+    print("|---" * 7 + "|")
     for row in rows:
         memory = [f"{row[key]:.0f}" if key in row else "-" for key in ("forward_mb", "training_mb")]
-        error = "-" if row["error"] is None else f"{row['error']:.1e}"
-        print(f"| {row['name']} | {row['forward']:.2f} | {row['training']:.2f} | {' | '.join(memory)} | {error} |")
+        errors = ["-" if row[key] is None else f"{row[key]:.1e}" for key in ("error", "gradient_error")]
+        print(f"| {row['name']} | {row['forward']:.2f} | {row['training']:.2f} | {' | '.join([*memory, *errors])} |")
 
 
 def main() -> None:
@@ -182,7 +231,9 @@ def main() -> None:
     rows = []
     for name, (forward, both) in calls.items():
         forward_ratio, training_ratio = (statistics.median(t) / b for t, b in zip(times[name], bare))
-        row = {"name": name, "forward": forward_ratio, "training": training_ratio, "error": errors.get(name)}
+        error, gradient_error = errors.get(name, (None, None))
+        row = {"name": name, "forward": forward_ratio, "training": training_ratio}
+        row |= {"error": error, "gradient_error": gradient_error}
         if cuda:
             with torch.no_grad():
                 row["forward_mb"] = extra_memory_mb(forward)
@@ -192,7 +243,7 @@ def main() -> None:
     print(f"N = {N}, D = {D}, V = {V}, {args.dtype}, {machine}, torch {torch.__version__}")
     report(rows)
     if args.out:
-        found = {"arguments": vars(args), "seconds": times, "rows": rows}
+        found = {"arguments": vars(args), "device": machine, "torch": torch.__version__, "seconds": times, "rows": rows}
         Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -1,15 +1,19 @@
 """How many positions an epoch computes, with and without what comparisons of one pair, or of the same responses, share.
 
     python benchmarks/sharing.py --data ../shared/data/ukpconvarg1/train.jsonl.gz [--known 10] [--batch-size 32]
+                                 [--micro-batch 8] [--out FILE.json]
 
 `group_by` puts comparisons of the same two responses, or of few responses, into one update, `share_trees` computes once what
 they have in common. P-DPO with both branches, T_u = 10, and a reward model behind the backbone. Counts positions of the
-forward passes, padding left out; the model that lays them out is a random one of one block. Updates are not cut into
-micro-batches.
+forward passes, and beside them their padding; the model that lays them out is a random one of one block, on the CPU, where a
+row is a tree. By default an update is one forward pass a branch, which shares the most and pads the most; training cuts it
+into micro-batches of optim.micro_batch_size trees (8 by default), whose responses are not shared with those of another one.
 """
 
 import argparse
 import itertools
+import json
+from pathlib import Path
 
 from prlhf import config as config_module
 from prlhf.backbones import byte_tokenizer, load_tokenizer
@@ -35,6 +39,8 @@ def main() -> None:
     parser.add_argument("--known", type=int, default=10, help="known users: the most active ones")
     parser.add_argument("--limit", type=int, help="comparisons, a seeded sample; default: all")
     parser.add_argument("--batch-size", type=int, default=32, help="comparisons per update")
+    parser.add_argument("--micro-batch", type=int, help="trees per forward pass; default: all of an update")
+    parser.add_argument("--out", help="also write the table as JSON")
     args = parser.parse_args()
     file = read_comparisons(args.data)
     if args.tokenizer == "bytes":
@@ -47,10 +53,10 @@ def main() -> None:
         f"data.limit={args.limit or 'null'}",
         f"optim.batch_size={args.batch_size}",
     ]
-    keys.append(f"optim.micro_batch_size={2 * args.batch_size}")
-    data = None
-    print("| | optim.group_by | model.share_trees | positions an epoch | of none |")
-    print("|---|---|---|---|---|")
+    keys.append(f"optim.micro_batch_size={args.micro_batch or 2 * args.batch_size}")
+    data, rows = None, []
+    print("| | optim.group_by | model.share_trees | positions an epoch | of none | padding, of positions |")
+    print("|---" * 6 + "|")
     for model_name, model_keys in MODELS.items():
         positions: dict[tuple[str, str], int] = {}
         for group_by, share in itertools.product(("none", "pair", "response"), ("false", "true")):
@@ -59,15 +65,21 @@ def main() -> None:
             data = data or encode_training_data(config, tokenizer, file, None)
             comparisons = data.train.comparisons
             model = build_model(config, tokenizer, len(data.users))
-            count = 0
+            count = padding = 0
             for update in epoch_updates(config, comparisons, epoch=0):
                 for items in update_parts(config, model, comparisons, update):
                     batch = model.collate([comparisons[i.index] for i in items], [i.user for i in items])
-                    count += int((batch.trees_RT > 0).sum())
+                    real = int((batch.trees_RT > 0).sum())
+                    count, padding = count + real, padding + batch.trees_RT.numel() - real
             positions[group_by, share] = count
             of_none = count / positions["none", "false"]
-            print(f"| {model_name} | {group_by} | {share} | {count:,} | {of_none:.2f} |", flush=True)
+            found = {"model": model_name, "group_by": group_by, "share_trees": share == "true"}
+            rows.append({**found, "positions": count, "of_none": of_none, "padding": padding})
+            padded = f"{padding / count:.2f}"
+            print(f"| {model_name} | {group_by} | {share} | {count:,} | {of_none:.2f} | {padded} |", flush=True)
     print(f"{data.train.report.lines()}; {len(data.users)} known users; {args.batch_size} comparisons an update")
+    if args.out:
+        Path(args.out).write_text(json.dumps({"arguments": vars(args), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ prompt of a P-RM with LoRA. Prints a table; the same command again goes on where
 """
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -43,21 +45,27 @@ def main() -> None:
     args = parser.parse_args()
     arms, keys = TABLES[args.table]
     evaluations = grid.run_grid(args, {name: grid.Arm("length_prm.yaml", own) for name, own in arms.items()}, keys)
-    rows = []
+    print("| | Accuracy-top | as the generic user | as another worker | personalisation gain |\n|---|---|---|---|---|")
     for arm, folders in evaluations[""].items():
-        reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
-        values = [
-            [
-                r["accuracy"]["top"],
-                r["controls"]["generic_user"]["accuracy"],
-                r["controls"]["shuffled_users"]["accuracy"],
-            ]
-            for r in reports
-        ]
-        mean, std = 100 * np.mean(values, axis=0), 100 * np.std(values, axis=0, ddof=len(values) > 1)
-        rows.append(f"| {arm} | " + " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, std)) + " |")
-    print("| | Accuracy-top | as the generic user | as another worker |\n|---|---|---|---|")
-    print("\n".join(rows))
+        print(row(arm, [json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in folders]))
+
+
+def row(arm: str, reports: Sequence[dict[str, Any]]) -> str:
+    """The arm's accuracies and gain, in %: mean ± standard deviation over seeds; of one seed the gain's interval."""
+    cells = [_cell([report["accuracy"]["top"] for report in reports])]
+    for name in ("generic_user", "shuffled_users", "personalisation_gain"):
+        cells.append(_cell([report["controls"].get(name, {}).get("accuracy") for report in reports]))
+    interval = reports[0]["controls"].get("personalisation_gain", {}).get("interval")
+    if len(reports) == 1 and interval:
+        cells[-1] += f" ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    return f"| {arm} | {' | '.join(cells)} |"
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    if None in values:
+        return "-"
+    std = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.1f}{std}"
 
 
 if __name__ == "__main__":

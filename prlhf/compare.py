@@ -2,9 +2,10 @@
 
     python -m prlhf.compare NAME=EVAL_DIR[,EVAL_DIR...] NAME=EVAL_DIR[,EVAL_DIR...] ... --out DIR
 
-EVAL_DIR is what evaluate.py wrote; several of one name are seeds of one model. The first model is the baseline. Writes
-report.md, report.json and comparison.png: accuracies; paired differences to the baseline, with intervals over users; and
-for each known user a paired test, adjusted for there being many users.
+EVAL_DIR is what evaluate.py wrote, or a run whose eval/ it is; several of one name are seeds of one model. The first model
+is the baseline. Writes report.md, report.json and comparison.png: accuracies, calibration errors and personalisation gains;
+paired differences to the baseline, with intervals over users; and for each known user a paired test, adjusted for there
+being many users.
 """
 
 import argparse
@@ -23,6 +24,11 @@ from prlhf.paired import LEVEL, Comparisons, Model, compare
 from prlhf.report import BRANCHES, MARGINS, cell, interval_text, label, optional_pyplot, percent
 
 MEASURES = {"top": "Accuracy-top", "average_mean": "Accuracy-average", "generic": "Accuracy-generic"}
+REPORTED = {  # of an evaluation's report.json: where, and the column's title
+    "calibration_top": (("calibration", "top"), "calibration error, known users"),
+    "calibration_generic": (("calibration", "generic"), "calibration error, unknown users"),
+    "personalisation_gain": (("controls", "personalisation_gain", "accuracy"), "personalisation gain"),
+}
 SHOWN = 10  # users in the table
 
 
@@ -39,12 +45,21 @@ FIELDS = {  # of margins.jsonl: is this right, and what is
 }
 
 
+def evaluation_folder(folder: str) -> Path:
+    """The folder of an evaluation: itself, or a run's eval/. UserError where neither holds margins.jsonl."""
+    for path in (Path(folder), Path(folder) / "eval"):
+        if (path / MARGINS).is_file():
+            return path
+    found = f"neither {MARGINS} nor eval/{MARGINS}" if Path(folder).is_dir() else "no such folder"
+    raise UserError(f"{folder}: found {found}, expected what evaluate.py wrote, or a run that it evaluated")
+
+
 def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
-    """The comparisons of an EVAL_DIR and what the model got right of them, (B,).
+    """The comparisons of an EVAL_DIR (or of a run's) and what the model got right of them, (B,).
 
     UserError, with file, line and field, where margins.jsonl is missing or damaged.
     """
-    path = Path(folder) / MARGINS
+    path = evaluation_folder(folder) / MARGINS
     records = []
     for number, record in read_json_lines(path):
         for field, (kind, expected) in FIELDS.items():
@@ -59,17 +74,43 @@ def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
     return Comparisons(ids, users, texts, known_B), correct(margins_B)
 
 
+def read_reported(folder: str) -> dict[str, float | None]:
+    """The REPORTED numbers of an evaluation; None for what its report.json lacks. UserError where that is damaged."""
+    path = evaluation_folder(folder) / "report.json"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    found = {}
+    for name, (keys, _) in REPORTED.items():
+        value = report
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None and not _is_finite(value):
+            raise UserError(f"{path}, {'.'.join(keys)}: expected a finite number or null, found {json.dumps(value)}")
+        found[name] = value
+    return found
+
+
 def read_models(named: dict[str, list[str]]) -> tuple[Comparisons, list[Model]]:
-    """The models by name, from their folders. UserError where two folders do not hold the same comparisons."""
+    """The models by name, from their folders.
+
+    UserError where two folders do not hold the same comparisons, and where two seeds of a model are one folder.
+    """
     first, models = None, []
     for name, folders in named.items():
+        resolved = [evaluation_folder(folder).resolve() for folder in folders]
+        for i, folder in enumerate(folders):
+            if resolved[i] in resolved[:i]:
+                other = folders[resolved.index(resolved[i])]
+                raise UserError(f"{name}: {folder} and {other} are the same evaluation, which would count as two seeds")
         right = []
         for folder in folders:
             comparisons, right_B = read_margins(folder)
             first = first or (folder, comparisons)
             require_same(*first, folder, comparisons)
             right.append(right_B)
-        models.append(Model(name, folders, np.stack(right)))
+        models.append(Model(name, folders, np.stack(right), [read_reported(folder) for folder in folders]))
     return first[1], models
 
 
@@ -100,10 +141,15 @@ def markdown(report: dict[str, Any]) -> str:
     counts, baseline = report["comparisons"], report["baseline"]
     lines = ["# Comparison", ""]
     lines += [f"{counts['known_users']} comparisons of known and {counts['unknown_users']} of unknown users.", ""]
-    lines += ["| accuracy, % | " + " | ".join(MEASURES.values()) + " |", "|---" * 4 + "|"]
-    lines += [_row(name, *(_cell(model, m) for m in MEASURES)) for name, model in report["models"].items()]
+    models = report["models"]
+    reported = [k for k in REPORTED if any(model["reported"].get(k) is not None for model in models.values())]
+    lines += [_row("%", *MEASURES.values(), *(REPORTED[k][1] for k in reported))]
+    lines += ["|---" * (1 + len(MEASURES) + len(reported)) + "|"]
+    for name, model in models.items():
+        others = (_with_std(model["reported"][k], model["reported_std_over_seeds"][k]) for k in reported)
+        lines.append(_row(name, *(_cell(model, m) for m in MEASURES), *others))
     lines += ["", "Accuracy-average: mean ± standard deviation over known users."]
-    if any(model["seeds"] > 1 for model in report["models"].values()):
+    if any(model["seeds"] > 1 for model in models.values()):
         lines.append("With several seeds, mean ± standard deviation over these; intervals and tests are of the mean.")
     lines += ["", f"Against {baseline}, on the same comparisons; intervals resample users with both models:", ""]
     lines += ["| | | difference, % | 95% interval | win rate |", "|---" * 5 + "|"]
@@ -189,13 +235,15 @@ def _row(*cells: str) -> str:
 
 def _cell(model: dict[str, Any], measure: str) -> str:
     """A model's accuracy; with seeds, also its standard deviation over seeds; for the average, that over users."""
-    text = percent(model["accuracy"][measure])
-    if model["std_over_seeds"][measure] is not None:
-        text += f" ± {percent(model['std_over_seeds'][measure])}"
+    text = _with_std(model["accuracy"][measure], model["std_over_seeds"][measure])
     if measure == "average_mean" and model["accuracy"]["average_std"] is not None:
         over_users = f"± {percent(model['accuracy']['average_std'])}"
         text += f" (over users {over_users})" if model["seeds"] > 1 else f" {over_users}"
     return text
+
+
+def _with_std(value: float | None, std_over_seeds: float | None) -> str:
+    return percent(value) + ("" if std_over_seeds is None else f" ± {percent(std_over_seeds)}")
 
 
 def _signed(difference: float | None) -> str:

@@ -4,14 +4,12 @@
 
 The first file is the training split, the others are held out. With --config also: what becomes tokens, and what is
 dropped and cut; `data.known_users` then decides who is known. The files of the command line are read, whole, whatever
-data.train and data.limit say.
+data.train and data.limit say. Texts that differ only in white space or in how Unicode is composed count as the same.
 """
 
 import itertools
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +21,7 @@ from prlhf.config import Config
 from prlhf.data import CANONICAL, Comparison, ComparisonFile, Messages, UserIndex, read_comparisons, words
 from prlhf.encoding import Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
-from prlhf.rules import RULES, conflicts, fit, majority_share, pair_key, prompt_key
+from prlhf.rules import RULES, as_read, conflicts, fit, majority_share, pair_key, prompt_key
 
 FEW = 5  # fewer training comparisons than this tell little about a user
 MUCH = 0.05  # a larger share than this that is dropped or cut deserves a warning
@@ -38,12 +36,13 @@ LEAKS: dict[str, Callable[[Comparison], set[Hashable]]] = {
 
 
 class Split(NamedTuple):
-    """A file, the name of its column in the tables, and which of its comparisons are a known user's."""
+    """A file, the name of its column in the tables, which of its comparisons are a known user's, and these `as_read`."""
 
     path: str
     label: str
     file: ComparisonFile
     known: list[bool]
+    read: list[Comparison]
 
     @property
     def comparisons(self) -> list[Comparison]:
@@ -97,9 +96,12 @@ def check(files: Sequence[str], config: Config | None) -> Iterator[Section]:
     labels = [Path(path).name for path in files]
     labels = labels if len(set(labels)) == len(labels) else list(files)
     splits = [
-        Split(str(path), label, file, [users.number(c.user) > 0 for c in file.comparisons])
+        Split(
+            str(path), label, file,
+            [users.number(c.user) > 0 for c in file.comparisons], [as_read(c) for c in file.comparisons],
+        )
         for path, label, file in zip(files, labels, read)
-    ]
+    ]  # fmt: skip
     yield contents_section(splits, users)
     yield activity_section(splits, users)
     yield votes_section(splits)
@@ -123,8 +125,8 @@ def contents(split: Split) -> dict[str, int]:
     return {
         "comparisons": len(comparisons),
         "pairs of equal responses, left out": split.file.equal_responses,
-        "prompts": len({prompt_key(c.prompt) for c in comparisons}),
-        "distinct pairs": len({pair_key(c) for c in comparisons}),
+        "prompts": len({prompt_key(c.prompt) for c in split.read}),
+        "distinct pairs": len({pair_key(c) for c in split.read}),
         "comparisons with user_text": sum(c.user_text is not None for c in comparisons),
         "users": len({user for user, _ in named}),
         "known users": len({user for user, known in named if known}),
@@ -168,40 +170,23 @@ def votes_section(splits: Sequence[Split]) -> Section:
     """Repeated and contradicted votes, and what they leave a user-blind model to reach."""
     rows, warnings = [], []
     for split in splits:
-        found, majority = conflicts(split.comparisons), majority_share(split.comparisons)
-        rows.append([split.label, found.duplicates, found.contradictions, majority.repeated_pairs,
-                     found.disputed_pairs, percent(majority.share)])  # fmt: skip
+        found, majority = conflicts(split.read), majority_share(split.read)
+        rows.append([split.label, found.duplicates, found.contradictions, found.disputed_pairs,
+                     majority.repeated_pairs, majority.contradicted_pairs, percent(majority.share)])  # fmt: skip
         if found.example:
             warnings.append(
                 f"{split.path}: a user's votes for both responses of the same pair: {found.contradictions:,}, "
                 f"e.g. {found.example.user!r} in comparison {found.example.id}"
             )
-    header = ["votes", "exact duplicates (user, pair, choice)", "contradictions (user, pair)",
-              "pairs that occur again", "pairs on which users differ", "majority share"]  # fmt: skip
+    header = ["votes", "duplicates (user, pair, choice)", "contradictions (user, pair)", "pairs on which users differ",
+              "pairs that occur again", "pairs with votes for both responses", "majority share"]  # fmt: skip
     meaning = (
-        "A contradiction is one user's votes for both responses of a pair. Votes without a user count only as pairs\n"
-        "that occur again and in the majority share.\n"
+        "A contradiction is one user's votes for both responses of a pair. Votes without a user count only in the last\n"
+        "three columns.\n"
         "The majority share is the most that a user-blind model can get right on that very file: each pair as most\n"
         "of its votes say (100% where no pair occurs again)."
     )
     return Section(f"\n{table(header, rows)}\n\n{meaning}", warnings)
-
-
-def as_read(comparison: Comparison) -> Comparison:
-    """A comparison whose texts differ from another's only where a reader sees it: Unicode composed (NFC), each stretch of
-    white space one space, a prompt that is a text one message of the user."""
-
-    def read(text: str) -> str:
-        return " ".join(unicodedata.normalize("NFC", text).split())
-
-    prompt = comparison.prompt
-    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    return replace(
-        comparison,
-        prompt=tuple({**m, "content": read(m["content"])} for m in messages),
-        chosen=read(comparison.chosen),
-        rejected=read(comparison.rejected),
-    )
 
 
 def leak(one: Sequence[Comparison], other: Sequence[Comparison], keys: Callable[[Comparison], set]) -> Leak:
@@ -215,12 +200,11 @@ def leak(one: Sequence[Comparison], other: Sequence[Comparison], keys: Callable[
 def leaks_section(splits: Sequence[Split]) -> Section:
     """What each file shares with each one before it: the training file first, then other held-out files."""
     rows, warnings = [], []
-    read = [[as_read(c) for c in split.comparisons] for split in splits]
     for i, j in itertools.combinations(range(len(splits)), 2):
         earlier = "the training file" if i == 0 else splits[i].path
         for kind, keys in LEAKS.items():
-            found = leak(read[i], read[j], keys)
-            share = percent(found.comparisons / len(read[j]))
+            found = leak(splits[i].read, splits[j].read, keys)
+            share = percent(found.comparisons / len(splits[j].read))
             rows.append(
                 [splits[j].label, splits[i].label, kind, found.distinct, found.comparisons, share, found.example]
             )
@@ -281,11 +265,11 @@ def encoding_warnings(path: str, report: EncodingReport, comparisons: int) -> li
 
 def rules_section(splits: Sequence[Split], users: UserIndex) -> Section:
     """What trivial rules get right, those that learn having learnt from the training file."""
-    rules = fit(splits[0].comparisons, users)
+    rules = fit(splits[0].read, users)
     rows = []
     for i, split in enumerate(splits):
         known = np.array(split.known)
-        for name, values in rules.right(split.comparisons).items():
+        for name, values in rules.right(split.read).items():
             right = np.array(values)
             groups = (right, right[known], right[~known])
             accuracies = [percent(float(group.mean())) if len(group) else None for group in groups]

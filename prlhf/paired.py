@@ -4,6 +4,8 @@ Models are compared on users, with all their comparisons, and on both models' an
 random number comes from one seed, so that two identical models have identical numbers.
 """
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,6 @@ from prlhf.metrics import (
     correct,
     holm,
     mean,
-    mean_difference_interval,
     mean_interval,
     pooled,
     pooled_difference_interval,
@@ -25,7 +26,7 @@ from prlhf.metrics import (
 )
 
 SAMPLES = 2000  # bootstrap samples
-FLIPS = 10_000  # sign flips of a user's test, at least; with many users more, or none could stay below 5% after Holm
+FLIPS = 10_000  # sign flips of a user's test
 SEED = 0
 LEVEL = 0.05
 
@@ -40,11 +41,13 @@ class Comparisons(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model of one or more seeds: what each got `correct` (a known user as themselves), (seeds, B)."""
+    """A model of one or more seeds: what each got `correct` (a known user as themselves), (seeds, B), and what else its
+    evaluation reported, by name."""
 
     name: str
     folders: list[str]
     right_SB: np.ndarray
+    reported: list[dict[str, float | None]]
 
 
 class Groups(NamedTuple):
@@ -64,15 +67,14 @@ def summary(comparisons: Comparisons, model: Model) -> dict[str, Any]:
     """Accuracies: mean and standard deviation over seeds, and the interval over users of the mean over seeds."""
     seeds = [accuracies(*groups(comparisons, right_B)) for right_B in model.right_SB]
     both = groups(comparisons, model.right_SB.mean(axis=0))
-    found = {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    accuracy, reported = over_seeds(seeds), over_seeds(model.reported)
     return {
         "folders": model.folders,
         "seeds": len(seeds),
-        "accuracy": {name: None if None in values else float(np.mean(values)) for name, values in found.items()},
-        "std_over_seeds": {
-            name: None if None in values or len(seeds) < 2 else float(np.std(values, ddof=1))
-            for name, values in found.items()
-        },
+        "accuracy": accuracy.mean,
+        "std_over_seeds": accuracy.std,
+        "reported": reported.mean,
+        "reported_std_over_seeds": reported.std,
         "interval": {
             "top": pooled_interval(both.known, SAMPLES, np.random.default_rng(SEED)),
             "average_mean": mean_interval(both.known, SAMPLES, np.random.default_rng(SEED)),
@@ -81,22 +83,37 @@ def summary(comparisons: Comparisons, model: Model) -> dict[str, Any]:
     }
 
 
+class OverSeeds(NamedTuple):
+    """Means and standard deviations (dividing by seeds - 1) over seeds, by name; None where a seed has no number."""
+
+    mean: dict[str, float | None]
+    std: dict[str, float | None]
+
+
+def over_seeds(seeds: Sequence[Mapping[str, float | None]]) -> OverSeeds:
+    """Each number's mean and standard deviation over seeds; no standard deviation of one seed."""
+    found = {name: [seed[name] for seed in seeds] for name in seeds[0]}
+    means = {name: None if None in values else float(np.mean(values)) for name, values in found.items()}
+    some = {name: len(values) > 1 and None not in values for name, values in found.items()}
+    return OverSeeds(means, {name: float(np.std(found[name], ddof=1)) if some[name] else None for name in found})
+
+
 def difference(comparisons: Comparisons, baseline: Model, model: Model) -> dict[str, Any]:
     """The model's accuracies less the baseline's, with intervals that resample users with both, and win rates.
 
     win_rate: share of comparisons that the model gets right more often (over seeds) than the baseline, 1/2 where equal.
-    different: whether the interval leaves out 0.
+    different: whether the interval leaves out 0. Its width is never 0, and two models that agree have a symmetric one.
     """
     right_B, baseline_B = (m.right_SB.mean(axis=0) for m in (model, baseline))
     a, b = groups(comparisons, right_B), groups(comparisons, baseline_B)
     wins_B = correct(np.round(right_B - baseline_B, 9))
     found = {}
-    for name, value, interval, x, y, rows in (
-        ("top", pooled, pooled_difference_interval, a.known, b.known, comparisons.known_B),
-        ("average_mean", mean, mean_difference_interval, a.known, b.known, None),
-        ("generic", pooled, pooled_difference_interval, a.unknown, b.unknown, ~comparisons.known_B),
+    for name, value, x, y, rows in (
+        ("top", pooled, a.known, b.known, comparisons.known_B),
+        ("average_mean", mean, alike(a.known), alike(b.known), None),
+        ("generic", pooled, a.unknown, b.unknown, ~comparisons.known_B),
     ):
-        between = interval(x, y, SAMPLES, np.random.default_rng(SEED))
+        between = pooled_difference_interval(x, y, SAMPLES, np.random.default_rng(SEED))
         found[name] = {
             "difference": value(x) - value(y) if x.users else None,
             "interval": between,
@@ -106,8 +123,18 @@ def difference(comparisons: Comparisons, baseline: Model, model: Model) -> dict[
     return found
 
 
+def alike(counts: UserCounts) -> UserCounts:
+    """Users of the same accuracies who all have the mean number of comparisons: `pooled` of them is the `mean`."""
+    n = counts.n.sum() / max(1, len(counts.n))
+    return UserCounts(counts.users, n * counts.accuracy(), np.full(len(counts.n), n))
+
+
 def per_user(comparisons: Comparisons, baseline: Model, model: Model) -> dict[str, Any]:
     """Each known user's difference, its p-value by `sign_flip_test`, and after `holm` over users; largest first.
+
+    p is at least 1 / (1 + FLIPS), which with many users Holm's factor would lift above 5%: for more than FLIPS / 40 users it
+    is the exact one, `exact_sign_flip_test`. Holm demands of each p-value alone that P(p <= x) <= x where the models are
+    equal, and it holds for both tests, so it matters not which one a number of users calls for.
 
     better, worse: how many users' difference is significant at 5% after Holm.
     """
@@ -115,8 +142,11 @@ def per_user(comparisons: Comparisons, baseline: Model, model: Model) -> dict[st
     users_B = np.asarray(comparisons.users, dtype=object)[comparisons.known_B].astype(str)
     users, index, counts = np.unique(users_B, return_inverse=True, return_counts=True)
     rows = np.split(difference_B[np.argsort(index, kind="stable")], np.cumsum(counts)[:-1]) if len(users) else []
-    flips, rng = max(FLIPS, 40 * len(users)), np.random.default_rng(SEED)
-    p = np.array([sign_flip_test(differences, flips, rng) for differences in rows])
+    rng, step = np.random.default_rng(SEED), 0.5 / math.lcm(len(model.right_SB), len(baseline.right_SB))
+    if 40 * len(users) <= FLIPS:
+        p = np.array([sign_flip_test(differences, FLIPS, rng) for differences in rows])
+    else:
+        p = np.array([exact_sign_flip_test(differences, step) for differences in rows])
     table = [
         {"user": str(user), "n": len(d), "difference": float(d.mean()), "p": float(raw), "p_holm": float(adjusted)}
         for user, d, raw, adjusted in zip(users, rows, p, holm(p))
@@ -124,6 +154,24 @@ def per_user(comparisons: Comparisons, baseline: Model, model: Model) -> dict[st
     table.sort(key=lambda row: -abs(row["difference"]))
     significant = [row["difference"] for row in table if row["p_holm"] <= LEVEL]
     return {"better": sum(d > 0 for d in significant), "worse": sum(d < 0 for d in significant), "users": table}
+
+
+def exact_sign_flip_test(differences: np.ndarray, step: float) -> float:
+    """P(|T*| >= |T|) of `sign_flip_test`, summed over all flips: T* has the distribution of a sum of binomials.
+
+    The differences are whole multiples of `step`: 1/2 is a tie, and a mean over S seeds has S times as many. Each size v,
+    k times, contributes v (2 Binomial(k, 1/2) - k), and the sum's probabilities are the convolution of theirs.
+    """
+    steps = np.round(differences / step).astype(int)
+    sizes, counts = np.unique(np.abs(steps[steps != 0]), return_counts=True)
+    p_T = np.ones(1)  # of T* = -n, 2 - n, ..., n steps, n the sum of the sizes
+    for size, count in zip(sizes.tolist(), counts.tolist()):
+        logs = [math.lgamma(count + 1) - math.lgamma(j + 1) - math.lgamma(count - j + 1) for j in range(count + 1)]
+        of_size = np.zeros(size * count + 1)
+        of_size[::size] = np.exp(np.array(logs) - count * math.log(2))
+        p_T = np.convolve(p_T, of_size)
+    sums = np.arange(len(p_T)) * 2 - (len(p_T) - 1)
+    return min(1.0, float(p_T[np.abs(sums) >= abs(steps.sum())].sum()))
 
 
 def compare(comparisons: Comparisons, models: list[Model]) -> dict[str, Any]:

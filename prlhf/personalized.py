@@ -18,6 +18,7 @@ D width, N response tokens.
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -280,6 +281,20 @@ class PairwisePreferenceModel(PersonalizedModel):
     ):
         super().__init__(backbone, user_model, users, user_slot, config)
         self.answers = [question.answer_a, question.answer_b]
+
+    def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
+        """As for any model, but a question's two orders lie in the order of their tokens, whichever response is y1.
+
+        Comparisons and the same ones swapped are then one forward pass, bit for bit: P(y1 over y2) + P(y2 over y1) = 1.
+        """
+        swapped = [c.rejected < c.chosen for c in comparisons]
+        ordered = [
+            c._replace(chosen=c.rejected, rejected=c.chosen) if swap else c for c, swap in zip(comparisons, swapped)
+        ]
+        batch = super().collate(ordered, users)
+        swapped_B1 = torch.tensor(swapped, device=batch.chosen_rejected_B2.device)[:, None]
+        both_B2 = batch.chosen_rejected_B2
+        return replace(batch, chosen_rejected_B2=torch.where(swapped_B1, both_B2.flip(1), both_B2))
 
     def forward(self, batch: PreferenceBatch) -> Answers:
         """The logit of y1's letter against y2's in both orders."""

@@ -1,12 +1,14 @@
 """What trivial rules get right, which a personalised model has to beat, and how far the votes agree at all.
 
 All rules are user-blind but `own_length`, which knows one number about each user. Each rule is a margin in favour of
-the chosen response: right where it is positive, wrong where negative, one half where it is zero.
+the chosen response: right where it is positive, wrong where negative, one half where it is zero. Texts are the same where
+they are the same `as_read`.
 """
 
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from prlhf.data import Comparison, Messages, UserIndex, words
@@ -20,13 +22,30 @@ RULES = {
 }
 
 
+def as_read(comparison: Comparison) -> Comparison:
+    """A comparison whose texts differ from another's only where a reader sees it: Unicode composed (NFC), each stretch of
+    white space one space, a prompt that is a text one message of the user."""
+
+    def read(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFC", text).split())
+
+    prompt = comparison.prompt
+    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    return replace(
+        comparison,
+        prompt=tuple({**m, "content": read(m["content"])} for m in messages),
+        chosen=read(comparison.chosen),
+        rejected=read(comparison.rejected),
+    )
+
+
 def prompt_key(prompt: str | Messages) -> Hashable:
-    """The prompt as a key of dictionaries."""
+    """The prompt, to the letter, as a key of dictionaries."""
     return prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt)
 
 
 def pair_key(comparison: Comparison) -> Hashable:
-    """The prompt and its two responses in no order: the same for opposite choices on the same pair."""
+    """The prompt and its two responses, to the letter, in no order: the same for opposite choices on the same pair."""
     return prompt_key(comparison.prompt), frozenset((comparison.chosen, comparison.rejected))
 
 
@@ -46,7 +65,7 @@ def majority_share(comparisons: Iterable[Comparison]) -> MajorityShare:
     its answer is the majority's. Also: pairs that occur more than once, and pairs with votes for both responses.
     """
     votes: dict[Hashable, Counter[str]] = defaultdict(Counter)
-    for comparison in comparisons:
+    for comparison in map(as_read, comparisons):
         votes[pair_key(comparison)][comparison.chosen] += 1
     total = sum(pair.total() for pair in votes.values())
     return MajorityShare(
@@ -57,7 +76,7 @@ def majority_share(comparisons: Iterable[Comparison]) -> MajorityShare:
 
 
 class Conflicts(NamedTuple):
-    """How often named users repeat a vote, contradict themselves, and differ: see `conflicts`."""
+    """How often named users repeat a vote, contradict themselves (with an example, as read), and differ: see `conflicts`."""
 
     duplicates: int
     contradictions: int
@@ -70,8 +89,9 @@ def conflicts(comparisons: Sequence[Comparison]) -> Conflicts:
 
     duplicates: comparisons that were there before (same user, pair and choice); contradictions: (user, pair) with both
     choices, and the first such comparison as an example; disputed pairs: one user chose one response, another the other.
+    Two responses that read the same are no choice.
     """
-    named = [c for c in comparisons if c.user]
+    named = [c for c in map(as_read, comparisons) if c.user and c.chosen != c.rejected]
     voters: dict[Hashable, set[str]] = defaultdict(set)
     for c in named:
         voters[pair_key(c), c.chosen].add(c.user)
@@ -99,6 +119,7 @@ class FittedRules:
 
         Left out: `first` where no comparison says what came first, and what was fitted to no training comparisons.
         """
+        comparisons = [as_read(c) for c in comparisons]
         margins: dict[str, Callable[[Comparison], float]] = {"longer": _longer}
         if any(c.first for c in comparisons):
             margins["first"] = _first
@@ -130,7 +151,7 @@ def fit(train: Iterable[Comparison], users: UserIndex | None = None) -> FittedRu
     users: whose own length preference is learned, by default everybody's.
     """
     rules = FittedRules(Counter(), Counter(), Counter(), Counter())
-    for c in train:
+    for c in map(as_read, train):
         prompt = prompt_key(c.prompt)
         rules.votes[prompt, c.chosen, c.rejected] += 1
         rules.wins[prompt, c.chosen] += 1

@@ -1,6 +1,7 @@
 """Comparisons of hand-made margins, every number derived by hand; and what is refused."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -76,7 +77,8 @@ def test_identical_models_are_never_called_different(call, tmp_path):
     _, _, report = call(f"one={base}", f"other={same}")
     assert report["models"]["one"]["interval"] == report["models"]["other"]["interval"]
     for name, row in report["differences"]["other"].items():
-        assert (row["difference"], row["interval"], row["different"]) == (0, [0, 0], False)
+        assert (row["difference"], row["different"]) == (0, False)
+        assert row["interval"][0] == -row["interval"][1]
         assert row["win_rate"] == (None if name == "average_mean" else 0.5)
     users = report["per_user"]["other"]
     assert (users["better"], users["worse"]) == (0, 0)
@@ -118,6 +120,91 @@ def test_a_clear_difference_is_found_for_the_users_who_have_it(call, tmp_path):
     assert report["differences"]["model"]["generic"]["difference"] is None
 
 
+def test_a_difference_that_all_users_have_is_found(call, tmp_path):
+    """60 users of 50 comparisons: always wrong against always right, and every second one against every second one.
+
+    0.025^(1/60) = 0.9404 of users at least are like those: a difference of 1 is at least 0.9404 - 0.0596.
+    """
+    sizes = {
+        "ids": [str(i) for i in range(3000)],
+        "users": [f"user{i // 50}" for i in range(3000)],
+        "known": [True] * 3000,
+    }
+    wrong, right = write(tmp_path / "wrong", [-1] * 3000, **sizes), write(tmp_path / "right", [1] * 3000, **sizes)
+    half = write(tmp_path / "half", [1, -1] * 1500, **sizes)
+    other = write(tmp_path / "other", [-1, 1] * 1500, **sizes)
+    _, _, report = call(f"wrong={wrong}", f"right={right}", f"half={half}")
+    for measure in ("top", "average_mean"):
+        row = report["differences"]["right"][measure]
+        assert (row["difference"], row["different"]) == (1, True)
+        assert row["interval"] == pytest.approx([0.8808, 1], abs=1e-4)
+        assert report["models"]["half"]["interval"][measure] == pytest.approx([0.4702, 0.5298], abs=1e-4)
+    assert report["per_user"]["right"]["better"] == 60
+    _, _, report = call(f"half={half}", f"other={other}")  # half each, on other comparisons
+    row = report["differences"]["other"]["top"]
+    assert (row["difference"], row["different"], row["win_rate"]) == (0, False, 0.5)
+
+
+def test_many_users_are_tested_exactly(call, tmp_path):
+    """400 users of 20 comparisons: the first always better, p = 2 / 2^20, times 400; the second in 15, worse in 5."""
+    users = [f"user{i // 20:03}" for i in range(8000)]
+    sizes = {"ids": [str(i) for i in range(8000)], "users": users, "known": [True] * 8000}
+    base, model = np.full(8000, 1), np.full(8000, 1)
+    base[:35], model[35:40] = -1, -1
+    folders = write(tmp_path / "base", base, **sizes), write(tmp_path / "model", model, **sizes)
+    _, _, report = call(f"base={folders[0]}", f"model={folders[1]}")
+    found = report["per_user"]["model"]
+    assert (found["better"], found["worse"]) == (1, 0)
+    first, second, third = found["users"][:3]
+    assert first["p"] == pytest.approx(2 / 2**20) and first["p_holm"] == pytest.approx(400 * 2 / 2**20)
+    tail = 2 * sum(math.comb(20, k) for k in range(15, 21)) / 2**20
+    assert second["p"] == pytest.approx(tail) and second["p_holm"] == 1
+    assert third["p"] == 1
+
+
+def write_reported(folder, calibration, gain):
+    """An EVAL_DIR of GOOD with a report.json."""
+    write(folder, GOOD)
+    controls = {"personalisation_gain": {"accuracy": gain, "interval": None}}
+    (folder / "report.json").write_text(json.dumps({"calibration": calibration, "controls": controls}))
+    return folder
+
+
+def test_what_evaluations_report_beside_margins(call, tmp_path):
+    """Seeds of calibration errors 2 and 4, gains 10 and 20: means 3 and 15, standard deviations sqrt(2) and 5 sqrt(2)."""
+    base = write(tmp_path / "base", BASE)
+    seeds = [write_reported(tmp_path / f"seed{i}", {"top": 0.02 * i, "generic": None}, 0.1 * i) for i in (1, 2)]
+    status, _, report = call(f"base={base}", f"model={seeds[0]},{seeds[1]}")
+    assert status == 0
+    model = report["models"]["model"]
+    assert model["reported"] == {
+        "calibration_top": pytest.approx(0.03), "calibration_generic": None, "personalisation_gain": pytest.approx(0.15),
+    }  # fmt: skip
+    text = (tmp_path / "out" / "report.md").read_text()
+    measures = "Accuracy-top | Accuracy-average | Accuracy-generic"
+    header = f"| % | {measures} | calibration error, known users | personalisation gain |"
+    assert header + "\n|---|---|---|---|---|---|\n" in text
+    assert "| base | 50.00 | 50.00 ± 0.00 | 66.67 | - | - |" in text
+    assert "| 3.00 ± 1.41 | 15.00 ± 7.07 |" in text
+    call(f"base={base}", f"good={write(tmp_path / 'good', GOOD)}")
+    assert f"| % | {measures} |\n|---|---|---|---|\n" in (tmp_path / "out" / "report.md").read_text()
+    for damage in ('{"calibration"', '{"calibration": {"top": "much"}}'):
+        (seeds[0] / "report.json").write_text(damage)
+        refused(call(f"base={base}", f"model={seeds[0]}"), str(seeds[0] / "report.json"))
+
+
+def test_a_run_stands_for_its_evaluation(call, tmp_path):
+    run, base = tmp_path / "run", write(tmp_path / "base", BASE)
+    run.mkdir()
+    refused(call(f"one={base}", f"two={run}"), f"{run}: found neither margins.jsonl nor eval/margins.jsonl")
+    write(run / "eval", GOOD)
+    status, _, report = call(f"one={base}", f"two={run}")
+    assert status == 0 and report["models"]["two"]["accuracy"]["top"] == pytest.approx(5.5 / 6)
+    refused(call(f"one={base}", f"two={run},{run}"), "two: ", "same evaluation", "two seeds")
+    own = run / "eval"
+    refused(call(f"one={base}", f"two={run},{base},{own}"), f"{own} and {run} are the same evaluation")
+
+
 def test_the_order_of_the_lines_does_not_matter(call, tmp_path):
     base = write(tmp_path / "base", BASE)
     turned = write(tmp_path / "turned", BASE[::-1], IDS[::-1], USERS[::-1], KNOWN[::-1])
@@ -148,7 +235,7 @@ def test_other_comparisons_are_refused(call, tmp_path):
 
 def test_damaged_files_are_refused(call, tmp_path):
     base = write(tmp_path / "base", BASE)
-    refused(call(f"one={base}", f"two={tmp_path / 'nothing'}"), str(tmp_path / "nothing" / "margins.jsonl"), "no such")
+    refused(call(f"one={base}", f"two={tmp_path / 'nothing'}"), f"{tmp_path / 'nothing'}: found no such folder")
     damaged = write(tmp_path / "damaged", BASE)
     lines = (damaged / "margins.jsonl").read_text().splitlines()
 

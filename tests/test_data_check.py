@@ -87,8 +87,22 @@ def test_what_is_in_the_files(check, train, valid):
 def test_votes_that_repeat_and_contradict(check, train, valid):
     _, out, _ = check(train, valid)
     # {A, B} has two votes each way, the other two pairs one vote: a user-blind model gets at most 2 + 1 + 1 of 6 right.
-    assert ["train.jsonl", "1", "1", "1", "1", "66.67%"] in rows(out)
-    assert ["valid.jsonl.gz", "0", "0", "0", "0", "100.00%"] in rows(out)
+    assert ["train.jsonl", "1", "1", "1", "1", "1", "66.67%"] in rows(out)
+    assert ["valid.jsonl.gz", "0", "0", "0", "0", "0", "100.00%"] in rows(out)
+
+
+def test_a_contradiction_is_seen_through_white_space_and_without_users(check, tmp_path):
+    """Three votes on one pair, 2:1, so two of three are the majority's; with users ann contradicts herself."""
+    path = tmp_path / "f.jsonl"
+    choices = [("yes", "no"), ("no ", "yes"), ("yes ", "no")]
+    own_warning = "a user's votes for both responses of the same pair: 1, e.g. 'ann' in comparison 0"
+    for user, own in (("ann", ["1", "1", "0"]), (None, ["0", "0", "0"])):  # duplicates, contradictions, disputes
+        records = [vote(str(i), user, f"{P}{' ' * i}", *choice) for i, choice in enumerate(choices)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        _, out, _ = check(path)
+        assert ["f.jsonl", *own, "1", "1", "66.67%"] in rows(out)
+        assert {row[0]: row[1] for row in rows(out) if len(row) == 2}["distinct pairs"] == "1"
+        assert (own_warning in out) == bool(user)
 
 
 def test_leaks_between_the_files(check, train, valid):

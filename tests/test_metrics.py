@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from prlhf.metrics import (
     pooled_interval,
     sign_flip_test,
 )
+from prlhf.paired import alike, exact_sign_flip_test
 from prlhf.report import accuracy_curve, markdown, write_margins, write_report
 
 
@@ -110,30 +112,70 @@ def counts(correct_of_n):
 
 
 def test_interval_of_a_mean_of_two_users_by_hand():
-    """Users at 1/2 and 1. arcsin(sqrt): pi/4 and pi/2, and asin(sqrt(3/4)) = pi/3 where both are drawn.
+    """Users at 1/2 and 1, of whom the bootstrap draws 1/2, 3/4, 1 with 1/4, 1/2, 1/4: variance 1/32, for two users 1/16.
 
-    The bootstrap draws these with 1/4, 1/4, 1/2; its standard deviation, sqrt(2) for two users and t_1 = 12.7 give an
-    interval wider than [0, 1].
+    t_1 = 12.7 makes 3/4 (1 - 3/4) / (1/16) = 3 independent comparisons 0.07, which tell nothing.
     """
     rng = np.random.default_rng(0)
     assert mean_interval(counts([(1, 2), (2, 2)]), 1000, rng) == pytest.approx((0, 1))
 
 
-def test_interval_of_a_mean_is_students_on_the_arcsine_scale():
-    """20 users, ten at 0.5 and ten at 0.7: the standard error of the mean 0.6 is 0.1 / sqrt(19), t_19 = 2.093."""
-    interval = mean_interval(counts([(5, 10)] * 10 + [(7, 10)] * 10), 20_000, np.random.default_rng(0))
-    half = 2.093 * 0.1 / np.sqrt(19)
-    assert interval == pytest.approx((0.6 - half, 0.6 + half), abs=0.002)
+def test_interval_of_a_mean_is_exact_for_as_many_independent_comparisons():
+    """20 users, ten at 0.5 and ten at 0.7: the variance of the mean 0.6 is 0.1^2 / 19, as of 0.24 / that = 456 comparisons.
+
+    t_19 = 2.093 in place of z makes 399.9 of these: 239.9 are right. 240 of 400: each end is where a tail has 2.5%.
+    """
+    low, high = mean_interval(counts([(5, 10)] * 10 + [(7, 10)] * 10), 50_000, np.random.default_rng(0))
+
+    def above(p, k):
+        """P(Binomial(400, p) >= k), by its terms."""
+        return sum(math.comb(400, i) * p**i * (1 - p) ** (400 - i) for i in range(k, 401))
+
+    ends = np.arange(0.5, 0.7, 0.0005)
+    assert low == pytest.approx(next(p for p in ends if above(p, 240) >= 0.025), abs=0.002)
+    assert high == pytest.approx(next(p for p in ends if above(p, 241) >= 0.975), abs=0.002)
 
 
-def test_users_who_are_all_equal_tell_nothing_of_how_users_spread():
+def test_few_users_who_are_all_equal_tell_nothing_of_how_users_spread():
     rng = np.random.default_rng(0)
     for k in range(1, 10):
         assert mean_interval(counts([(k, 10)] * 3), 100, rng) is None
-        assert pooled_interval(counts([(k, 10)] * 3), 100, rng) is None
+        assert pooled_interval(counts([(k, 10)] * 5), 100, rng) is None
     a, b = counts([(2, 3), (2, 3)]), counts([(1, 3), (1, 3)])
     assert pooled_difference_interval(a, b, 100, rng) is None  # six comparisons are no evidence
-    assert pooled_difference_interval(a, a, 100, rng) == (0, 0)
+    assert pooled_difference_interval(a, a, 100, rng) == (-1, 1)
+
+
+def test_many_users_who_are_all_equal_by_hand():
+    """0.025^(1/60) = 0.9404: as small may be the share of such users; the others, 0.0596, may be anywhere.
+
+    Half right: (0.9404 / 2, 0.9404 / 2 + 0.0596). Always right against always wrong: (0.9404 - 0.0596, 1).
+    """
+    rng = np.random.default_rng(0)
+    half = counts([(25, 50)] * 60)
+    assert mean_interval(half, 100, rng) == pytest.approx((0.4702, 0.5298), abs=1e-4)
+    assert pooled_interval(half, 100, rng) == pytest.approx((0.4702, 0.5298), abs=1e-4)
+    right, wrong = counts([(50, 50)] * 60), counts([(0, 50)] * 60)
+    assert pooled_difference_interval(right, wrong, 100, rng) == pytest.approx((0.8808, 1), abs=1e-4)
+    assert pooled_difference_interval(wrong, right, 100, rng) == pytest.approx((-1, -0.8808), abs=1e-4)
+    q = 0.025 ** (1 / 6)  # six are the fewest: 2 / 2^6 < 5%
+    assert mean_interval(counts([(5, 10)] * 6), 100, rng) == pytest.approx((q / 2, q / 2 + 1 - q))
+
+
+def test_models_that_agree_in_everything_may_yet_differ_by_hand():
+    """20 users of 5 comparisons: as if each were once right alone, +- t_19 sqrt(20 / 19 * 2) / 100 with t_19 = 2.093."""
+    a = counts([(2, 5)] * 10 + [(4, 5)] * 10)
+    found = pooled_difference_interval(a, a, 100, np.random.default_rng(0))
+    half = 2.093 * math.sqrt(20 / 19 * 2) / 100
+    assert found == pytest.approx((-half, half), abs=1e-5) and found.low == -found.high
+
+
+def test_users_alike_have_the_mean_in_place_of_the_pooled_accuracy():
+    """Accuracies 1/2 and 1 of 2 and 4 comparisons: 3 each, of which 1.5 and 3 are right."""
+    users = alike(counts([(1, 2), (4, 4)]))
+    assert users.n.tolist() == [3, 3] and users.correct.tolist() == [1.5, 3]
+    assert pooled(users) == 0.75
+    assert alike(by_user([], np.array([]))).users == []
 
 
 def test_intervals_where_everything_is_right():
@@ -196,6 +238,25 @@ def test_sign_flip_test_is_exact_enumeration(differences):
     exact = (np.abs(flips) >= abs(sum(differences)) - 1e-9).mean()
     p = sign_flip_test(np.array(differences), 20_000, np.random.default_rng(0))
     assert p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
+
+
+@pytest.mark.parametrize(
+    "differences, step",
+    [([1, 1, 1, 1, -1, 0], 0.5), ([1 / 3, 2 / 3, 1, -1 / 3, 0.5], 1 / 6), ([0.1 + 0.2, -0.3], 0.1), ([-1] * 10, 0.5)],
+)
+def test_exact_sign_flip_test_is_enumeration(differences, step):
+    flips = np.array(list(itertools.product([-1, 1], repeat=len(differences)))) @ np.abs(differences)
+    exact = (np.abs(flips) >= abs(sum(differences)) - 1e-9).mean()
+    assert exact_sign_flip_test(np.array(differences), step) == pytest.approx(exact, rel=1e-12)
+
+
+def test_exact_sign_flip_test_by_hand():
+    """Always better: only the two flips that leave all signs equal reach |T|. Much better: the binomial's tails."""
+    assert exact_sign_flip_test(np.ones(300), 0.5) == pytest.approx(2.0**-299, rel=1e-9)
+    tail = sum(math.comb(200, k) for k in range(150, 201)) / 2**200  # 150 of 200 better: |T| = 100
+    assert exact_sign_flip_test(np.repeat([1.0, -1.0], [150, 50]), 0.5) == pytest.approx(2 * tail, rel=1e-9)
+    assert exact_sign_flip_test(np.array([1e-17, 0, 0.5 - 0.5]), 0.5) == 1
+    assert exact_sign_flip_test(np.array([]), 0.5) == 1
 
 
 def test_no_difference_has_p_one():

@@ -4,7 +4,20 @@ import random
 
 import pytest
 import torch
-from helpers import assert_same, gradients, plain_backbone, plain_log_prob, random_comparisons, tiny_config, tiny_model
+from helpers import (
+    KINDS,
+    assert_same,
+    assert_updates_are_plain,
+    gradients,
+    plain_backbone,
+    plain_log_prob,
+    plain_states,
+    random_comparisons,
+    response_log_prob,
+    tiny_config,
+    tiny_model,
+    votes,
+)
 
 from prlhf.loop import Item, accumulate_gradients, branches, make_optimizer
 from prlhf.losses import branch_weights
@@ -84,26 +97,39 @@ def test_any_order_micro_batch_and_layout_give_the_same_update(aggregator):
         assert_same(found, expected)
 
 
-def test_a_mixed_update_from_plain_branch_losses():
-    """alpha = 0.3: 0.3 of the users' loss and 0.7 of the generic loss, each a plain loop over single sequences."""
-    config = tiny_config("loss.alpha=0.3", "loss.beta=0.2")
-    comparisons = [c._replace(user=1 + i % 4) for i, c in enumerate(random_comparisons(6))]
-    model, twin, backbone = tiny_model(config), tiny_model(config), plain_backbone(config)
-    losses = {"user": 0.0, "generic": 0.0}
-    for c in comparisons:
-        for branch, user in (("user", c.user), ("generic", 0)):
-            vectors = twin.user_model(torch.tensor([user]))[0]
-            h = 0.0
-            for sign, y in ((1, c.chosen), (-1, c.rejected)):
-                with torch.no_grad():
-                    log_ref = plain_log_prob(backbone, c.reference_prefix, y, None)
-                h = h + sign * (plain_log_prob(backbone, c.prefix, y, vectors) - log_ref)
-            losses[branch] = losses[branch] - torch.log(torch.sigmoid(0.2 * h)) / 6
-    expected = 0.3 * losses["user"] + 0.7 * losses["generic"]
-    expected.backward()
-    loss, found = run(config, comparisons, model=model)
-    assert loss == pytest.approx(expected.item(), abs=1e-10)
-    assert_same(found, {f"backbone.{name}": g for name, g in gradients(backbone).items()} | gradients(twin))
+def linear_log_prob(backbone, aggregator, prefix, response, e_UD):
+    """log p(y | x, u) of a head that reads h' = W [h; e_u] + b."""
+    W, b = aggregator.linear.weight, aggregator.linear.bias
+    hidden = [W @ torch.cat([h, e_UD.flatten()]) + b for h in plain_states(backbone, prefix, response)]
+    return response_log_prob(backbone.lm_head(torch.stack(hidden)), response)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_is_that_of_plain_sequences(kind, aggregator, family):
+    """Log-probs, loss and gradients of a policy that has moved away from its reference, and is told who reads."""
+    keys = (*KINDS[kind], f"user_model.aggregator={aggregator}", "loss.beta=0.2")
+    comparisons = [*votes(1, 4, 0), *random_comparisons(3, seed=5, user_text=True)]
+    config = tiny_config(*keys, family=family)
+    reference_backbone = plain_backbone(config)
+    with torch.no_grad():
+        log_ref = [
+            [plain_log_prob(reference_backbone, c.reference_prefix, y, None) for y in (c.chosen, c.rejected)]
+            for c in comparisons
+        ]
+
+    def read(model, backbone, c, e_UD):
+        if aggregator == "linear":
+            return [linear_log_prob(backbone, model.aggregator, c.prefix, y, e_UD) for y in (c.chosen, c.rejected)]
+        return [plain_log_prob(backbone, c.prefix, y, e_UD) for y in (c.chosen, c.rejected)]
+
+    def loss_of(b, chosen, rejected):
+        h = (chosen - log_ref[b][0]) - (rejected - log_ref[b][1])
+        return -torch.log(torch.sigmoid(0.2 * h))
+
+    reference = score(tiny_model(config), comparisons, None, 4)
+    assert_updates_are_plain(keys, family, comparisons, read, loss_of, reference)
 
 
 def test_unknown_users_count_once_with_weight_one():
@@ -127,16 +153,14 @@ def test_no_pass_is_run_for_nothing():
 def test_the_votes_on_a_pair_share_what_their_users_do_not_change(aggregator):
     """Trees per backbone pass: five voters of one pair, one of them unknown, and the reference."""
     config = tiny_config(f"user_model.aggregator={aggregator}", "optim.micro_batch_size=8")
-    pair = random_comparisons(1)[0]
-    flipped = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
-    votes = [(flipped if user % 2 else pair)._replace(user=user) for user in (1, 2, 3, 4, 0)]
+    comparisons = votes(1, 2, 3, 4, 0)
     model, rows = tiny_model(config), []
     model.backbone.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
     )
-    reference = score(model, votes, None, 4)
+    reference = score(model, comparisons, None, 4)
     assert rows == [1]
-    accumulate_gradients(config, model, votes, reference, range(5))
+    accumulate_gradients(config, model, comparisons, reference, range(5))
     assert rows[1:] == ([4, 1] if aggregator == "soft_prompt" else [1])
 
 
@@ -144,41 +168,21 @@ def test_sharing_leaves_the_loss_curve_as_it_is():
     """Ten updates over pairs with several votes: the losses with and without sharing agree to rounding."""
     rng = random.Random(0)
     pairs = random_comparisons(4)
-    votes = [c._replace(user=1 + rng.randrange(4)) for c in pairs for _ in range(4)]
+    comparisons = [c._replace(user=1 + rng.randrange(4)) for c in pairs for _ in range(4)]
     curves = []
     for share in (True, False):
         config = tiny_config(f"model.share_trees={share}", "optim.lr=1e-2", "user_model.lr=1e-2")
         model, losses = tiny_model(config), []
         optimizer = make_optimizer(config, model, total_steps=10)
-        reference = score(model, votes, None, 4)
+        reference = score(model, comparisons, None, 4)
         for step in range(10):
             optimizer.catch_up()
-            losses.append(accumulate_gradients(config, model, votes, reference, range(step % 4, 16, 2)).loss)
+            losses.append(accumulate_gradients(config, model, comparisons, reference, range(step % 4, 16, 2)).loss)
             optimizer.step()
             optimizer.zero_grad()
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], abs=1e-9)
     assert curves[0][-1] < 0.7 * curves[0][0]
-
-
-def test_linear_aggregator_by_hand():
-    """h' = W [h; e_u] + b before the head, against a loop over single sequences."""
-    config = tiny_config("user_model.aggregator=linear")
-    model, backbone = tiny_model(config, noise=0.0), plain_backbone(config)
-    with torch.no_grad():
-        model.aggregator.linear.weight += 0.05 * torch.randn(32, 32 + 3 * 32, dtype=torch.float64)
-        model.aggregator.linear.bias += 0.1
-    (c,) = random_comparisons(1)
-    found = model(model.collate([c], [2]))
-    W, b = model.aggregator.linear.weight, model.aggregator.linear.bias
-    e_u = (model.user_model.e_UD + model.user_model.offsets_MUD[1]).flatten()
-    for y, log_p in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
-        hidden = backbone.model(torch.tensor([c.prefix + y])).last_hidden_state[0, len(c.prefix) - 1 : -1]
-        expected = 0.0
-        for h, token in zip(hidden, y):
-            logits = backbone.lm_head(W @ torch.cat([h, e_u]) + b)
-            expected += torch.log_softmax(logits, dim=0)[token].item()
-        assert log_p.item() == pytest.approx(expected, abs=1e-10)
 
 
 def test_a_fresh_linear_aggregator_changes_nothing():

@@ -5,13 +5,20 @@ import math
 import pytest
 import torch
 from helpers import (
+    KINDS,
+    LAYOUTS,
     TOKENIZER,
     assert_same,
+    assert_updates_are_plain,
     gradients,
     plain_backbone,
+    plain_embeddings,
+    plain_states,
     random_comparisons,
+    swapped,
     tiny_config,
     tiny_model,
+    votes,
 )
 
 from prlhf.batching import Reading, lay_out
@@ -37,69 +44,75 @@ LINEAR = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")
 PAIRWISE = ("method=pairwise",)
 
 
-def moved(config):
-    """A model and Hugging Face's own, both with the same weights."""
-    return tiny_model(config, noise=0.05), plain_backbone(config)
+def some_comparisons():
+    """A pair on which users disagree, one of them unknown, another pair, and prompts with and without user text."""
+    return [*votes(1, 4, 0), *random_comparisons(4, seed=5, user_text=True)[1:]]
 
 
-def plain_state(backbone, model, prefix, response, user_UD):
-    """The last hidden state of prefix + response, by one pass over one sequence with causal attention."""
-    backbone.load_state_dict(model.backbone.state_dict())
-    embed = backbone.get_input_embeddings()(torch.tensor([*prefix, *response]))
-    if user_UD is not None:
-        embed = torch.cat([embed[:1], user_UD, embed[1:]])
-    return backbone.base_model(inputs_embeds=embed[None]).last_hidden_state[0, -1]
+def questions(comparisons):
+    """Comparisons as a pairwise model reads them: both orders of the question about their responses."""
+    question = pair_question(TOKENIZER)
+    asked = [(question.ask(c.chosen, c.rejected), question.ask(c.rejected, c.chosen)) for c in comparisons]
+    return [c._replace(chosen=first, rejected=second) for c, (first, second) in zip(comparisons, asked)]
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj"])
-@pytest.mark.parametrize("kind", ["uniform", "individual", "cluster"])
-@pytest.mark.parametrize("layout", ["tree", "packed", "rows"])
-def test_soft_prompt_reward_is_the_head_on_the_last_token(family, kind, layout):
-    config = tiny_config(*SOFT, f"user_model.kind={kind}", f"model.layout={layout}", family=family)
-    model, plain = moved(config)
-    comparisons = random_comparisons(6, user_text=True)
-    users = [c.user for c in comparisons]
-    found = score(model, comparisons, users, batch_size=4)
-    e_BUD = model.user_model(torch.tensor(users))
-    for i, c in enumerate(comparisons):
-        for response, reward in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
-            h = plain_state(plain, model, c.prefix, response, e_BUD[i])
-            assert reward[i].item() == pytest.approx((model.value_head.weight[0] @ h).item(), abs=1e-10)
+def cross_entropy(z):
+    """With a label smoothing of 0.1."""
+    return -0.9 * torch.log(torch.sigmoid(z)) - 0.1 * torch.log(torch.sigmoid(-z))
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
-@pytest.mark.parametrize("kind", ["uniform", "individual", "cluster"])
-def test_linear_reward_is_the_inner_product_with_the_last_hidden_state(family, kind):
-    config = tiny_config(*LINEAR, f"user_model.kind={kind}", family=family)
-    model, plain = moved(config)
-    comparisons = random_comparisons(6, user_text=True)
-    users = [c.user for c in comparisons]
-    found = score(model, comparisons, users, batch_size=4)
-    e_BUD = model.user_model(torch.tensor(users))
-    for i, c in enumerate(comparisons):
-        for response, reward in ((c.chosen, found.chosen), (c.rejected, found.rejected)):
-            h = plain_state(plain, model, c.prefix, response, None)
-            assert reward[i].item() == pytest.approx((e_BUD[i, 0] @ h).item(), abs=1e-10)
+@pytest.mark.parametrize("base", [SOFT, LINEAR])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_of_a_reward_model_is_that_of_plain_sequences(kind, base, family):
+    """Rewards, loss and gradients: r = v . h of the response's last token, which has seen e_u, or r = e_u . h."""
+
+    def reward(model, backbone, prefix, response, e_UD):
+        if base == LINEAR:
+            return e_UD[0] @ plain_states(backbone, prefix, response)[-1]
+        return model.value_head.weight[0] @ plain_states(backbone, prefix, response, e_UD)[-1]
+
+    def read(model, backbone, c, e_UD):
+        return [reward(model, backbone, c.prefix, y, e_UD) for y in (c.chosen, c.rejected)]
+
+    keys = (*base, *KINDS[kind], "loss.label_smoothing=0.1")
+    assert_updates_are_plain(keys, family, some_comparisons(), read, lambda b, r1, r2: cross_entropy(r1 - r2))
 
 
-def votes(*users):
-    """The same two responses judged by several users, every other one the other way round, and one other pair."""
-    pair, other = random_comparisons(2)
-    flipped = pair._replace(chosen=pair.rejected, rejected=pair.chosen)
-    return [(flipped if i % 2 else pair)._replace(user=user) for i, user in enumerate(users)] + [other]
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_of_a_pairwise_model_is_that_of_plain_sequences(kind, family):
+    """Answers, loss and gradients: the logit of y1's letter against y2's, y1 being A in one order and B in the other."""
+    a, b = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "AB")
+
+    def read(model, backbone, c, e_UD):
+        embeddings = (plain_embeddings(backbone, c.prefix, asked, e_UD) for asked in (c.chosen, c.rejected))
+        first, second = (backbone(inputs_embeds=embed).logits[0, -1] for embed in embeddings)
+        return first[a] - first[b], second[b] - second[a]
+
+    def loss_of(_, first, second):
+        return (cross_entropy(first) + cross_entropy(second)) / 2
+
+    keys = (*PAIRWISE, *KINDS[kind], "loss.label_smoothing=0.1")
+    assert_updates_are_plain(keys, family, questions(some_comparisons()), read, loss_of)
+
+
+def votes_and_another(*users):
+    """One pair judged by several users, and one other pair."""
+    return [*votes(*users), random_comparisons(2)[1]]
 
 
 def test_responses_to_one_prompt_share_rows_and_see_only_the_prompt():
     """Nine responses to two prompts in rows of 12 tokens: each last state is that of the response alone."""
     config = tiny_config(*LINEAR)
-    model, plain = moved(config)
+    model, plain = tiny_model(config), plain_backbone(config)
     prefixes = ((1, 5, 6), (1, 7))
     readings = [Reading(i % 3, prefixes[i % 2], tuple(range(10 + i, 12 + i + i % 4))) for i in range(9)]
     batch = lay_out(readings, model.layout, tree_tokens=12)
     assert batch.input_ids_RT.shape[0] < 9 and batch.input_ids_RT.shape[1] <= 12
     states_MD = model.states_at(batch, batch.last_at_M)
     for (_, prefix, response), state in zip(readings, states_MD):
-        assert (state - plain_state(plain, model, prefix, response, None)).abs().max() < 1e-10
+        assert (state - plain_states(plain, prefix, response)[-1]).abs().max() < 1e-10
 
 
 def test_both_branches_and_all_users_of_a_pair_share_one_backbone_pass():
@@ -108,34 +121,12 @@ def test_both_branches_and_all_users_of_a_pair_share_one_backbone_pass():
     model.backbone.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: positions.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
-    comparisons = votes(1, 2, 3, 0)
+    comparisons = votes_and_another(1, 2, 3, 0)
     accumulate_gradients(tiny_config(*LINEAR), model, comparisons, None, range(5))
     (pair, *_, other) = comparisons
     responses = [len(ids) for c in (pair, other) for ids in (c.chosen, c.rejected)]
     assert len(positions) == 1 and positions[0] <= 2 * max(pair.length, other.length)
     assert sum(responses) < positions[0] < 5 * pair.length
-
-
-@pytest.mark.parametrize("base", [SOFT, LINEAR, PAIRWISE])
-def test_the_gradient_is_that_of_plain_branch_losses(base):
-    """alpha = 0.3 over known and unknown users, some judging the same pair, against one comparison a forward pass."""
-    config = tiny_config(*base, "loss.alpha=0.3", "loss.label_smoothing=0.1", "optim.micro_batch_size=3")
-    comparisons = [*votes(1, 2, 0, 3), *random_comparisons(4, seed=5)]
-    model = tiny_model(config, noise=0.05)
-    found = accumulate_gradients(config, model, comparisons, None, list(range(len(comparisons))))
-    found_grad = gradients(model)
-
-    model = tiny_model(tiny_config(*base, "model.layout=rows"), noise=0.05)
-    total = 0.0
-    for c in comparisons:
-        for user, weight in ((c.user, 0.3), (0, 0.7)):
-            r = model(model.collate([c], [user]))
-            z = torch.stack([r.y1_first, r.y1_second]) if base == PAIRWISE else r.chosen - r.rejected
-            loss = -(0.9 * torch.log(torch.sigmoid(z)) + 0.1 * torch.log(torch.sigmoid(-z))).mean() / len(comparisons)
-            (weight * loss).backward()
-            total += weight * loss.item()
-    assert found.loss == pytest.approx(total, abs=1e-10)
-    assert_same(found_grad, gradients(model))
 
 
 def test_vanilla_is_the_bradley_terry_loop():
@@ -147,10 +138,7 @@ def test_vanilla_is_the_bradley_terry_loop():
     v = model.value_head.weight.detach().clone().requires_grad_()
     comparisons = random_comparisons(5)
     for c in comparisons:
-        h1, h2 = (
-            policy.base_model(input_ids=torch.tensor([c.prefix + y])).last_hidden_state[0, -1]
-            for y in (c.chosen, c.rejected)
-        )
+        h1, h2 = (plain_states(policy, c.prefix, y)[-1] for y in (c.chosen, c.rejected))
         (torch.log(1 + torch.exp(-(v[0] @ h1 - v[0] @ h2))) / 5).backward()
     accumulate_gradients(config, model, comparisons, None, list(range(5)))
     assert_same(gradients(model.backbone), gradients(policy))
@@ -185,6 +173,28 @@ def test_pairwise_probabilities_of_both_orders_add_up_to_one_exactly():
     assert (torch.sigmoid(pairwise_margin(Answers(a.double(), b.double(), p))) - p).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_who_is_named_first_changes_no_bit_of_a_pairwise_model(family, layout):
+    """In float32: comparisons and the same ones swapped, all or some of them, have exactly opposite margins."""
+    config = tiny_config(*PAIRWISE, f"model.layout={layout}", family=family)
+    model = tiny_model(config, noise=0.1).float()
+    comparisons = questions([*votes(1, 4, 0), *random_comparisons(12, seed=5)])
+    users = [c.user for c in comparisons]
+
+    def margins(comparisons):
+        with torch.no_grad():
+            return reward_margin(config.loss, model(model.collate(comparisons, users)), None)
+
+    m = margins(comparisons)
+    others = [swapped(c) for c in comparisons]
+    assert m.dtype == torch.float32 and len(m.unique()) == 15
+    assert torch.equal(margins(others), -m)
+    assert torch.equal(torch.sigmoid(m) + (1 - torch.sigmoid(-margins(others))), torch.ones_like(m))
+    some = [other if i % 3 else c for i, (c, other) in enumerate(zip(comparisons, others))]
+    assert torch.equal(margins(some), torch.where(torch.arange(len(m)) % 3 > 0, -m, m))
+
+
 def test_a_model_that_always_answers_a_still_learns():
     """z = +8 with y1 first and -8 with y1 second: the wrong order's gradient is -sigma(8) / 2."""
     z = torch.tensor([[8.0], [-8.0]], dtype=torch.float64, requires_grad=True)
@@ -198,7 +208,7 @@ def test_a_model_that_always_answers_a_still_learns():
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_a_pairwise_model_averages_the_answers_to_both_orders(family):
     config = tiny_config(*PAIRWISE, family=family)
-    model, plain = moved(config)
+    model, plain = tiny_model(config, noise=0.05), plain_backbone(config)
     plain.load_state_dict(model.backbone.state_dict())
     encoder = Encoder(TOKENIZER, config.data, "pairwise")
     users = UserIndex(["u1", "u2"])
@@ -231,7 +241,7 @@ def test_a_frozen_backbone_computes_each_response_once_and_never_moves():
     model = tiny_model(config, noise=0.05)
     calls = []
     model.backbone.base_model.register_forward_hook(lambda *_: calls.append(1))
-    comparisons = votes(1, 2, 3)
+    comparisons = votes_and_another(1, 2, 3)
     for _ in range(2):
         accumulate_gradients(config, model, comparisons, None, range(4))
     score_users(config, model, comparisons)

@@ -3,7 +3,7 @@
 import pytest
 
 from prlhf.data import parse_comparison
-from prlhf.rules import RULES, conflicts, fit, majority_share
+from prlhf.rules import RULES, as_read, conflicts, fit, majority_share
 
 A, B, C, D, E = "one two three", "four five", "six", "seven eight", "nine ten eleven twelve"
 
@@ -65,7 +65,22 @@ def test_message_prompts_are_compared_by_content():
     rules = fit([vote("ann", A, B, prompt=hello)])
     other = [{"role": "system", "content": "hello"}]
     asked = [vote("bob", B, A, prompt=p) for p in (hello, other, "hello")]
-    assert rules.right(asked)["pair_majority"] == [0, 0.5, 0.5]
+    assert rules.right(asked)["pair_majority"] == [0, 0.5, 0]  # a text is a message of the user
+
+
+def test_texts_that_read_the_same_are_the_same():
+    """Two spaces, a space at the end, and an accent composed or not: by ann and bob A over B, once each way by ann."""
+    votes = [
+        vote("ann", "caf\u00e9  ", "no"),
+        vote("ann", "no ", "cafe\u0301"),
+        vote("bob", "caf\u00e9", " no", prompt=" p\n"),
+    ]
+    found = conflicts(votes)
+    assert found[:3] == (0, 1, 1) and found.example.id == votes[0].id
+    assert majority_share(votes) == (pytest.approx(2 / 3), 1, 1)
+    right = fit([votes[0], votes[2]]).right([votes[1], vote("zed", "caf\u00e9", "no")])
+    assert right["pair_majority"] == right["response_share"] == [0, 1]
+    assert conflicts([vote("ann", "no", "no "), vote("ann", "no ", "no")]) == (0, 0, 0, None)  # no choice
 
 
 def test_majority_share():
@@ -78,8 +93,8 @@ def test_majority_share():
 def test_conflicts():
     # ann votes A over B twice and once the other way; bob agrees with the one and with the other; cid votes alone.
     votes = [vote("ann", A, B), vote("ann", A, B), vote("ann", B, A), vote("bob", A, B), vote("cid", A, C)]
-    assert conflicts(votes) == (1, 1, 1, votes[0])
+    assert conflicts(votes) == (1, 1, 1, as_read(votes[0]))
     assert conflicts(votes[:2]) == (1, 0, 0, None)
-    assert conflicts(votes[1:3]) == (0, 1, 0, votes[1])  # with oneself is no dispute between users
+    assert conflicts(votes[1:3]) == (0, 1, 0, as_read(votes[1]))  # with oneself is no dispute between users
     assert conflicts([votes[2], votes[3]]) == (0, 0, 1, None)
     assert conflicts([vote(None, A, B), vote(None, A, B), vote(None, B, A)]) == (0, 0, 0, None)  # nobody knows who

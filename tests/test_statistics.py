@@ -1,4 +1,7 @@
-"""Intervals and tests on simulated data whose truth is known: they miss as often as they say.
+"""Intervals and tests on simulated data whose truth is known: they miss as often as they say, or less.
+
+Two intervals miss less by design: that of the standard deviation for few users, and the worst user's, which holds bounds for
+every user at once.
 
 The population: a user makes n comparisons, 5 to 60, uniformly; model a alone, b alone, both or neither are right with
 probabilities of the user's own, from a Dirichlet distribution which is another for users of many comparisons. So users'
@@ -16,12 +19,12 @@ from prlhf.intervals import beta_cdf, beta_quantile, exact_bound, std_interval, 
 from prlhf.metrics import (
     UserCounts,
     holm,
-    mean_difference_interval,
     mean_interval,
     pooled_difference_interval,
     pooled_interval,
     sign_flip_test,
 )
+from prlhf.paired import alike
 
 DRAWS = 1000
 SAMPLES = 500
@@ -84,7 +87,9 @@ INTERVALS = {
     "mean": lambda d, rng: mean_interval(d.counts("a"), SAMPLES, rng),
     "std": lambda d, rng: std_interval(d.counts("a").accuracy()),
     "pooled_difference": lambda d, rng: pooled_difference_interval(d.counts("a"), d.counts("b"), SAMPLES, rng),
-    "mean_difference": lambda d, rng: mean_difference_interval(d.counts("a"), d.counts("b"), SAMPLES, rng),
+    "mean_difference": lambda d, rng: pooled_difference_interval(
+        alike(d.counts("a")), alike(d.counts("b")), SAMPLES, rng
+    ),
 }
 
 
@@ -95,11 +100,40 @@ def test_intervals_over_users_cover_the_populations_value(statistic, users):
     value = getattr(truth(), statistic)
     covered = np.mean([covers(INTERVALS[statistic](draw(users, rng), rng), value) for _ in range(DRAWS)])
     print(f"{statistic}, {users} users: {covered:.3f}")
-    assert 0.93 <= covered <= (0.99 if statistic == "std" else 0.97)
+    assert 0.93 <= covered <= (0.985 if statistic == "std" else 0.97)  # std: conservative
+
+
+@pytest.mark.parametrize("n", [14, None])
+def test_an_interval_over_users_who_are_nearly_all_right_covers_their_mean(n):
+    """Ten users' accuracies from Beta(4.5, 0.5): half of them are above 0.94, one in twelve is below 0.7."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(DRAWS):
+        n_U = np.full(10, n) if n else rng.choice(SIZES, size=10)
+        right_U = rng.binomial(n_U, rng.beta(4.5, 0.5, size=10)).astype(float)
+        covered += covers(mean_interval(UserCounts([*"abcdefghij"], right_U, n_U), SAMPLES, rng), 0.9)
+    print(f"mean of high accuracies, {n or '5 to 60'} comparisons: {covered / DRAWS:.3f}")
+    assert 0.93 <= covered / DRAWS <= 0.97
+
+
+@pytest.mark.parametrize("better, worse", [(0.015, 0.005), (0.02, 0.0), (0.01, 0.01)])
+@pytest.mark.parametrize("users", [10, 40])
+def test_a_difference_of_models_that_seldom_disagree_is_covered(users, better, worse):
+    """In 2% of 14 comparisons a user, whoever it is. Conservative for few users, who have hardly a disagreement each."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(DRAWS):
+        a, b, both, _ = rng.multinomial([14] * users, [better, worse, 0.7, 0.28], size=users).T.astype(float)
+        names, n = list(map(str, range(users))), np.full(users, 14)
+        found = pooled_difference_interval(UserCounts(names, both + a, n), UserCounts(names, both + b, n), SAMPLES, rng)
+        covered += covers(found, better - worse)
+    print(f"rare disagreement, {users} users, {better} and {worse}: {covered / DRAWS:.3f}")
+    assert covered / DRAWS >= 0.93
 
 
 @pytest.mark.parametrize("users", [10, 40])
 def test_worst_user_interval_covers_these_users_lowest_true_accuracy(users):
+    """Conservative: see `worst_user_interval`."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(DRAWS):
@@ -136,6 +170,7 @@ def test_exact_bounds_are_clopper_and_pearsons():
     assert 1 - exact_bound(2, 10, 0.025) == pytest.approx(0.9748, abs=5e-5)
     assert exact_bound(10, 10, 0.025) == pytest.approx(0.025**0.1)
     assert exact_bound(0, 10, 0.025) == 0
+    assert exact_bound(1e-6, 1e-5, 0.025) < 1e-299  # about 0.025^(1e6)
 
 
 def test_holm_keeps_the_familywise_error():

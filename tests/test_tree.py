@@ -12,9 +12,12 @@ from helpers import (
     gradients,
     plain_backbone,
     plain_log_prob,
+    plain_user,
     random_comparisons,
+    swapped,
     tiny_config,
     tiny_model,
+    votes,
 )
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,10 +51,10 @@ def layout_loss(model, comparisons):
 
 
 def plain_loss(backbone, model, comparisons):
-    """The loss from Hugging Face's model, one sequence at a time; e_u comes from the model's user model."""
+    """The loss from Hugging Face's model, one sequence at a time; e_u is made of the user model's weights."""
     losses = []
     for c in comparisons:
-        user_UD = model.user_model(torch.tensor([c.user]))[0]
+        user_UD = plain_user(model.user_model, c.user)
         policy = [plain_log_prob(backbone, c.prefix, y, user_UD) for y in (c.chosen, c.rejected)]
         with torch.no_grad():
             reference = [plain_log_prob(backbone, c.reference_prefix, y, None) for y in (c.chosen, c.rejected)]
@@ -66,8 +69,7 @@ def plain_loss(backbone, model, comparisons):
 def test_all_layouts_and_plain_sequences_agree(family, user_text, checkpointing):
     comparisons = random_comparisons(6, user_text=user_text)
     voters = [c._replace(user=1 + i) for i, c in enumerate(comparisons[:3])]
-    flipped = [c._replace(chosen=c.rejected, rejected=c.chosen) for c in voters]
-    comparisons += [*voters, *flipped]  # pairs judged by several users, and the other way round
+    comparisons += [*voters, *map(swapped, voters)]  # pairs judged by several users, and the other way round
 
     if checkpointing:
         checkpointing += ("model.gradient_checkpointing=true",)
@@ -253,13 +255,6 @@ def test_a_tree_by_hand():
     assert batch.targets_N.tolist() == [20, 21, 2, 30, 2]
     assert batch.reading_N.tolist() == [0, 0, 0, 1, 1]
     assert batch.last_at_M.tolist() == [7, 9]
-
-
-def votes(*users):
-    """One pair judged by several users, every other one the other way round."""
-    (c,) = random_comparisons(1)
-    flipped = c._replace(chosen=c.rejected, rejected=c.chosen)
-    return [(flipped if i % 2 else c)._replace(user=user) for i, user in enumerate(users)]
 
 
 def test_what_is_read_alike_is_there_once():
