@@ -18,6 +18,7 @@ from prlhf.backbones import choose_device
 from prlhf.checkpoint import Loaded, load_final, weights_checksum
 from prlhf.data import GENERIC, read_prompts
 from prlhf.data.files import fingerprint_of
+from prlhf.distributed import check_started_alone
 from prlhf.encoding import Encoder
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.responses import ResponseFile
@@ -53,6 +54,7 @@ def main() -> None:
         if args.score and getattr(args, name) != parser.get_default(name):
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option}: not for --score, expected --out, --batch-size, --overwrite or --set beside it")
+    check_started_alone("generate.py")
     loaded = load_final(args.checkpoint, tuple(args.set))
     if args.score:
         print(score_file(loaded, args.score, args.out, args.batch_size, args.overwrite))

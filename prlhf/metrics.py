@@ -73,23 +73,19 @@ def accuracies(known: UserCounts, unknown: UserCounts) -> dict[str, float | None
 
 
 def pooled_interval(counts: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
-    """Interval of `pooled` over the users there could have been: E[correct] / E[n]. None for fewer than two users."""
+    """Interval of `pooled` over the users there could have been: E[correct] / E[n]. None for fewer than two users, and
+    for fewer than six who are all alike."""
     return _exact(counts) or ratio_interval(counts.correct, counts.n, samples, rng, accuracy=True)
 
 
 def mean_interval(counts: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
-    """Interval of `mean` over the users there could have been: E[accuracy]. None for fewer than two users."""
+    """Interval of `mean` over the users there could have been: E[accuracy]. None as for `pooled_interval`."""
     return _exact(counts) or ratio_interval(counts.accuracy(), np.ones(len(counts.n)), samples, rng, accuracy=True)
 
 
 def pooled_difference_interval(a: UserCounts, b: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
     """Interval of pooled(a) - pooled(b) for two scorings of the same comparisons, users resampled with both."""
     return ratio_interval(a.correct - b.correct, a.n, samples, rng, accuracy=False)
-
-
-def mean_difference_interval(a: UserCounts, b: UserCounts, samples: int, rng: np.random.Generator) -> Interval | None:
-    """Interval of mean(a) - mean(b) for two scorings of the same comparisons, users resampled with both."""
-    return ratio_interval(a.accuracy() - b.accuracy(), np.ones(len(a.n)), samples, rng, accuracy=False)
 
 
 def expected_calibration_error(margins: np.ndarray, bins: int = 15) -> float | None:
