@@ -308,6 +308,7 @@ def test_logprob_refuses_another_function_and_another_gradient(monkeypatch, caps
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tries the script where there is no GPU")
+@pytest.mark.slow
 def test_gpu_script_runs_without_one(tmp_path):
     """Its part `full`, with a tiny model in the place of GPT-J 6B."""
     saved_model(tmp_path / "out" / "models" / "gptj", "gptj")

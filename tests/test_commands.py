@@ -368,6 +368,12 @@ def test_replicas_that_do_not_fit_the_processes_are_refused(call, monkeypatch):
     refused(call(train.main, "--config", "tiny", "--set", "fsdp.replicas=3"), "fsdp.replicas: found 3", "2 processes")
 
 
+def test_generating_is_one_process(call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = ("--checkpoint", "c", "--prompts", "p", "--users", "generic", "--out", "o")
+    refused(call(generate.main, *asked), "generate.py: found 2 processes, expected one")
+
+
 def test_training_without_any_evaluation(call, tmp_path):
     run = tmp_path / "run"
     keys = ("train.eval_every=null", "train.eval_last=false")

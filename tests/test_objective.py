@@ -109,6 +109,7 @@ def linear_log_prob(backbone, aggregator, prefix, response, e_UD):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_is_that_of_plain_sequences(kind, aggregator, family):
     """Log-probs, loss and gradients of a policy that has moved away from its reference, and is told who reads."""
+    torch.set_num_threads(1)  # as in `assert_updates_are_plain`
     keys = (*KINDS[kind], f"user_model.aggregator={aggregator}", "loss.beta=0.2")
     comparisons = [*votes(1, 4, 0), *random_comparisons(3, seed=5, user_text=True)]
     config = tiny_config(*keys, family=family)
