@@ -32,9 +32,7 @@ def main() -> None:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--prompts", help="what to answer")
     task.add_argument("--score", metavar="FILE", help="responses to score, all, each as its own user")
-    parser.add_argument(
-        "--users", help="with --prompts: names with commas between (generic: unknown), @all, or @own: who asks"
-    )
+    parser.add_argument("--users", help="for --prompts: names with commas between, generic, @all, or @own: who asks")
     parser.add_argument("--out", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -52,8 +50,7 @@ def main() -> None:
     check_range("--limit", 1 if args.limit is None else args.limit, low=1)
     for name in ("users", "limit", "max_new_tokens", "temperature", "top_p", "seed"):
         if args.score and getattr(args, name) != parser.get_default(name):
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{option}: not for --score, expected --out, --batch-size, --overwrite or --set beside it")
+            raise UserError(f"--{name.replace('_', '-')}: not for --score, as --out and --batch-size are")
     check_started_alone("generate.py")
     loaded = load_final(args.checkpoint, tuple(args.set))
     if args.score:
