@@ -66,6 +66,7 @@ class Memory:
     activations: int  # kept by the largest micro-batch for its backward pass
     temporaries: int  # beside all these at the peak of an update
     log_probs: int  # of these, what log-probabilities alone take at most
+    host: int  # fsdp.offload: weights, gradients and moments that wait in host memory, beside the process; else 0
     peaks: dict[str, int]  # phase -> bytes
 
     @property
@@ -276,8 +277,9 @@ def predicted_memory(
         return math.ceil((total - replicated) * share) + replicated
 
     weights, gradients = held(whole.weights, tables), held(whole.gradients, 0)
-    moments = held(whole.moments, 2 * tables)
-    if gpu and config.fsdp.offload:  # the rest waits in host memory
+    moments, host = held(whole.moments, 2 * tables), 0
+    if gpu and config.fsdp.offload:
+        host = weights + gradients + moments - 3 * tables
         weights, gradients, moments = tables, 0, 2 * tables
     if gpu:
         process += CUBLAS_WORKSPACE
@@ -286,7 +288,7 @@ def predicted_memory(
     return Memory(
         process, weights, gradients, moments, gathered, whole.activations,
         max(0, in_update - gradients - gathered - whole.activations),
-        log_prob_bytes(config, model, comparisons, parts, allocations),
+        log_prob_bytes(config, model, comparisons, parts, allocations), host,
         {
             "loading": process + (weights if gpu else whole.weights + file_bytes_beside(config)),
             "reference and evaluation": static + gathered + scoring,
@@ -509,7 +511,7 @@ def render(prediction: Prediction) -> str:
     lines += [
         gb(f"activations, {p.largest[0]} x {p.largest[1]} positions", m.activations),
         gb("temporaries at the peak", m.temporaries), gb("log-probs alone take at most", m.log_probs),
-        "", line("in use at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
+        *([gb("waiting in host memory, each", m.host)] if m.host else []), "", line("in use at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
     ]  # fmt: skip
     if p.available is None:
         return "\n".join([*lines, f"peak: {m.peak / 1e9:.2f} GB"])

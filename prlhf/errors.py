@@ -59,6 +59,16 @@ def run_command(main: Callable[[], None]) -> None:
     except OSError as error:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # not imported for this: some commands do without
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(
+            f"stopped: no GPU memory left ({str(error).splitlines()[0]}). Lower evaluate.batch_size (--set "
+            "evaluate.batch_size=N), or with generate.py --batch-size; what was written so far is good",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

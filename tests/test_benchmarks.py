@@ -365,3 +365,13 @@ def test_users_prints_a_table_and_writes_json(tmp_path):
         (kind, m) for kind in ("individual", "cluster") for m in (3, 50)
     ]
     assert rows[0]["over_smallest"] == 1 and rows[1]["late_user"] == 49
+
+
+@pytest.mark.slow
+def test_a_step_with_a_million_users_costs_what_one_with_ten_costs(tmp_path):
+    """At most 1.2 times, beside a table that grows; and the 987,654th user is answered as quickly as the first."""
+    out = tmp_path / "users.json"
+    run("users.py", "--users", 10, 1_000_000, "--out", out)
+    for row in json.loads(out.read_text())["rows"]:
+        assert row["over_smallest"] <= 1.2 and row["answer_late_over_first"] <= 1.2, row
+        assert row["extra_mb"] < 40, row  # a table of width 64 with its moments has 768 or more

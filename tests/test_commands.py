@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import evaluate
@@ -19,6 +20,8 @@ from prlhf.encoding import Encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model.width=32", "model.heads=2", "optim.epochs=1", "lora.rank=2", "data.limit=16", "data.valid_limit=12")
+
+SECRET = "hf_not_to_be_written_anywhere"
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,7 @@ def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("PRLHF_CACHE", str(path.parent / "cache"))
+        patch.setenv("HF_TOKEN", SECRET)
         patch.setattr(sys, "argv", ["train.py", "--config", "tiny", "--set", f"run_dir={path}", *SMALL])
         train.main()
     return path
@@ -361,6 +365,35 @@ def test_bad_input_to_generate(call, finished, tmp_path):
     out.write_text("my notes\n")
     refused(call(generate.main, *good, "--users", "alice"), str(out), "--overwrite")
     assert out.read_text() == "my notes\n"
+
+
+def test_no_secret_of_the_environment_is_written(call, finished, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    chosen = ["--checkpoint", finished]
+    answers = ["--prompts", "examples/tiny/prompts.jsonl", "--users", "alice", "--max-new-tokens", 2]
+    said = [
+        call(evaluate.main, *chosen, "--out", tmp_path / "eval"),
+        call(generate.main, *chosen, *answers, "--out", tmp_path / "answers.jsonl"),
+        call(train.main, "--config", "tiny", "--set", f"model.name={tmp_path}", f"run_dir={tmp_path / 'none'}"),
+    ]
+    assert [status for status, *_ in said] == [0, 0, 2]
+    assert SECRET not in "".join(text for _, *texts in said for text in texts)
+    files = [file for folder in (finished.parent, tmp_path) for file in folder.rglob("*") if file.is_file()]
+    assert len(files) > 15 and not [file for file in files if SECRET.encode() in file.read_bytes()]
+
+
+def test_a_gpu_that_is_full_says_what_to_change(call):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+
+    def broken():
+        raise RuntimeError("a bug")
+
+    status, _, err = call(full)
+    assert status == 1 and "CUDA out of memory. Tried to allocate 2.00 GiB." in err and "evaluate.batch_size" in err
+    assert "Traceback" not in err
+    with pytest.raises(RuntimeError, match="a bug"):
+        call(broken)
 
 
 def test_replicas_that_do_not_fit_the_processes_are_refused(call, monkeypatch):

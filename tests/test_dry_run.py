@@ -233,3 +233,15 @@ def test_a_gpu_keeps_no_mask_and_processes_share_the_backbone():
         assert getattr(half, name) == pytest.approx(getattr(four.memory, name), abs=8), name
     assert half.activations < 0.75 * four.memory.activations and half.whole_blocks < four.memory.whole_blocks
     assert four.memory.whole_blocks > 0 and alone.memory.whole_blocks == 0
+
+
+def test_what_offloading_puts_into_host_memory_as_counted_by_hand():
+    """A process's share of weights, gradients and two moments, in float32; the user table stays on the GPU."""
+    _, data, off = prediction_of("fsdp.offload=true", device="cuda", processes=2)
+    on_gpu = prediction_of(device="cuda", processes=2)[2].memory
+    table = 4 * 3 * D * len(data.users)
+    generic = 4 * 3 * D  # the shared component, trained too, is sharded with the rest
+    counters = 256  # AdamW counts the steps of each tensor and row
+    assert off.memory.host == pytest.approx(4 * (4 * LLAMA + generic) / 2, abs=counters)
+    assert (off.memory.weights, off.memory.gradients, off.memory.optimizer) == (table, 0, 2 * table)
+    assert on_gpu.host == 0 and off.memory.peak < on_gpu.peak

@@ -339,6 +339,20 @@ def test_changed_data_and_a_damaged_checkpoint_are_refused(monkeypatch, tmp_path
         run(monkeypatch, tmp_path / name)
 
 
+def test_a_checkpoint_reads_no_file_outside_its_folder(monkeypatch, tmp_path):
+    """Files are those that lie in it; a list of checksums that names another place is not followed."""
+    run(monkeypatch, tmp_path / "a")
+    step = tmp_path / "a" / "checkpoints" / "step_12"
+    (tmp_path / "a" / "checkpoints" / "outside").write_text("x")
+    listed = step / "checksums-0.json"
+    listed.write_text(json.dumps({**json.loads(listed.read_text()), "../outside": "0"}))
+    opened = []
+    monkeypatch.setattr(checkpoint, "_checksum", lambda *files: opened.extend(files))
+    with pytest.raises(UserError, match=r"step_12: damaged checkpoint .*missing.*\.\./outside"):
+        checkpoint.read_state(step)
+    assert not opened
+
+
 def toy_split(model, count=8):
     comparisons = random_comparisons(count)
     raw = [Comparison("x", "a", "b", str(c.user), None, str(i)) for i, c in enumerate(comparisons)]
