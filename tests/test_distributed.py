@@ -313,6 +313,29 @@ def saved_model(folder, **options):
     return backbone
 
 
+@pytest.mark.slow
+def test_no_process_ever_holds_the_whole_model(tmp_path):
+    """Each holds its share while it loads and after, and so all together hold the model once, whatever their number."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    saved_model(small)
+    described = config.load(None, [LLAMA, "model.width=512", "model.layers=12"]).model
+    backbone = random_backbone(described, len(byte_tokenizer()), 3)
+    backbone.save_pretrained(large)
+    byte_tokenizer().save_pretrained(large)
+    size = sum(p.nbytes for p in backbone.parameters())
+    assert size > 150e6
+
+    def growth(how, processes):
+        out = tmp_path / str(processes)
+        out.mkdir(exist_ok=True)
+        finished(start(processes, ROOT / "tests" / "measure_loading.py", how, large, out, small))
+        return [json.loads((out / f"{how}-{rank}.json").read_text()) for rank in range(processes)]
+
+    assert min(growth("whole", 2)) > 0.9 * size  # what would be seen
+    for processes in (2, 4):
+        assert max(growth("sharded", processes)) < size / processes + 30e6
+
+
 def sharded_model(folder):
     """The model in `folder` as one process of FSDP reads it, whole again."""
     named = config.load(None, [f"model.name={folder}", "model.compute_dtype=bfloat16", "user_model.tokens=2"])
