@@ -513,6 +513,8 @@ def render(prediction: Prediction) -> str:
         gb("temporaries at the peak", m.temporaries), gb("log-probs alone take at most", m.log_probs),
         *([gb("waiting in host memory, each", m.host)] if m.host else []), "", line("in use at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
     ]  # fmt: skip
+    if p.device == "cpu":
+        lines.append("glibc's heap may hold more, what was freed in pieces too small to use again (docs/scaling.md)")
     if p.available is None:
         return "\n".join([*lines, f"peak: {m.peak / 1e9:.2f} GB"])
     verdict = f"{m.peak / 1e9:.2f} GB of {p.available / 1e9:.2f} GB"
