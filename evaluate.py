@@ -16,7 +16,7 @@ from prlhf.encoding import Encoder, encode_file
 from prlhf.errors import UserError, run_command
 from prlhf.evaluation import reward_margins, score_users, summarize
 from prlhf.losses import needs_reference
-from prlhf.reference import reference_log_probs, remember_states
+from prlhf.reference import computes_on, reference_log_probs, remember_states
 from prlhf.report import accuracy_curve, markdown, write_margins, write_report
 from prlhf.rules import FittedRules, fit
 
@@ -45,15 +45,15 @@ def main() -> None:
     print(f"{source}: {data.report.lines()}")
 
     device = choose_device(config.device)
-    loaded.model.to(device)
     base = base_fingerprint(loaded.path)
-    remember_states(loaded.model, data.comparisons, config.evaluate.batch_size, base)
     reference = None
-    if needs_reference(config):
+    if needs_reference(config):  # before the model is on the GPU, which need not have room for both
         reference = reference_log_probs(
-            lambda: reference_model(loaded), data.comparisons,
-            config.evaluate.batch_size, base, device,
+            lambda: reference_model(loaded).to(device), data.comparisons,
+            config.evaluate.batch_size, base, computes_on(config.model, device),
         )  # fmt: skip
+    loaded.model.to(device)
+    remember_states(loaded.model, data.comparisons, config.evaluate.batch_size, base)
     scores = score_users(config, loaded.model, data.comparisons)
     users = [c.user for c in data.comparisons]
     rules = fit_rules(config, loaded.users).right(data.raw)

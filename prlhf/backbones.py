@@ -298,7 +298,10 @@ def weights_folder(name: str | Path) -> Path:
     if path.is_dir():
         return path
     with _explained(name):
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+        folder = Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
+        if not any(folder.glob("*.safetensors")):
+            raise OSError("the hub has no model.safetensors of it")
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -434,13 +437,13 @@ def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple
     return names or LORA_TARGETS.get(model.config.model_type, LLAMA_LIKE)
 
 
-def _conversion(name: str | Path) -> str:
-    """What to do with a model that has no safetensors, or '' where its folder has some."""
+def _conversion(name: str | Path, reason: str = "") -> str:
+    """What to do with a model that has no safetensors, by its folder or by what was said of the hub's; '' where it has."""
     folder = Path(_expanded(name))
-    if any(folder.glob("*.safetensors")) or not any(folder.glob("*.bin")):
+    if any(folder.glob("*.safetensors")) or not (any(folder.glob("*.bin")) or "model.safetensors" in reason):
         return ""
     return (
-        "; it has .bin files alone, which are never unpickled here. Where you trust them, convert them once: "
+        "; .bin files are never unpickled here. If it has these alone and you trust them, convert them once: "
         f"transformers.AutoModelForCausalLM.from_pretrained({str(name)!r}).save_pretrained(NEW_FOLDER, "
         "safe_serialization=True), and the tokenizer likewise"
     )
@@ -463,7 +466,7 @@ def _explained(name: str | Path) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model {str(name)!r}: expected a folder or hub name (model.name) of a causal LM with whole safetensors "
-            f"and a tokenizer ({reason}){_conversion(name)}"
+            f"and a tokenizer ({reason}){_conversion(name, reason)}"
         ) from None
     finally:
         logger.setLevel(level)

@@ -1,6 +1,6 @@
 """What a run leaves on disk. A directory is complete or it is not there: written aside, synced, then renamed.
 
-checkpoints/step_N/   *.safetensors (trained weights and the optimiser's state, in shards: one file a rank),
+checkpoints/step_N/   *.safetensors (trained weights and the optimiser's state, in shards: files of its own for each rank),
                       checksums-*.json, users.json, state.json
 final/                for use: model.safetensors or adapter_model.safetensors (none if frozen), users.safetensors, users.json,
                       config.yaml, base.json, tokenizer
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedTokenizerBase
 
 from prlhf import config as config_module
-from prlhf.backbones import load_backbone, load_tokenizer, load_weights
+from prlhf.backbones import DTYPES, load_backbone, load_tokenizer, load_weights
 from prlhf.config import Config
 from prlhf.data import UserIndex
 from prlhf.distributed import (
@@ -224,7 +224,7 @@ def save_final(
 FIXED = ("method", "model.", "user_model.", "lora.")
 FREE = (
     "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.gradient_checkpointing",
-    "model.checkpoint_every", "model.recompute", "model.compile",
+    "model.checkpoint_every", "model.recompute", "model.compile", "model.compute_dtype",
 )  # fmt: skip
 
 
@@ -263,7 +263,8 @@ def find_final(checkpoint: str | Path) -> Path:
 
 
 def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loaded:
-    """Load what `save_final` wrote, in eval mode. UserError where it is damaged or the base model has changed."""
+    """Load what `save_final` wrote, in eval mode, in the type that it computed in. UserError where it is damaged or the
+    base model has changed."""
     path = find_final(checkpoint)
     config = config_module.load(path / "config.yaml", overrides)
     differing = config_module.differing_keys(config_module.load(path / "config.yaml"), config)
@@ -287,19 +288,27 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
             module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: damaged or incomplete model ({error})") from None
+    _to_compute_type(model.backbone, config)
     return Loaded(path, config, tokenizer, users, model.eval())
 
 
+def _to_compute_type(backbone: nn.Module, config: Config) -> None:
+    """As FSDP gathers them in training: parameters in model.compute_dtype where that is set; buffers as they are."""
+    if config.model.compute_dtype:
+        for p in backbone.parameters():
+            p.data = p.data.to(DTYPES[config.model.compute_dtype])
+
+
 def reference_model(loaded: Loaded) -> PersonalizedLM:
-    """pi_SFT of a loaded model: itself where its backbone is the base's (adapters off), else the base loaded again."""
+    """pi_SFT of a loaded model: itself where its backbone is the base's (adapters off), else the base loaded again, on the
+    CPU."""
     if loaded.config.lora.rank or loaded.config.model.frozen:
         return loaded.model
     backbone = load_backbone(loaded.config.model, loaded.tokenizer, loaded.config.seed)
     _check_base(loaded.path, loaded.config, weights_fingerprint(backbone))
+    _to_compute_type(backbone, loaded.config)
     nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
-    return PersonalizedLM(backbone, nobody, None, 0, loaded.model.user_slot, loaded.model.config).to(
-        loaded.model.device
-    )
+    return PersonalizedLM(backbone, nobody, None, 0, loaded.model.user_slot, loaded.model.config)
 
 
 def base_fingerprint(path: Path) -> str:

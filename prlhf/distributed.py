@@ -41,6 +41,7 @@ from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # of the ranks that wait (gloo) while rank 0 writes a large model, or for a slow CPU
+FILE_BYTES = 2**28  # of a checkpoint's files
 # What gloo says of a rank that is gone, and of one that has not answered for PATIENCE.
 CONNECTION_LOST = (
     "Connection closed by peer", "Connection reset by peer", "Remote peer closed", "Socket closed", "Broken pipe",
@@ -337,8 +338,17 @@ def read_tensors(values: dict[str, Tensor], folder: Path, files: Sequence[Path] 
 
 
 def write_tensors(values: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors, sharded or not, as safetensors into a folder, each rank a file of what it holds."""
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    """Write tensors, sharded or not, as safetensors into a folder, each rank files of what it holds.
+
+    The writer holds a file two times over, beside the tensors, while it writes it: hence files of some FILE_BYTES.
+    """
+    file, size, file_of = 1, 0.0, {}
+    for name, tensor in values.items():  # the same names in the same order on every rank
+        held = tensor.numel() * tensor.element_size() / (world_size() if isinstance(tensor, DTensor) else 1)
+        if size and size + held > FILE_BYTES:
+            file, size = file + 1, 0.0
+        file_of[name], size = file, size + held
+    writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     with _silence():
         dcp.save(values, storage_writer=writer, no_dist=world_size() == 1)
 

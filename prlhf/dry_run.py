@@ -31,7 +31,7 @@ from prlhf.allocations import Allocations, give_fake_storage
 from prlhf.backbones import DTYPES, blocks, byte_tokenizer, empty_backbone, head, takes_flex_attention, weight_files
 from prlhf.batching import PreferenceBatch, micro_batches
 from prlhf.config import Config
-from prlhf.distributed import check_processes, sharded
+from prlhf.distributed import FILE_BYTES, check_processes, sharded
 from prlhf.encoding import EncodedComparison, TrainingData
 from prlhf.errors import UserError
 from prlhf.logprobs import HeadGradients, Pass, Softmax
@@ -90,6 +90,8 @@ class Prediction:
     tokens_per_epoch: int
     largest: tuple[int, int]  # rows and positions of the largest micro-batch
     memory: Memory
+    checkpoint: int  # bytes of a checkpoint on disk, by all processes: trained weights and moments
+    checkpoints: int  # how many there are at most: those kept, the best one, and the one being written
     change: list[str]  # keys that would save memory, the most promising first
 
     @property
@@ -130,14 +132,17 @@ def predict(
     steps = schedule(config.optim, len(comparisons))
     update, parts = largest_parts(config, model, comparisons, processes)
     with gpu_stand_ins(config) if gpu else contextlib.nullcontext():
-        memory = predicted_memory(config, model, data, allocations, update, parts, process, processes, gpu)
+        whole = counted_update(config, model, data.train.comparisons, allocations, update, parts)
+        memory = predicted_memory(config, model, data, allocations, whole, parts, process, processes, gpu)
     rows, positions = max((shape(model, comparisons, part) for part in parts), key=math.prod)
+    checkpoint = whole.gradients + bytes_of(model.user_model.tables) + whole.moments
+    checkpoints = config.train.keep_checkpoints + 1 + (data.valid is not None)
     reports = {"train": data.train.report.lines()}
     if data.valid is not None:
         reports["valid"] = data.valid.report.lines()
     return Prediction(
         device, processes, available, count_parameters(model), reports, len(data.users),
-        steps.total, steps.per_epoch, sum(c.length for c in comparisons), (rows, positions), memory,
+        steps.total, steps.per_epoch, sum(c.length for c in comparisons), (rows, positions), memory, checkpoint, checkpoints,
         keys_to_change(config, memory, processes),
     )  # fmt: skip
 
@@ -258,7 +263,7 @@ def predicted_memory(
     model: PersonalizedModel,
     data: TrainingData,
     allocations: Allocations,
-    update: Sequence[int],
+    whole: Counted,
     parts: Sequence[Sequence[Item]],
     process: int,
     processes: int,
@@ -267,7 +272,6 @@ def predicted_memory(
     """What each of the processes holds of what a whole update takes; see the module for what is a formula."""
     comparisons = data.train.comparisons
     scoring = scoring_peak(config, model, data, allocations)
-    whole = counted_update(config, model, comparisons, allocations, update, parts)
     spread = processes > 1 or sharded(config)
     share = config.fsdp.replicas / processes if spread else 1.0
     gathered = gathered_bytes(model) if spread else 0
@@ -294,6 +298,8 @@ def predicted_memory(
             "reference and evaluation": static + gathered + scoring,
             "forward and backward": static + in_update,
             "optimiser's step": static + gradients + held(whole.step, 0),
+            # A checkpoint's file is there twice while it is written (`distributed.write_tensors`), on a GPU in host memory.
+            "saving": static + (0 if gpu else 2 * min(FILE_BYTES, held(whole.gradients + whole.moments, 0))),
         },
     )  # fmt: skip
 

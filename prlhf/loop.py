@@ -41,7 +41,7 @@ from prlhf.evaluation import mixed_loss, score_users, summarize
 from prlhf.losses import ResponseLogProbs, branch_weights, needs_reference, preference_loss, reward_margin
 from prlhf.optim import Optimizers, RowAdamW, clip
 from prlhf.personalized import PersonalizedModel
-from prlhf.reference import reference_log_probs, remember_states
+from prlhf.reference import computes_on, reference_log_probs, remember_states
 from prlhf.runs import Run, prune_checkpoints
 from prlhf.scoring import select, tree_keys
 from prlhf.training_log import Sums, TrainingLog
@@ -71,8 +71,8 @@ def with_reference(config: Config, model: PersonalizedModel, data: Dataset, base
     remember_states(model, data.comparisons, batch_size, base)
     if not needs_reference(config):
         return Split(data, None)
-    computes_on = " ".join(filter(None, (model.device.type, config.model.compute_dtype)))
-    return Split(data, reference_log_probs(lambda: model, data.comparisons, batch_size, base, computes_on))
+    where = computes_on(config.model, model.device.type)
+    return Split(data, reference_log_probs(lambda: model, data.comparisons, batch_size, base, where))
 
 
 @contextlib.contextmanager

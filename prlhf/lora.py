@@ -37,12 +37,12 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in x's type; the update is computed in float32."""
+        """(..., in) -> (..., out), both products in x's type, as the base's: half-type rows stay so, and A and B are cast."""
         y = self.base(x)
         if not self.enabled:
             return y
-        update = (self.scale * (self.dropout(x).to(self.lora_A.dtype) @ self.lora_A.T)) @ self.lora_B.T
-        return y + update.to(y.dtype)
+        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return y + (self.scale * (self.dropout(x) @ lora_A.T)) @ lora_B.T
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], seed: int) -> list[str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from prlhf.batching import Reading
+from prlhf.config import ModelConfig
 from prlhf.data.files import fingerprint_of
 from prlhf.data.sources import cache_dir
 from prlhf.distributed import (
@@ -60,19 +61,24 @@ def weights_fingerprint(backbone: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def computes_on(config: ModelConfig, device: str) -> str:
+    """What log-probs are computed on, and in which type if not the weights': others round differently."""
+    return " ".join(filter(None, (device, config.compute_dtype)))
+
+
 def reference_log_probs(
     reference: Callable[[], PersonalizedLM],
     comparisons: Sequence[EncodedComparison],
     batch_size: int,
     weights: str,
-    device: str,
+    where: str,
     folder: Path | None = None,
 ) -> ResponseLogProbs:
     """log pi_SFT(y|x) of both responses, each (N,) on the CPU; from the cache where it holds exactly these.
 
     reference: gives the model, asked for only where the cache does not hold what is needed.
     weights: its `weights_fingerprint`, taken while the weights still are the reference's.
-    device: what it computes on, and in which type if not the weights': others round differently.
+    where: what it `computes_on`.
     """
 
     def compute() -> Tensor:
@@ -80,7 +86,7 @@ def reference_log_probs(
         return torch.stack([scored.chosen, scored.rejected])
 
     seen = [[c.reference_prefix, c.chosen, c.rejected] for c in comparisons]
-    path = (folder or cache_dir() / "reference") / f"{fingerprint_of(weights, device, seen)}.safetensors"
+    path = (folder or cache_dir() / "reference") / f"{fingerprint_of(weights, where, seen)}.safetensors"
     cached = _cached(path, len(comparisons), compute)
     lengths = [torch.tensor([len(ids) for ids in side]) for side in zip(*((c.chosen, c.rejected) for c in comparisons))]
     return ResponseLogProbs(cached[0], cached[1], lengths[0], lengths[1])

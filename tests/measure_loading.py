@@ -46,7 +46,9 @@ class Peak:
 
 def sharded(folder: str) -> object:
     """The model, each process its shards."""
-    return training_model(config.load(None, [f"model.name={folder}", "user_model.tokens=2"]), byte_tokenizer(), 2, "cpu")
+    return training_model(
+        config.load(None, [f"model.name={folder}", "user_model.tokens=2"]), byte_tokenizer(), 2, "cpu"
+    )
 
 
 def whole(folder: str) -> object:

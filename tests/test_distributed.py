@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -311,6 +312,26 @@ def saved_model(folder, **options):
     backbone.save_pretrained(folder, **options)
     byte_tokenizer().save_pretrained(folder)
     return backbone
+
+
+def test_a_checkpoint_is_written_in_files_of_which_memory_holds_two(monkeypatch, tmp_path):
+    """Beside the tensors: the writer has a file twice, and a checkpoint in one file would be there twice."""
+    monkeypatch.setattr(distributed, "FILE_BYTES", 1_000_000)
+    values = {f"a{i}": torch.randn(100, 1000) for i in range(20)} | {
+        "large": torch.randn(1000, 1000),
+        "one": torch.ones(1),
+    }
+    distributed.write_tensors({"one": torch.ones(1)}, tmp_path / "first")  # imports
+    tracemalloc.start()
+    distributed.write_tensors(values, tmp_path / "all")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    files = list((tmp_path / "all").glob("*.safetensors"))
+    assert len(files) == 12  # two of 0.4 MB a file, the large one alone, and the last
+    assert peak < 2 * 4_000_000 + 1_000_000 < sum(file.stat().st_size for file in files)
+    read = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    distributed.read_tensors(read, tmp_path / "all")
+    assert all(torch.equal(read[name], tensor) for name, tensor in values.items())
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from helpers import TOKENIZER, VOCABULARY, tiny_config
 import train
 from prlhf import loop
 from prlhf.backbones import load_backbone
+from prlhf.checkpoint import save_step
 from prlhf.data import read_comparisons
 from prlhf.dry_run import available_memory, predict
 from prlhf.encoding import encode_training_data
@@ -138,6 +139,18 @@ def test_memory_as_the_real_model_holds_it(family, overrides):
     assert memory.gradients >= gradients  # a weight outside the loss has none
     assert memory.optimizer == sum(t.nbytes for t in state) + steps
     assert memory.weights == sum(p.nbytes for p in model.parameters())
+
+
+@pytest.mark.parametrize("overrides", [(), ("lora.rank=2",), ("method=prm", "user_model.kind=cluster")])
+def test_a_checkpoint_on_disk_is_as_large_as_is_said(tmp_path, overrides):
+    config, data, prediction = prediction_of(*overrides)
+    model = build_model(config, TOKENIZER, len(data.users), load_backbone(config.model, TOKENIZER, 0))
+    step = save_step(tmp_path, model, make_optimizer(config, model, total_steps=1), data.users, {"step": 1})
+    files = list(step.glob("*.safetensors"))
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    size = sum(file.stat().st_size for file in files) - headers
+    assert prediction.checkpoint == pytest.approx(size, rel=0.01)
+    assert prediction.checkpoints == 4  # two kept, the best, and the one being written
 
 
 def command(run_dir, *overrides):

@@ -10,7 +10,10 @@ import torch.distributed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from prlhf import distributed
 from prlhf.errors import run_command
+
+distributed.FILE_BYTES = 50_000  # so that checkpoints have several files a process
 
 
 def main() -> None:
