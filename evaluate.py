@@ -4,6 +4,7 @@ Writes report.json, report.md, margins.jsonl and figures to the run's eval/ (or 
 """
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def main() -> None:
     file = read_comparisons(source, config.data).sample(config.data.valid_limit if limited else None, config.seed)
     data = encode_file(file, encoder, loaded.users)
     print(f"{source}: {data.report.lines()}")
+    rules = fit_rules(config, loaded.users).right(data.raw)
 
     device = choose_device(config.device)
     base = base_fingerprint(loaded.path)
@@ -56,7 +58,6 @@ def main() -> None:
     remember_states(loaded.model, data.comparisons, config.evaluate.batch_size, base)
     scores = score_users(config, loaded.model, data.comparisons)
     users = [c.user for c in data.comparisons]
-    rules = fit_rules(config, loaded.users).right(data.raw)
     report = {
         "checkpoint": str(loaded.path),
         "data": str(source),
@@ -64,9 +65,13 @@ def main() -> None:
         **summarize(config, scores, reference, users, data.names, rules, others=loaded.model.users > 1),
     }
     margins = reward_margins(config.loss, scores, reference)
+    (out / "report.json").unlink(missing_ok=True)  # of an evaluation before: its margins are replaced
     write_margins(out, data.raw, [user > 0 for user in users], margins)
     if (run_dir / "metrics.jsonl").exists():
-        accuracy_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
+        try:
+            accuracy_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
+        except UserError as error:
+            print(f"warning: no curve of accuracy against step: {error}", file=sys.stderr)
     write_report(report, out)  # last: a report says that the evaluation is complete
     print(markdown(report))
     print(f"written to {out}")

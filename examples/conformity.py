@@ -1,10 +1,10 @@
 """Whom does a model fail: those who agree with others, or those who do not?
 
-    python -m examples.conformity TRAIN NAME=EVAL_DIR [NAME=EVAL_DIR ...] [--groups 3]
+    python -m examples.conformity TRAIN NAME=EVAL_DIR[,EVAL_DIR...] [NAME=... ...] [--groups 3]
 
 A user's conformity is the share of their training comparisons in which they chose the response with the larger share of the
 *others'* votes, (wins + 1) / (votes + 2), a tie counting one half. Users are cut into groups of equal size by it, and each
-model's Accuracy-average in each group is printed.
+model's Accuracy-average in each group is printed, the mean over seeds where NAME has the folders of several.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 
 from prlhf.compare import parse_models, read_margins
 from prlhf.data import Comparison, read_comparisons
-from prlhf.errors import run_command
+from prlhf.errors import UserError, check_range, run_command
 from prlhf.report import percent
 from prlhf.rules import prompt_key
 
@@ -46,18 +46,22 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("train")
-    parser.add_argument("models", nargs="+", metavar="NAME=EVAL_DIR")
+    parser.add_argument("models", nargs="+", metavar="NAME=EVAL_DIR[,EVAL_DIR...]")
     parser.add_argument("--groups", type=int, default=3)
     args = parser.parse_args()
     agreement = conformity(read_comparisons(args.train).comparisons)
+    if not agreement:
+        raise UserError(f"{args.train}: no comparison has a user, expected some with one")
+    check_range("--groups", args.groups, low=1, high=len(agreement))
     groups = np.array_split(sorted(agreement, key=lambda user: (agreement[user], user)), args.groups)
     ends = [f"{percent(agreement[group[0]])} to {percent(agreement[group[-1]])}" for group in groups]
     print("| conformity, % | " + " | ".join(ends) + " |\n" + "|---" * (args.groups + 1) + "|")
-    for name, (folder, *_) in parse_models(args.models).items():
-        comparisons, right_B = read_margins(folder)
+    for name, folders in parse_models(args.models).items():
         of_user = defaultdict(list)
-        for user, right in zip(comparisons.users, right_B):
-            of_user[user].append(right)
+        for folder in folders:
+            comparisons, right_B = read_margins(folder)
+            for user, right in zip(comparisons.users, right_B):
+                of_user[user].append(right)
         means = [np.mean([np.mean(of_user[user]) for user in group if user in of_user]) for group in groups]
         print(f"| {name} | " + " | ".join(percent(mean) for mean in means) + " |")
 

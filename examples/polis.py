@@ -20,7 +20,7 @@ from typing import Any
 from examples import grid
 from prlhf import compare
 from prlhf.data.files import read_json_lines, write_json_lines
-from prlhf.errors import run_command
+from prlhf.errors import check_range, run_command
 
 ARMS = {
     "vanilla": ("user_model.kind=uniform",),
@@ -92,9 +92,13 @@ def main() -> None:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"keep {what} (default: all)")
     args = parser.parse_args()
-    sizes = (args.statements, args.voters, args.comparisons, args.held_out)
-    if any(size is not None for size in sizes):
-        args.data = smaller(Path(args.data), Path(args.out) / "data", *sizes)
+    sizes = {name: vars(args)[name] for name in ("statements", "voters", "comparisons", "held_out")}
+    kept = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in kept.items():
+        check_range(f"--{name.replace('_', '-')}", size, low=1)
+    if kept:  # by its sizes, so that runs on other data are other runs
+        folder = "_".join(["data", *(f"{name}{size}" for name, size in kept.items())])
+        args.data = smaller(Path(args.data), Path(args.out) / folder, *sizes.values())
     arms = {name: grid.Arm(args.config, keys) for name, keys in ARMS.items()}
     data = (f"data.train={args.data}/train.jsonl", "data.valid=null")
     held_out = {split: f"{args.data}/valid_{split}.jsonl" for split in HELD_OUT}

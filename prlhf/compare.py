@@ -184,7 +184,7 @@ def figure(pyplot: Any, report: dict[str, Any], path: Path) -> None:
 
 
 def parse_models(arguments: list[str]) -> dict[str, list[str]]:
-    """NAME=EVAL_DIR[,EVAL_DIR...] as folders by name. UserError for another form, a name given twice, or one model."""
+    """NAME=EVAL_DIR[,EVAL_DIR...] as folders by name. UserError for another form, or a name given twice."""
     named: dict[str, list[str]] = {}
     for argument in arguments:
         name, equals, folders = argument.partition("=")
@@ -193,8 +193,6 @@ def parse_models(arguments: list[str]) -> dict[str, list[str]]:
         if name in named:
             raise UserError(f"two models are named {name!r}; expected NAME=EVAL_DIR,EVAL_DIR for seeds of one")
         named[name] = folders.split(",")
-    if len(named) < 2:
-        raise UserError(f"expected two or more models to compare, found {len(named)}")
     return named
 
 
@@ -205,7 +203,10 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="a folder")
     args = parser.parse_args()
 
-    report = compare(*read_models(parse_models(args.models)))
+    named = parse_models(args.models)
+    if len(named) < 2:
+        raise UserError(f"expected two or more models to compare, found {len(named)}")
+    report = compare(*read_models(named))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

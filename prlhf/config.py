@@ -51,7 +51,7 @@ class ModelConfig:
     compute_dtype: str | None = key(
         None,
         "With full fine-tuning: the type that forward and backward passes compute in (mixed precision: weights, sums of "
-        "gradients and moments keep model.dtype). null: model.dtype.",
+        "gradients and moments keep model.dtype), evaluation and generation too. null: model.dtype.",
         choices=("bfloat16",),
     )
     pure_half: bool = key(
@@ -160,7 +160,7 @@ class LossConfig:
     )
     alpha: float = key(
         0.5,
-        "Weight of the user branch; the generic branch has 1 - alpha. At 1 user 0 learns from unknown users alone.",
+        "Weight of the user branch; the generic branch has 1 - alpha. At 1 user 0 learns from unknown users, and in what all users share.",
         low=0,
         high=1,
     )

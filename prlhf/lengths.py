@@ -16,7 +16,7 @@ import numpy as np
 from prlhf.data import GENERIC, words
 from prlhf.data.files import read_json_lines
 from prlhf.errors import UserError, run_command
-from prlhf.report import optional_pyplot
+from prlhf.report import cell, label, optional_pyplot
 
 
 class Length(NamedTuple):
@@ -41,7 +41,7 @@ def lengths(records: list[tuple[str, str]]) -> dict[str, Length]:
 def markdown(table: dict[str, Length]) -> str:
     """The table as Markdown."""
     lines = ["| user | responses | words, mean | standard error |", "|---|---|---|---|"]
-    lines += [f"| {user} | {row.n} | {row.mean:.1f} | {row.standard_error:.1f} |" for user, row in table.items()]
+    lines += [f"| {cell(user)} | {row.n} | {row.mean:.1f} | {row.standard_error:.1f} |" for user, row in table.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -51,7 +51,7 @@ def figure(pyplot: Any, table: dict[str, Length], path: Path) -> None:
     colors = ["tab:gray" if user == GENERIC else "tab:blue" for user in table]
     axes.bar(range(len(table)), [r.mean for r in table.values()], yerr=[r.standard_error for r in table.values()],
              color=colors, capsize=3)  # fmt: skip
-    axes.set_xticks(range(len(table)), list(table), rotation=45, ha="right")
+    axes.set_xticks(range(len(table)), [label(user) for user in table], rotation=45, ha="right")
     axes.set_ylabel("words per response")
     axes.spines[["top", "right"]].set_visible(False)
     drawing.savefig(path, dpi=150)

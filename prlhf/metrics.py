@@ -35,6 +35,13 @@ def user_labels(names: Sequence[str | None]) -> list[str]:
     return [name or f"unnamed {i}" for i, name in enumerate(names)]
 
 
+def distinct(users: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The users in order of name, each once, and which of them everyone is."""
+    names = sorted(set(users))
+    number = {name: i for i, name in enumerate(names)}
+    return names, np.fromiter((number[user] for user in users), dtype=int, count=len(users))
+
+
 def by_user(users: Sequence[str], margins: np.ndarray) -> UserCounts:
     """Group margins by user, users in order of name."""
     return right_by_user(users, correct(margins))
@@ -42,9 +49,9 @@ def by_user(users: Sequence[str], margins: np.ndarray) -> UserCounts:
 
 def right_by_user(users: Sequence[str], right: np.ndarray) -> UserCounts:
     """As `by_user`, from what is `correct` of each comparison (or the mean of that over seeds)."""
-    names, index = np.unique(np.asarray(users, dtype=object).astype(str), return_inverse=True)
+    names, index = distinct(users)
     sums = np.bincount(index, weights=right, minlength=len(names))
-    return UserCounts([str(name) for name in names], sums, np.bincount(index, minlength=len(names)))
+    return UserCounts(names, sums, np.bincount(index, minlength=len(names)))
 
 
 def pooled(counts: UserCounts) -> float | None:

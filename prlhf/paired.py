@@ -14,6 +14,7 @@ from prlhf.metrics import (
     UserCounts,
     accuracies,
     correct,
+    distinct,
     holm,
     mean,
     mean_interval,
@@ -139,8 +140,8 @@ def per_user(comparisons: Comparisons, baseline: Model, model: Model) -> dict[st
     better, worse: how many users' difference is significant at 5% after Holm.
     """
     difference_B = (model.right_SB.mean(axis=0) - baseline.right_SB.mean(axis=0))[comparisons.known_B]
-    users_B = np.asarray(comparisons.users, dtype=object)[comparisons.known_B].astype(str)
-    users, index, counts = np.unique(users_B, return_inverse=True, return_counts=True)
+    users, index = distinct(np.asarray(comparisons.users, dtype=object)[comparisons.known_B])
+    counts = np.bincount(index, minlength=len(users))
     rows = np.split(difference_B[np.argsort(index, kind="stable")], np.cumsum(counts)[:-1]) if len(users) else []
     rng, step = np.random.default_rng(SEED), 0.5 / math.lcm(len(model.right_SB), len(baseline.right_SB))
     if 40 * len(users) <= FLIPS:
@@ -148,7 +149,7 @@ def per_user(comparisons: Comparisons, baseline: Model, model: Model) -> dict[st
     else:
         p = np.array([exact_sign_flip_test(differences, step) for differences in rows])
     table = [
-        {"user": str(user), "n": len(d), "difference": float(d.mean()), "p": float(raw), "p_holm": float(adjusted)}
+        {"user": user, "n": len(d), "difference": float(d.mean()), "p": float(raw), "p_holm": float(adjusted)}
         for user, d, raw, adjusted in zip(users, rows, p, holm(p))
     ]
     table.sort(key=lambda row: -abs(row["difference"]))

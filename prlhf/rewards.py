@@ -23,6 +23,7 @@ from prlhf.data import (
     CANONICAL,
     GENERIC,
     Messages,
+    id_of,
     named_user,
     parse_prompt,
     parse_response,
@@ -62,7 +63,7 @@ def read_lines(path: str | Path, config: DataConfig = CANONICAL) -> list[ScoredL
                 parse_response(record["response"], f"{where}, response"),
                 None if record.get("user") == GENERIC else parse_user(record.get("user"), f"{where}, user"),
                 parse_user_text(record, where, config.attributes),
-                str(record.get("id", number)),
+                id_of(record, number),
                 where,
             )
         )
@@ -107,6 +108,8 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     """Score every line of `path`, write `out`, and say how many. UserError for a model that scores no single response."""
     if loaded.config.method != "prm":
         raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
+    if Path(out).exists() and Path(out).samefile(path):
+        raise UserError(f"{out}: is --score itself, which is never replaced; expected another --out")
     if Path(out).exists() and not overwrite:
         raise UserError(f"{out}: exists; expected another --out or --overwrite")
     lines = read_lines(path, loaded.config.data)

@@ -16,6 +16,7 @@ import train
 from prlhf import rewards
 from prlhf.backbones import byte_tokenizer
 from prlhf.config import DataConfig
+from prlhf.data import read_comparisons, read_prompts
 from prlhf.encoding import Encoder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,34 @@ def test_train_evaluate_generate(call, tmp_path, monkeypatch, family, tuning):
     assert call(generate.main, *arguments)[0] == 0
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(r["id"], r["user"]) for r in found] == [(f"p{i}", u) for i in range(4) for u in ("alice", "generic")]
+
+
+@pytest.mark.parametrize("family, method", [("llama", "pdpo"), ("gptj", "pdpo"), ("llama", "prm")])
+def test_a_model_trained_in_half_precision_is_evaluated_in_it(call, tmp_path, monkeypatch, family, method):
+    """As it was in training, from the same reference; in float32 where that is asked for, with other margins."""
+    run, half = tmp_path / "run", ("lora.rank=0", "model.compute_dtype=bfloat16")
+    overrides = [f"run_dir={run}", *SMALL, f"model.family={family}", f"method={method}", *half]
+    assert call(train.main, "--config", "tiny", "--set", *overrides)[0] == 0
+    assert {t.dtype for t in load_file(run / "final" / "model.safetensors").values()} == {torch.float32}
+    known = evaluate.reference_model
+    monkeypatch.setattr(evaluate, "reference_model", lambda loaded: pytest.fail("is in the cache"))
+    status, _, err = call(evaluate.main, "--checkpoint", run)
+    assert status == 0, err
+
+    def margins(folder):
+        return [json.loads(line)["true"] for line in (folder / "margins.jsonl").read_text().splitlines()]
+
+    report = json.loads((run / "eval" / "report.json").read_text())
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["eval"] and last["accuracy_top"] == report["accuracy"]["top"]
+    monkeypatch.setattr(evaluate, "reference_model", known)
+    monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "another cache"))
+    assert call(evaluate.main, "--checkpoint", run, "--out", tmp_path / "again")[0] == 0
+    assert margins(tmp_path / "again") == pytest.approx(margins(run / "eval"), abs=1e-6)
+    whole = ("--out", tmp_path / "whole", "--set", "model.compute_dtype=null")
+    assert call(evaluate.main, "--checkpoint", run, *whole)[0] == 0
+    assert margins(tmp_path / "whole") != margins(run / "eval")
+    assert margins(tmp_path / "whole") == pytest.approx(margins(run / "eval"), abs=0.1)
 
 
 LINEAR = ("user_model.aggregator=linear", "user_model.tokens=1")
@@ -184,9 +213,22 @@ def test_bad_lines_to_score(call, tmp_path, finished):
         refused(call(generate.main, *arguments), str(path), *parts)
     assert not (tmp_path / "o.jsonl").exists()
     path.write_text('{"prompt": "a", "response": "b", "user": "nobody knows"}\n')
+    itself = ["--checkpoint", run, "--score", path, "--out", tmp_path / "." / path.name, "--overwrite"]
+    refused(call(generate.main, *itself), "is --score itself")
+    assert "nobody knows" in path.read_text()
     status, said, _ = call(generate.main, *arguments)
     assert status == 0 and "1 of users who are not known" in said
     assert json.loads((tmp_path / "o.jsonl").read_text())["known"] is False
+
+
+def test_an_id_that_is_null_is_none(tmp_path):
+    """As pandas writes it."""
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"id": null, "prompt": "a", "response": "b"}\n{"id": 0, "prompt": "a", "response": "b"}\n')
+    assert [line.id for line in rewards.read_lines(path)] == ["1", "0"]
+    assert [prompt.id for prompt in read_prompts(path)] == ["1", "0"]
+    path.write_text('{"id": null, "prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert read_comparisons(path).comparisons[0].id == "r.jsonl:1"
 
 
 def test_the_column_that_names_the_user_does_so_where_responses_are_scored(tmp_path):
@@ -321,6 +363,18 @@ def test_no_user_at_all_is_no_personal_model(call, tmp_path):
         call(train.main, "--config", "tiny", "--set", f"data.train={path}", f"run_dir={tmp_path / 'r'}"),
         "no comparison has a user",
     )
+
+
+def test_an_evaluation_is_not_lost_for_its_figure_nor_mixed_with_another(call, copied, monkeypatch):
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "user_acc')
+    status, _, err = call(evaluate.main, "--checkpoint", copied)
+    assert status == 0 and "warning: no curve" in err and "not valid JSON" in err
+    report = copied / "eval" / "report.json"
+    assert report.is_file()
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    assert call(evaluate.main, "--checkpoint", copied)[0] == 2
+    assert not report.exists()  # its margins were replaced
 
 
 def test_a_report_cannot_replace_a_file(call, finished, tmp_path):

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import evaluate
+import train
 from examples import ablation, grid, polis, table1
+from examples import conformity as conformity_script
 from examples.conformity import conformity
 from prlhf import config as config_module
 from prlhf.data import Comparison
+from prlhf.report import write_margins
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -290,6 +293,44 @@ def test_less_of_polis_is_what_comes_first_and_what_is_compared_most(tmp_path):
     assert kept(None, 2, 2, 1) == [[0, 1, 3, 5], [1, 3], [0, 2], [0, 1]]
     assert kept(None, 2, None, None) == [[0, 1, 3, 4, 5, 7], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 4]]
     assert kept(2, None, None, None) == [[0, 1, 3, 4, 6, 7], [0, 2, 3], [0, 1, 2, 3], [0, 1, 3, 4]]
+
+
+def test_other_sizes_of_polis_are_other_data(monkeypatch, call, tmp_path):
+    """So that a finished run on less of it is not taken for one on more: train.py refuses another data.train."""
+    trained_on = []
+
+    def recorded(main, *given):
+        if main is train.main:
+            trained_on.append(next(key for key in given if key.startswith("data.train=")))
+
+    monkeypatch.setattr(grid, "call", recorded)
+    for name in ("train", *(f"valid_{split}" for split in polis.HELD_OUT)):
+        lines = ({"user": "a", "chosen": "P", "rejected": "Q", "id": i} for i in range(3))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ("--data", tmp_path, "--out", tmp_path / "out", "--arms", "vanilla", "--seeds", "0")
+    for sizes in (("--comparisons", 2), ("--comparisons", 3), ("--voters", 1, "--comparisons", 3)):
+        assert call(polis.main, *common, *sizes)[0] == 0
+    folders = [Path(key.partition("=")[2]).parent for key in trained_on]
+    assert len(set(folders)) == 3 and [len((f / "train.jsonl").read_text().splitlines()) for f in folders] == [2, 3, 3]
+    status, _, err = call(polis.main, *common, "--voters", 0)
+    assert status == 2 and "--voters: found 0, expected at least 1" in err and len(trained_on) == 3
+
+
+def test_conformity_of_several_seeds_and_bad_groups(call, tmp_path):
+    """Ann is right once in two seeds of one comparison each; bob never."""
+    file = tmp_path / "train.jsonl"
+    votes = ({"prompt": "p", "chosen": "A", "rejected": "B", "user": user} for user in ("ann", "bob"))
+    file.write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+    for seed, margin in ((0, 1.0), (1, -1.0)):
+        comparisons = [Comparison("p", "A", "B", user, None, user) for user in ("ann", "bob")]
+        (tmp_path / str(seed)).mkdir()
+        margins = np.array([[margin, -1.0]] * 3)
+        write_margins(tmp_path / str(seed), comparisons, [True, True], margins)
+    models = f"m={tmp_path / '0'},{tmp_path / '1'}"
+    status, said, err = call(conformity_script.main, file, models, "--groups", 1)
+    assert status == 0 and "| m | 25.00 |" in said, err
+    status, _, err = call(conformity_script.main, file, models, "--groups", 3)
+    assert status == 2 and "--groups: found 3, expected at least 1, at most 2" in err
 
 
 def test_conformity_by_hand():

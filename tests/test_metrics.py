@@ -50,6 +50,11 @@ def summary(true, generic, other, users, names, rules=None):
     return summarize(tiny_config("evaluate.bootstrap=500"), scores, reference, users, names, rules)
 
 
+def test_users_whose_names_differ_in_what_cannot_be_seen_are_different():
+    counts = by_user(["a", "a\0", "a "], np.array([1.0, -1.0, 1.0]))
+    assert counts.users == ["a", "a\0", "a "] and counts.correct.tolist() == [1, 0, 1]
+
+
 def test_report_by_hand():
     """Users a (2 of 2 right) and b (1 of 4), three unknown comparisons (2 of 3) scored as the generic user."""
     users = [1, 1, 2, 2, 2, 2, 0, 0, 0]

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from prlhf import lengths as length_report
 from prlhf import simulate
 from prlhf.data import parse_comparison
 from prlhf.errors import UserError
@@ -75,3 +76,13 @@ def test_length_report_by_hand():
     assert table["a"].n == 3 and table["a"].mean == 2.0
     assert table["a"].standard_error == pytest.approx(2.0 / 3**0.5)  # sample deviation of 2, 4, 0 is 2
     assert table["b"] == (1, 0.0, 0.0)
+
+
+def test_lengths_of_users_with_any_name(call, tmp_path):
+    """A dollar sign would begin a formula of matplotlib's, a bar a cell of Markdown."""
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "r.jsonl"
+    file.write_text("".join(json.dumps({"user": user, "response": "x y"}) + "\n" for user in (r"a$\frac$", "b|c")))
+    status, _, err = call(length_report.main, file, "--out", tmp_path / "out")
+    assert status == 0, err
+    assert r"| b\|c | 1 | 2.0 | 0.0 |" in next((tmp_path / "out").glob("*.md")).read_text()

@@ -100,10 +100,16 @@ def parse_comparison(
         rejected=parse_response(record["rejected"], f"{where}, rejected"),
         user=parse_user(record.get("user"), f"{where}, user"),
         user_text=parse_user_text(record, where, attributes),
-        id=str(record.get("id", default_id)),
+        id=id_of(record, default_id),
         first=_parse_first(record.get("first"), f"{where}, first"),
         margin=_parse_margin(record.get("margin"), f"{where}, margin"),
     )
+
+
+def id_of(record: dict[str, Any], default: str | int) -> str:
+    """A record's id as text; the default where it has none, or null."""
+    found = record.get("id")
+    return str(default if found is None else found)
 
 
 def split_conversations(record: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Promp
         where = f"{path}, line {number}"
         if "prompt" not in record:
             raise UserError(f"{where}: no field 'prompt'{did_you_mean('prompt', record)}")
-        name = str(record.get("id", number))
+        name = id_of(record, number)
         if name in lines:
             raise UserError(f"{where}: id {name!r} was given in line {lines[name]} already; expected each once")
         lines[name] = number
