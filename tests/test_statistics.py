@@ -116,6 +116,26 @@ def test_an_interval_over_users_who_are_nearly_all_right_covers_their_mean(n):
     assert 0.93 <= covered / DRAWS <= 0.97
 
 
+def test_where_few_users_make_most_of_the_comparisons_and_are_right_least_the_mean_over_users_is_covered():
+    """Sizes lognormal, mean log 2.5, deviation 1.5; logit accuracy falls by 0.5 a deviation. Pooled intervals are too sure."""
+    rng = np.random.default_rng(1)
+
+    def population(size):
+        z = rng.standard_normal(size)
+        return np.maximum(1, np.round(np.exp(2.5 + 1.5 * z))).astype(int), 1 / (1 + np.exp(0.5 * z - 0.8))
+
+    n, mu = population(2_000_000)
+    pooled_truth, mean_truth = (n * mu).sum() / n.sum(), mu.mean()
+    covered = {"pooled": 0, "mean": 0}
+    for _ in range(DRAWS):
+        n, mu = population(40)
+        right = rng.binomial(n, rng.beta(10 * mu, 10 * (1 - mu))).astype(float)
+        counts = UserCounts([str(i) for i in range(40)], right, n)
+        covered["pooled"] += covers(pooled_interval(counts, SAMPLES, rng), pooled_truth)
+        covered["mean"] += covers(mean_interval(counts, SAMPLES, rng), mean_truth)
+    assert 0.93 <= covered["mean"] / DRAWS <= 0.98 and 0.8 <= covered["pooled"] / DRAWS <= 0.92
+
+
 @pytest.mark.parametrize("better, worse", [(0.015, 0.005), (0.02, 0.0), (0.01, 0.01)])
 @pytest.mark.parametrize("users", [10, 40])
 def test_a_difference_of_models_that_seldom_disagree_is_covered(users, better, worse):
