@@ -91,3 +91,24 @@ def test_named_targets_alone_are_adapted():
     config = tiny_config("lora.rank=2", "lora.targets=[q_proj, v_proj]").lora
     paths = add_lora(backbone, config, lora_targets(backbone, config.targets), 0)
     assert {p.rsplit(".", 1)[1] for p in paths} == {"q_proj", "v_proj"} and len(paths) == 4
+
+
+def test_a_half_type_layer_is_near_float64_and_its_gradients_are_in_float32():
+    """y = W x + b + 4 B A x with rows, W and both products in bfloat16: each rounded to 2^-8 of its size at most."""
+    torch.manual_seed(0)
+    config = tiny_config("lora.rank=2", "lora.alpha=8").lora
+    base = torch.nn.Linear(64, 48)
+    layer = LoRALinear(base.to(torch.bfloat16), config)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = torch.randn(10, 64).to(torch.bfloat16)
+    upstream = torch.randn(10, 48).to(torch.bfloat16)
+    y = layer(x)
+    y.backward(upstream)
+    A, B, X, G = (t.detach().double().requires_grad_() for t in (layer.lora_A, layer.lora_B, x, upstream))
+    exact = X @ base.weight.double().T + base.bias.double() + 4 * (X @ A.T) @ B.T
+    exact.backward(G.detach())
+    assert y.dtype == torch.bfloat16 and (y.double() - exact).norm() < 2**-7 * exact.norm()
+    for found, right in ((layer.lora_A, A), (layer.lora_B, B)):
+        assert found.grad.dtype == torch.float32
+        assert (found.grad.double() - right.grad).norm() < 2**-6 * right.grad.norm()
