@@ -115,8 +115,11 @@ def save_step(folder: Path, model: nn.Module, optimizer: Optimizers, users: User
         with written_aside(path) as aside:
             on_main(write_plain)
             write_tensors(training_tensors(model, optimizer), aside)
-            names = json.loads(text_from_main(lambda: json.dumps(sorted(file.name for file in aside.iterdir()))))
-            checksums = {name: _checksum(aside / name) for name in names[rank() :: world_size()]}
+            # Each rank those that it wrote, which it sees on any file system: torch names them by the rank, from 1.
+            own, others = f"shard-{rank() + 1:05d}-", ("shard-", "checksums-")
+            names = [file.name for file in aside.iterdir()]
+            names = [n for n in names if n.startswith(own) or (rank() == 0 and not n.startswith(others))]
+            checksums = {name: _checksum(aside / name) for name in names}
             (aside / f"checksums-{rank()}.json").write_text(json.dumps(checksums))
     except (OSError, CheckpointException) as error:
         raise TrainingError(f"{path}: cannot be written ({reason(error)}); checkpoints before it are good") from None
