@@ -517,7 +517,9 @@ def render(prediction: Prediction) -> str:
     lines += [
         gb(f"activations, {p.largest[0]} x {p.largest[1]} positions", m.activations),
         gb("temporaries at the peak", m.temporaries), gb("log-probs alone take at most", m.log_probs),
-        *([gb("waiting in host memory, each", m.host)] if m.host else []), "", line("in use at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
+        *([gb("waiting in host memory, each", m.host)] if m.host else []),
+        gb("a checkpoint on disk", p.checkpoint), line("checkpoints at once, at most", str(p.checkpoints)),
+        "", line("in use at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
     ]  # fmt: skip
     if p.device == "cpu":
         lines.append("glibc's heap may hold more, what was freed in pieces too small to use again (docs/scaling.md)")
