@@ -190,6 +190,8 @@ class Ours(Arm):
         self.reference_s = time.perf_counter() - started
         moved(named_parameters(self.model))
         self.optimizer = make_optimizer(self.config, self.model, 2 * args.rounds)  # on a GPU there are steps not timed
+        if self.model.device.type == "cpu" and name in OURS:  # as train.py does
+            self.optimizer.keep_gradients()
         self.model.train()
 
     def accumulate(self) -> float:

@@ -95,6 +95,8 @@ def hidden_states(
 
     mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it; S counts the cached positions too.
     """
+    if isinstance(mask, Tensor):  # from a boolean one each block would make, and keep, what is added to its scores
+        mask = torch.zeros(mask.shape, dtype=embeddings_RTD.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     output = model.base_model(
         inputs_embeds=embeddings_RTD,
         attention_mask=mask,
@@ -143,9 +145,17 @@ def _tree_attention(
     attention_mask: Tensor | BlockMask,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention."""
-    flexible = isinstance(attention_mask, BlockMask)
-    forward = flex_attention_forward if flexible else sdpa_attention_forward
+    """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention.
+
+    Where several query heads read one key head (GQA), a CPU's kernel takes the keys as they are; Hugging Face's function
+    repeats them for it, as kernels for a GPU want it, and the copies would be kept for the backward pass.
+    """
+    if isinstance(attention_mask, Tensor) and query.device.type == "cpu":
+        output_RHTd = nn.functional.scaled_dot_product_attention(
+            query, key, value, attention_mask, options["dropout"], scale=options.get("scaling"), enable_gqa=True
+        )
+        return output_RHTd.transpose(1, 2), None
+    forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
     return forward(attention, query, key, value, attention_mask, **options)
 
 

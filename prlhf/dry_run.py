@@ -132,7 +132,7 @@ def predict(
     steps = schedule(config.optim, len(comparisons))
     update, parts = largest_parts(config, model, comparisons, processes)
     with gpu_stand_ins(config) if gpu else contextlib.nullcontext():
-        whole = counted_update(config, model, data.train.comparisons, allocations, update, parts)
+        whole = counted_update(config, model, data.train.comparisons, allocations, update, parts, gpu)
         memory = predicted_memory(config, model, data, allocations, whole, parts, process, processes, gpu)
     rows, positions = max((shape(model, comparisons, part) for part in parts), key=math.prod)
     checkpoint = whole.gradients + bytes_of(model.user_model.tables) + whole.moments
@@ -223,6 +223,7 @@ def counted_update(
     allocations: Allocations,
     update: Sequence[int],
     parts: Sequence[Sequence[Item]],
+    gpu: bool,
 ) -> Counted:
     """Run an update on fake tensors and count."""
     reference = None
@@ -238,6 +239,8 @@ def counted_update(
         optimizer = make_optimizer(config, model, total_steps=1)
         moments = allocations.now - before
         start = allocations.restart()
+        if not gpu:  # as the loop does
+            optimizer.keep_gradients()
         activations = peak = extra = 0
         for items in parts:
             before, earlier = allocations.restart(), bytes_of_gradients(model)
@@ -248,8 +251,7 @@ def counted_update(
             peak = max(peak, allocations.peak - start)
             extra = max(extra, allocations.peak - before - (bytes_of_gradients(model) - earlier))
         before = allocations.restart()
-        dense = [p for group in optimizer.dense.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(dense, config.optim.max_grad_norm or math.inf)
+        torch.nn.utils.clip_grad_norm_(optimizer.dense_parameters, config.optim.max_grad_norm or math.inf)
         optimizer.dense.step()
         step = allocations.peak - before
     if config.model.compute_dtype:  # what was counted is of that type, and is kept in float32

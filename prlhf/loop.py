@@ -333,6 +333,7 @@ def train(
     log = TrainingLog(config, run, progress.step, total)
     if model.device.type == "cpu":
         keep_freed_memory()
+        optimizer.keep_gradients()
     model.train()
     with termination_noted() as told_to_stop:
         while progress.step < total:

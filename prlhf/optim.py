@@ -215,11 +215,17 @@ class Optimizers:
     def __init__(self, dense: torch.optim.Optimizer, tables: RowAdamW | None):
         self.dense = dense
         self.tables = tables
+        self.keeps_gradients = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Those of both."""
         return [*self.dense.param_groups, *(self.tables.param_groups if self.tables else ())]
+
+    @property
+    def dense_parameters(self) -> list[nn.Parameter]:
+        """All but the tables."""
+        return [p for group in self.dense.param_groups for p in group["params"]]
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
@@ -238,11 +244,26 @@ class Optimizers:
         if self.tables:
             self.tables.step()
 
+    def keep_gradients(self) -> None:
+        """Make the gradients of all that is dense now, and from now on set them to 0 in place of dropping them.
+
+        For a CPU, where gradients that each update makes anew lie between its activations, and break up the room that these
+        leave to the next.
+        """
+        self.keeps_gradients = True
+        for p in self.dense_parameters:
+            p.grad = torch.zeros_like(p)
+
     def zero_grad(self) -> None:
-        """Drop all gradients."""
-        for group in self.param_groups:
-            for p in group["params"]:
+        """Drop all gradients, or set to 0 those that are kept."""
+        for p in self.dense_parameters:
+            if self.keeps_gradients:
+                p.grad.zero_()
+            else:
                 p.grad = None
+        for group in self.tables.param_groups if self.tables else ():
+            for table in group["params"]:
+                table.grad = None
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:

@@ -129,6 +129,9 @@ def test_memory_as_the_real_model_holds_it(family, overrides):
         known = weights | before.keys()
         saved |= {address: storage for address, storage in seen_by_python().items() if address not in known}
     measured = sum(storage.nbytes() for storage in saved.values())
+    if overrides == (CHECKPOINTING,):  # of a checkpointed block's inputs the mask is kept, but not by autograd
+        rows, positions = prediction.largest
+        measured += 4 * rows * positions**2
     # Beside what autograd saves live the few small results of the forward pass itself, and its input.
     assert measured <= memory.activations <= 1.05 * measured + 16384
     loss.backward()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prlhf import loop, optim
 from prlhf.data import Comparison, UserIndex
 from prlhf.encoding import Dataset, EncodingReport
-from prlhf.optim import NEGLECTED, RowAdamW, clip, momentum_steps
+from prlhf.optim import NEGLECTED, Optimizers, RowAdamW, clip, momentum_steps
 from prlhf.runs import open_run
 from prlhf.scoring import score
 from prlhf.user_models import IndividualUsers
@@ -218,6 +218,22 @@ def test_clip_is_torchs(max_norm):
         torch.testing.assert_close(p.grad.to_dense(), q.grad)
 
 
+def test_kept_gradients_are_set_to_zero_where_they_lie():
+    weight, table = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4, 2))
+    dense = torch.optim.AdamW([{"params": [weight]}])
+    optimizer = Optimizers(dense, RowAdamW([{"params": [table], "lr": 0.1, "weight_decay": 0.0}], total_steps=2))
+    optimizer.zero_grad()
+    assert weight.grad is None
+    optimizer.keep_gradients()
+    lies_at = weight.grad.data_ptr()
+    for _ in range(2):
+        rows = torch.nn.functional.embedding(torch.tensor([1]), table, sparse=True)
+        (rows.sum() + (weight * torch.tensor([1.0, 2.0, 3.0])).sum()).backward()
+        assert weight.grad.tolist() == [1, 2, 3]
+        optimizer.zero_grad()
+        assert (weight.grad.data_ptr(), weight.grad.tolist(), table.grad) == (lies_at, [0, 0, 0], None)
+
+
 class DenseAdamW:
     """The training loop's optimiser as it would be without tables: torch's AdamW on densified gradients."""
 
@@ -232,6 +248,9 @@ class DenseAdamW:
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
     def catch_up(self, rows=None):
+        pass
+
+    def keep_gradients(self):
         pass
 
     def step(self):

@@ -133,6 +133,27 @@ def test_elementwise_checkpointing_computes_no_product_twice(family, activation,
     assert elementwise[1:] == (0, 3)
 
 
+def test_attention_keeps_one_mask_and_keys_as_they_are():
+    """For its backward pass: one mask for all blocks, and of each block two key heads' keys and values, which four query
+    heads read, beside the queries and the output."""
+    model = tiny_model(tiny_config("model.layers=3")).train()
+    batch, found = batch_of(model, random_comparisons(2)), {}
+
+    def note(t):
+        if t.dim() == 4:
+            found[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        model(batch)
+    R, T = batch.input_ids_RT.shape
+    rotary = {(R, 1, T, 16): 2}  # cosines and sines, for all blocks
+    assert (
+        Counter(tuple(t.shape) for t in found.values())
+        == {(R, 1, T, T): 1, (R, 2, T, 16): 6, (R, 4, T, 16): 6} | rotary
+    )
+
+
 @pytest.mark.parametrize("family, kept", [("llama", 2), ("gptj", 1)])
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_mlp_keeps_its_first_products_alone(family, kept, rank):
