@@ -136,7 +136,7 @@ def test_elementwise_checkpointing_computes_no_product_twice(family, activation,
 def test_attention_keeps_one_mask_and_keys_as_they_are():
     """For its backward pass: one mask for all blocks, and of each block two key heads' keys and values, which four query
     heads read, beside the queries and the output."""
-    model = tiny_model(tiny_config("model.layers=3")).train()
+    model = tiny_model(tiny_config("model.layers=3", "model.heads=4", "model.width=64")).train()
     batch, found = batch_of(model, random_comparisons(2)), {}
 
     def note(t):
