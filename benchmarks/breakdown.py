@@ -16,18 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from step import (
-    Arm,
-    arguments,
-    check_equal,
-    comparisons_of,
-    computing_type,
-    device_name,
-    labels,
-    made,
-    surroundings,
-    versions,
-)
+from arms import Arm, computing_type, made, surroundings
+from step import arguments, check_equal, comparisons_of, device_name, labels, versions
 from torch.profiler import ProfilerActivity, profile
 
 from prlhf.errors import run_command

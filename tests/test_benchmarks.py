@@ -64,15 +64,24 @@ def step(monkeypatch):
 
 
 @pytest.fixture
-def in_process(step, monkeypatch):
-    """step.py's arms in this process: the command line, and what makes an arm of a label."""
+def arms(monkeypatch):
+    """The module benchmarks/arms.py."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import arms
+
+    return arms
+
+
+@pytest.fixture
+def in_process(step, arms, monkeypatch):
+    """The arms in this process: the command line, and what makes an arm of a label."""
 
     def prepare(*command):
         torch.set_num_threads(1)  # as ONE
         monkeypatch.setattr(sys, "argv", ["step.py", *map(str, command)])
         args = step.arguments(None)
         comparisons = step.comparisons_of(args)
-        return args, comparisons, lambda label, given=comparisons: step.made(label, args, given)
+        return args, comparisons, lambda label, given=comparisons: arms.made(label, args, given)
 
     return prepare
 
@@ -109,16 +118,16 @@ ALIKE = [
 
 
 @pytest.mark.parametrize("family, bos, options", ALIKE)
-def test_arms_that_compute_the_same_pass(step, in_process, tmp_path, family, bos, options):
+def test_arms_that_compute_the_same_pass(step, arms, in_process, tmp_path, family, bos, options):
     command = ("--model", saved_model(tmp_path / "model", family, bos), "--shape", "short", *options)
     args, _, made = in_process(*command)
     computed = {label: made(label).computed() for label in ("prlhf", "prlhf pdpo", "rows", "rows once")}
-    step.check_equal(computed, step.computing_type(args))
+    step.check_equal(computed, arms.computing_type(args))
     assert max(map(abs, computed["prlhf pdpo"].margins)) > 0.02  # the losses are not log 2
 
 
 @pytest.mark.parametrize("options", [(), ("--lora", 4)], ids=["full", "lora"])
-def test_an_arm_that_computes_another_thing_is_refused(step, in_process, tmp_path, options):
+def test_an_arm_that_computes_another_thing_is_refused(step, arms, in_process, tmp_path, options):
     """Users exchanged, user vectors before BOS, one layer's weights 1 % larger: what losses near log 2 would not tell."""
     command = ("--model", saved_model(tmp_path / "model", bos=True), "--shape", "short", *options)
     args, comparisons, made = in_process(*command)
@@ -128,7 +137,7 @@ def test_an_arm_that_computes_another_thing_is_refused(step, in_process, tmp_pat
         with pytest.raises(SystemExit, match="the arms do not compute the same"):
             step.check_equal({**right, "rows": arm.computed()}, "float32")
 
-    refused(made("rows", [c._replace(user=c.user % step.USERS + 1) for c in comparisons]))
+    refused(made("rows", [c._replace(user=c.user % arms.USERS + 1) for c in comparisons]))
     slot, weight = made("rows"), made("rows")
     assert slot.model.user_slot == 1
     slot.model.user_slot = 0
@@ -152,7 +161,7 @@ class AsInPEFT(nn.Module):
         self.lora_A = nn.ModuleDict({"default": nn.Linear(inputs, rank, bias=False)})
 
 
-def test_adapters_are_those_of_the_other_arms_whatever_they_were(step, in_process, model):
+def test_adapters_are_those_of_the_other_arms_whatever_they_were(arms, in_process, model):
     """PEFT draws A by itself and in an order of its own: A and B are set by the layer's path alone."""
     _, _, made = in_process("--model", model, "--shape", "short", "--lora", 4)
     ours = lora_layers(made("prlhf").model.backbone)
@@ -166,7 +175,7 @@ def test_adapters_are_those_of_the_other_arms_whatever_they_were(step, in_proces
             parent = getattr(parent, part)
         parent.add_module(name, AsInPEFT(ours[path].base.in_features, ours[path].base.out_features, 4))
     layers.requires_grad_(True)
-    step.moved({name: p for name, p in layers.named_parameters() if "lora" in name})
+    arms.moved({name: p for name, p in layers.named_parameters() if "lora" in name})
     for path, layer in ours.items():
         other = layers.get_submodule(f"base_model.model.{path}")
         assert torch.equal(other.lora_A["default"].weight, layer.lora_A) and layer.lora_A.std() > 0
