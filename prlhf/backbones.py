@@ -152,7 +152,13 @@ def _tree_attention(
     """
     if isinstance(attention_mask, Tensor) and query.device.type == "cpu":
         output_RHTd = nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, options["dropout"], scale=options.get("scaling"), enable_gqa=True
+            query,
+            key,
+            value,
+            attention_mask,
+            options.get("dropout", 0.0),
+            scale=options.get("scaling"),
+            enable_gqa=True,
         )
         return output_RHTd.transpose(1, 2), None
     forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward

@@ -293,6 +293,7 @@ def predicted_memory(
     if gpu:
         process += CUBLAS_WORKSPACE
     static = process + weights + moments  # moments are there from the second update on
+    waiting = static + (0 if gpu else gradients)  # between updates
     in_update = gradients + whole.extra + gathered if spread else whole.peak
     heap = 0 if gpu or platform.libc_ver()[0] != "glibc" else math.ceil(HEAP * whole.activations)
     return Memory(
@@ -301,11 +302,11 @@ def predicted_memory(
         log_prob_bytes(config, model, comparisons, parts, allocations), heap, host,
         {
             "loading": process + (weights if gpu else whole.weights + file_bytes_beside(config)),
-            "reference and evaluation": static + gathered + scoring,
+            "reference and evaluation": waiting + gathered + scoring,
             "forward and backward": static + in_update + heap,
             "optimiser's step": static + gradients + held(whole.step, 0),
             # A checkpoint's file is there twice while it is written (`distributed.write_tensors`), on a GPU in host memory.
-            "saving": static + (0 if gpu else 2 * min(FILE_BYTES, held(whole.gradients + whole.moments, 0))),
+            "saving": waiting + (0 if gpu else 2 * min(FILE_BYTES, held(whole.gradients + whole.moments, 0))),
         },
     )  # fmt: skip
 
