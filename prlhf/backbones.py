@@ -137,6 +137,11 @@ def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
     return create_block_mask(mask, R, None, T, T, device=device, _compile=device.type == "cuda")
 
 
+def takes_grouped_keys(query: Tensor) -> bool:
+    """Whether scaled_dot_product_attention with a mask has a kernel there for fewer key heads than query heads."""
+    return query.device.type == "cpu"
+
+
 def _tree_attention(
     attention: nn.Module,
     query: Tensor,
@@ -150,7 +155,7 @@ def _tree_attention(
     Where several query heads read one key head (GQA), a CPU's kernel takes the keys as they are; Hugging Face's function
     repeats them for it, as kernels for a GPU want it, and the copies would be kept for the backward pass.
     """
-    if isinstance(attention_mask, Tensor) and query.device.type == "cpu":
+    if isinstance(attention_mask, Tensor) and takes_grouped_keys(query):
         output_RHTd = nn.functional.scaled_dot_product_attention(
             query,
             key,

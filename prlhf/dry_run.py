@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prlhf import logprobs, personalized
+from prlhf import backbones, logprobs, personalized
 from prlhf.allocations import Allocations, give_fake_storage
 from prlhf.backbones import DTYPES, blocks, byte_tokenizer, empty_backbone, head, takes_flex_attention, weight_files
 from prlhf.batching import PreferenceBatch, micro_batches
@@ -429,7 +429,8 @@ def same_type(config: Config) -> bool:
 @contextlib.contextmanager
 def gpu_stand_ins(config: Config) -> Iterator[None]:
     """Within the context, what runs on a GPU alone is replaced by what allocates alike."""
-    mask, passes = personalized.attention_mask, logprobs._passes
+    mask, passes, grouped = personalized.attention_mask, logprobs._passes, backbones.takes_grouped_keys
+    backbones.takes_grouped_keys = lambda query: False
     if config.model.layout == "packed":
         personalized.attention_mask = lambda batch: None  # a BlockMask is small
     if config.model.log_probs == "chunked":
@@ -437,7 +438,7 @@ def gpu_stand_ins(config: Config) -> Iterator[None]:
     try:
         yield
     finally:
-        personalized.attention_mask, logprobs._passes = mask, passes
+        personalized.attention_mask, logprobs._passes, backbones.takes_grouped_keys = mask, passes, grouped
 
 
 def _tile_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, slope: bool) -> Pass:
@@ -529,6 +530,10 @@ def render(prediction: Prediction) -> str:
         gb("a checkpoint on disk", p.checkpoint), line("checkpoints at once, at most", str(p.checkpoints)),
         "", line("at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
     ]  # fmt: skip
+    if m.heap:
+        lines.append(
+            "the heap's part is what was measured on average; a sixth of the peak more was seen (docs/scaling.md)"
+        )
     if p.available is None:
         return "\n".join([*lines, f"peak: {m.peak / 1e9:.2f} GB"])
     verdict = f"{m.peak / 1e9:.2f} GB of {p.available / 1e9:.2f} GB"

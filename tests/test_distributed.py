@@ -39,7 +39,7 @@ SMALL = (
 LLAMA, GPTJ = "model.family=llama", "model.family=gptj"
 CASES = {
     "pdpo": (LLAMA,),
-    "pdpo, clusters, LoRA, GPT-J": (GPTJ, "user_model.kind=cluster", "lora.rank=4"),
+    "pdpo, clusters, LoRA, GPT-J": (GPTJ, "user_model.kind=cluster", "lora.rank=4", "model.gradient_checkpointing=true"),
     "pdpo, linear, checkpointing": (LLAMA, "user_model.aggregator=linear", "model.gradient_checkpointing=true"),
     "prm": (LLAMA, "method=prm", "loss.alpha=0.7", "loss.center=0.01"),
     # Without centring the final norm's bias has no gradient but rounding, which Adam makes steps of.

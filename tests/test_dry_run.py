@@ -289,6 +289,15 @@ def test_a_gpu_keeps_no_mask_and_processes_share_the_backbone():
     assert four.memory.whole_blocks > 0 and alone.memory.whole_blocks == 0
 
 
+def test_a_gpus_dense_attention_keeps_keys_and_values_for_each_query_head():
+    """Where a CPU's keeps them for each key head: two of four, of 16 dimensions; for each block, position and row."""
+    keys = ("method=prm", "model.layout=tree", "model.heads=4", "model.width=64")
+    cpu, gpu = (prediction_of(*keys, device=device)[2] for device in ("cpu", "cuda"))
+    rows, positions = cpu.largest
+    assert gpu.largest == cpu.largest
+    assert gpu.memory.activations - cpu.memory.activations == 4 * LAYERS * rows * positions * 2 * (4 - 2) * 16
+
+
 def test_what_offloading_puts_into_host_memory_as_counted_by_hand():
     """A process's share of weights, gradients and two moments, in float32; the user table stays on the GPU."""
     _, data, off = prediction_of("fsdp.offload=true", device="cuda", processes=2)

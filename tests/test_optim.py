@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -232,6 +233,9 @@ def test_kept_gradients_are_set_to_zero_where_they_lie():
         assert weight.grad.tolist() == [1, 2, 3]
         optimizer.zero_grad()
         assert (weight.grad.data_ptr(), weight.grad.tolist(), table.grad) == (lies_at, [0, 0, 0], None)
+    weight.grad.fill_(math.nan)
+    optimizer.zero_grad()
+    assert weight.grad.tolist() == [0, 0, 0]
 
 
 class DenseAdamW:
@@ -280,6 +284,9 @@ def test_training_gives_the_weights_of_dense_adamw(monkeypatch, tmp_path, kind):
         start = copy.deepcopy(model.state_dict())
         loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, split)
         weights.append(model.state_dict())
+        if name == "rows":  # gradients of what is dense are kept, as zeros
+            tables = {id(table) for table in model.user_model.tables}
+            assert not any(p.grad.any() for p in model.parameters() if p.numel() and id(p) not in tables)
     rows, dense = weights
     for key in dense:
         assert (rows[key] - dense[key]).abs().max() < 1e-9, key
