@@ -31,8 +31,8 @@ from torch import Tensor
 
 from prlhf import logprobs
 from prlhf.errors import run_command
+from prlhf.heap import keep_freed_memory
 from prlhf.logprobs import accumulation_type, log_probs
-from prlhf.loop import keep_freed_memory
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> (N,)
 Call = Callable[[], object]

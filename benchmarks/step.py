@@ -43,7 +43,7 @@ from prlhf.backbones import DTYPES, choose_device, load_tokenizer
 from prlhf.dry_run import CUDA_CONTEXT, predict
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import run_command
-from prlhf.loop import keep_freed_memory
+from prlhf.heap import keep_freed_memory
 from prlhf.training_log import peak_memory_gb
 
 # How far arms may be apart, over the largest reward margin. float32: a margin of about 1 is beta times the difference of sums

@@ -8,7 +8,7 @@ step on fake tensors (`allocations`); what is counted there is what the real one
     a GPU               FlexAttention keeps what causal attention without a mask keeps; Triton's log-probs take a tile of
                         logits (`logprobs_triton.ROWS` x `TILE`) instead of a chunk
     this process        what it holds after imports, data and a toy update, which has touched the code that training runs
-    glibc's heap        `HEAP` of the activations: freed pieces that are too small to be used again (measured: docs/scaling.md)
+    glibc's heap        what it takes for the same tensors in the same order beside what is in use (`heap.growth`)
 
 Memory is in bytes, in use at once, but for the heap's.
 """
@@ -16,12 +16,11 @@ Memory is in bytes, in use at once, but for the heap's.
 import contextlib
 import math
 import os
-import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +34,20 @@ from prlhf.config import Config
 from prlhf.distributed import FILE_BYTES, check_processes, sharded
 from prlhf.encoding import EncodedComparison, TrainingData
 from prlhf.errors import UserError
+from prlhf.heap import growth
 from prlhf.logprobs import HeadGradients, Pass, Softmax
 from prlhf.loop import Item, epoch_updates, make_optimizer, part_loss, schedule, update_parts
 from prlhf.lora import LoRALinear
 from prlhf.losses import ResponseLogProbs, needs_reference
-from prlhf.personalized import PersonalizedModel, build_model
+from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build_model
+from prlhf.reference import readings_of
 from prlhf.scoring import tree_keys
 
 TRITON_LOGITS = 1024 * 2048  # positions and vocabulary of Triton's tile
 CUDA_CONTEXT = 600_000_000  # what CUDA and its libraries hold on a GPU, which torch's own count leaves out
-HEAP = 0.8  # on a CPU with glibc; 0.24 to 0.58 in full fine-tuning, 0.57 to 1.15 with LoRA, in the runs that it was taken from
 CUBLAS_WORKSPACE = 32 * 2**20  # of 8 buffers of 4 MB, the deterministic choice
 CANDIDATES = 8  # updates that are looked at closely for the largest
+ROUNDS = 2  # times that a heap is asked for the same: from the second on it has holes
 
 
 class Count(NamedTuple):
@@ -68,7 +69,8 @@ class Memory:
     activations: int  # kept by the largest micro-batch for its backward pass
     temporaries: int  # beside all these at the peak of an update
     log_probs: int  # of these, what log-probabilities alone take at most
-    heap: int  # freed memory that glibc's heap cannot use again; 0 on a GPU
+    heap: int | None  # on a CPU what glibc's heap takes beside what is in use in an update; None where it is another
+    states: int  # of a frozen backbone: its hidden states for all responses, known before the training
     host: int  # fsdp.offload: weights, gradients and moments that wait in host memory, beside the process; else 0
     peaks: dict[str, int]  # phase -> bytes, the heap's loss included
 
@@ -217,6 +219,7 @@ class Counted(NamedTuple):
     extra: int  # the most that a micro-batch takes beside weights, moments and gradients
     peak: int  # the most that all micro-batches take beside weights and moments
     step: int  # what clipping and the optimiser take beside all these
+    lost: int | None  # what glibc's heap takes beside `peak`; 0 on a GPU, None where the heap is another
 
 
 def counted_update(
@@ -234,6 +237,11 @@ def counted_update(
         lengths = torch.ones(len(comparisons), dtype=torch.long)
         zeros = torch.zeros(len(comparisons))
         reference = ResponseLogProbs(zeros, zeros, lengths, lengths)
+    if keeps_states(model):
+        some = readings_of([comparisons[item.index] for part in parts for item in part])
+        with allocations.fake():
+            width = model.backbone.get_input_embeddings().weight[0]
+            model.known_states.update((reading, torch.empty_like(width)) for reading in some)
     weights = bytes_of(model.parameters())
     gradients = bytes_of(model.parameters(), trained=True) - bytes_of(model.user_model.tables)
     model.train()
@@ -242,25 +250,29 @@ def counted_update(
         optimizer = make_optimizer(config, model, total_steps=1)
         moments = allocations.now - before
         start = allocations.restart()
-        if not gpu:  # as the loop does
-            optimizer.keep_gradients()
         activations = peak = extra = 0
-        for items in parts:
-            before, earlier = allocations.restart(), bytes_of_gradients(model)
-            loss, margins = part_loss(config, model, comparisons, reference, items, len(update))
-            activations = max(activations, allocations.now - before)
-            loss.backward()
-            del loss, margins
-            peak = max(peak, allocations.peak - start)
-            extra = max(extra, allocations.peak - before - (bytes_of_gradients(model) - earlier))
-        before = allocations.restart()
-        torch.nn.utils.clip_grad_norm_(optimizer.dense_parameters, config.optim.max_grad_norm or math.inf)
-        optimizer.dense.step()
-        step = allocations.peak - before
+        with allocations.written_down() as events:
+            if not gpu:  # as the loop does
+                optimizer.keep_gradients()
+            for items in parts:
+                before, earlier = allocations.restart(), bytes_of_gradients(model)
+                loss, margins = part_loss(config, model, comparisons, reference, items, len(update))
+                activations = max(activations, allocations.now - before)
+                loss.backward()
+                del loss, margins
+                allocations.graph_ends()
+                peak = max(peak, allocations.peak - start)
+                extra = max(extra, allocations.peak - before - (bytes_of_gradients(model) - earlier))
+            before = allocations.restart()
+            torch.nn.utils.clip_grad_norm_(optimizer.dense_parameters, config.optim.max_grad_norm or math.inf)
+            optimizer.dense.step()
+            step = allocations.peak - before
+    grown = peak if gpu else growth(events, ROUNDS, kept=True)
+    lost = None if grown is None else max(0, grown - peak)
     if config.model.compute_dtype:  # what was counted is of that type, and is kept in float32
         more = bytes_of(model.backbone.parameters(), trained=True)
         weights, gradients, moments, step = weights + more, gradients + more, moments + 2 * more, step + more
-    return Counted(weights, gradients, moments, activations, extra, peak, step)
+    return Counted(weights, gradients, moments, activations, extra, peak, step, lost)
 
 
 def predicted_memory(
@@ -276,7 +288,8 @@ def predicted_memory(
 ) -> Memory:
     """What each of the processes holds of what a whole update takes; see the module for what is a formula."""
     comparisons = data.train.comparisons
-    scoring = scoring_peak(config, model, data, allocations)
+    scoring = scoring_peak(config, model, data, allocations, gpu)
+    states = known_states(model, [*comparisons, *(data.valid.comparisons if data.valid is not None else ())])
     spread = processes > 1 or sharded(config)
     share = config.fsdp.replicas / processes if spread else 1.0
     gathered = gathered_bytes(model) if spread else 0
@@ -292,21 +305,20 @@ def predicted_memory(
         weights, gradients, moments = tables, 0, 2 * tables
     if gpu:
         process += CUBLAS_WORKSPACE
-    static = process + weights + moments  # moments are there from the second update on
+    static = process + weights + states + moments  # moments are there from the second update on
     waiting = static + (0 if gpu else gradients)  # between updates
     in_update = gradients + whole.extra + gathered if spread else whole.peak
-    heap = 0 if gpu or platform.libc_ver()[0] != "glibc" else math.ceil(HEAP * whole.activations)
     return Memory(
         process, weights, gradients, moments, gathered, whole.activations,
         max(0, in_update - gradients - gathered - whole.activations),
-        log_prob_bytes(config, model, comparisons, parts, allocations), heap, host,
+        log_prob_bytes(config, model, comparisons, parts, allocations), whole.lost, states, host,
         {
             "loading": process + (weights if gpu else whole.weights + file_bytes_beside(config)),
             "reference and evaluation": waiting + gathered + scoring,
-            "forward and backward": static + in_update + heap,
+            "forward and backward": static + in_update + (whole.lost or 0),
             "optimiser's step": static + gradients + held(whole.step, 0),
-            # A checkpoint's file is there twice while it is written (`distributed.write_tensors`), on a GPU in host memory.
-            "saving": waiting + (0 if gpu else 2 * min(FILE_BYTES, held(whole.gradients + whole.moments, 0))),
+            # A checkpoint's file is there thrice while it is written (`distributed.write_tensors`), on a GPU in host memory.
+            "saving": waiting + (0 if gpu else 3 * min(FILE_BYTES, held(whole.gradients + whole.moments, 0))),
         },
     )  # fmt: skip
 
@@ -339,23 +351,54 @@ def bytes_sent(parameters: Sequence[nn.Parameter]) -> int:
     return sum(4 * p.numel() for p in parameters if p.requires_grad)
 
 
-def scoring_peak(config: Config, model: PersonalizedModel, data: TrainingData, allocations: Allocations) -> int:
-    """What the largest forward pass of reference or evaluation takes beside weights and moments."""
-    sets = [] if not needs_reference(config) else [(data.train.comparisons, None)]
-    if data.valid is not None:
-        sets.append((data.valid.comparisons, [c.user for c in data.valid.comparisons]))
-    peak = 0
-    for comparisons, users in sets:
+def scoring_peak(
+    config: Config, model: PersonalizedModel, data: TrainingData, allocations: Allocations, gpu: bool
+) -> int:
+    """What the largest forward pass without gradients takes beside weights and moments: of the reference, of an evaluation,
+    or of a frozen backbone whose hidden states are computed once. On a CPU with what its heap takes for that."""
+    size = config.evaluate.batch_size
+    datasets = [data.train.comparisons] + ([] if data.valid is None else [data.valid.comparisons])
+
+    def taken(forward: Callable[[], Any], training: bool) -> int:
+        with allocations.fake(), allocations.written_down() as events:
+            before = allocations.restart()
+            outputs = forward()
+            peak = allocations.peak - before
+            del outputs
+        return max(peak, 0 if gpu else growth(events, ROUNDS, kept=training) or 0)
+
+    def scored(comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> int:
         trees = tree_keys(model, comparisons, users)
-        first = micro_batches(trees, [c.length for c in comparisons], config.evaluate.batch_size)[0]
+        first = micro_batches(trees, [c.length for c in comparisons], size)[0]
         batch = model.collate([comparisons[i] for i in first], users and [users[i] for i in first])
         model.eval()
-        with allocations.fake(), model.as_reference() if users is None else torch.no_grad():
-            before = allocations.restart()
-            outputs = model(batch)
-            peak = max(peak, allocations.peak - before)
-            del outputs
-    return peak
+        with model.as_reference() if users is None else torch.no_grad():
+            return taken(lambda: model(batch), training=users is not None)
+
+    peaks = [0]
+    if needs_reference(config):
+        peaks += [scored(comparisons, None) for comparisons in datasets]
+    if keeps_states(model):
+        readings = [readings_of(comparisons) for comparisons in datasets]
+        batches = [some[start : start + size] for some in readings for start in range(0, len(some), size)]
+        largest = max(batches, key=lambda some: len(some) * max(len(r.prefix) + len(r.response) for r in some))
+        peaks.append(taken(lambda: model.states_of(largest), training=False))
+    elif data.valid is not None:
+        peaks.append(scored(data.valid.comparisons, [c.user for c in data.valid.comparisons]))
+    return max(peaks)
+
+
+def keeps_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:
+    """Whether the hidden states of all responses are computed before the training, and kept."""
+    return isinstance(model, PersonalizedRewardModel) and model.keeps_states
+
+
+def known_states(model: PersonalizedModel, comparisons: Sequence[EncodedComparison]) -> int:
+    """Bytes of the hidden states that are kept."""
+    if not keeps_states(model):
+        return 0
+    weight_VD = model.backbone.get_input_embeddings().weight
+    return len(readings_of(comparisons)) * weight_VD.shape[1] * weight_VD.element_size()
 
 
 def log_prob_bytes(
@@ -525,15 +568,16 @@ def render(prediction: Prediction) -> str:
     lines += [
         gb(f"activations, {p.largest[0]} x {p.largest[1]} positions", m.activations),
         gb("temporaries at the peak", m.temporaries), gb("log-probs alone take at most", m.log_probs),
-        *([gb("lost between pieces of glibc's heap", m.heap)] if m.heap else []),
+        *([gb("hidden states of all responses", m.states)] if m.states else []),
+        *([gb("glibc's heap beside these", m.heap)] if m.heap else []),
         *([gb("waiting in host memory, each", m.host)] if m.host else []),
         gb("a checkpoint on disk", p.checkpoint), line("checkpoints at once, at most", str(p.checkpoints)),
         "", line("at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
     ]  # fmt: skip
-    if m.heap:
-        lines.append(
-            "the heap's part is what was measured on average; a sixth of the peak more was seen (docs/scaling.md)"
-        )
+    if m.heap is None:
+        lines.append("what the C library's heap takes beside these is not counted: it is not glibc's, or refused")
+    elif m.heap:
+        lines.append("what the heap takes beside these is not the same in every run: docs/scaling.md")
     if p.available is None:
         return "\n".join([*lines, f"peak: {m.peak / 1e9:.2f} GB"])
     verdict = f"{m.peak / 1e9:.2f} GB of {p.available / 1e9:.2f} GB"

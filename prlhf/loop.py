@@ -6,7 +6,6 @@ accumulated over micro-batches, which therefore change memory and speed but neve
 """
 
 import contextlib
-import ctypes
 import math
 import os
 import signal
@@ -38,6 +37,7 @@ from prlhf.distributed import (
 from prlhf.encoding import Dataset, EncodedComparison
 from prlhf.errors import Stopped, TrainingError, UserError
 from prlhf.evaluation import mixed_loss, score_users, summarize
+from prlhf.heap import keep_freed_memory
 from prlhf.losses import ResponseLogProbs, branch_weights, needs_reference, preference_loss, reward_margin
 from prlhf.optim import Optimizers, RowAdamW, clip
 from prlhf.personalized import PersonalizedModel
@@ -46,8 +46,6 @@ from prlhf.runs import Run, prune_checkpoints
 from prlhf.scoring import select, tree_keys
 from prlhf.training_log import Sums, TrainingLog
 from prlhf.user_models import is_personal
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 
 
 class Split(NamedTuple):
@@ -168,8 +166,9 @@ def accumulate_gradients(
     for items, counts in share(update_parts(config, model, comparisons, update)):
         loss, margins_B = part_loss(config, model, comparisons, reference, items, len(update))
         (loss * counts).backward()
+        loss = loss.detach()  # the graph goes now, not when the next one is there
         if counts:
-            losses.append(loss.detach())
+            losses.append(loss)
             margins.append(([item.branch for item in items], margins_B))
     for table in model.user_model.tables:
         sum_rows(table)
@@ -207,17 +206,6 @@ def schedule(config: OptimConfig, comparisons: int) -> Schedule:
 def epoch_updates(config: Config, comparisons: Sequence[EncodedComparison], epoch: int) -> list[list[int]]:
     """The updates of an epoch, as indices of comparisons."""
     return updates_of_epoch(comparisons, config.optim.batch_size, config.seed, epoch, config.optim.group_by)
-
-
-def keep_freed_memory() -> None:
-    """With glibc, keep freed memory in the process, so that a step on a CPU does not ask for the same pages again.
-
-    Large tensors are otherwise mapped and unmapped one by one: a quarter of the time of a small model's step.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:

@@ -99,11 +99,16 @@ def remember_states(
     where it holds exactly these. Other models need none. Arguments as of `reference_log_probs`."""
     if not isinstance(model, PersonalizedRewardModel) or not model.keeps_states:
         return
-    both = ((c.prefix, response) for c in comparisons for response in (c.chosen, c.rejected))
-    readings = list(dict.fromkeys(Reading(0, tuple(prefix), tuple(response)) for prefix, response in both))
+    readings = readings_of(comparisons)
     path = cache_dir() / "states" / f"{fingerprint_of(weights, model.device.type, readings)}.safetensors"
     states = _cached(path, len(readings), lambda: _states(model, readings, batch_size).T)
     model.known_states.update(zip(readings, states.T.contiguous().to(model.device).unbind()))
+
+
+def readings_of(comparisons: Sequence[EncodedComparison]) -> list[Reading]:
+    """All responses, each once, as nobody in particular reads them."""
+    both = ((c.prefix, response) for c in comparisons for response in (c.chosen, c.rejected))
+    return list(dict.fromkeys(Reading(0, tuple(prefix), tuple(response)) for prefix, response in both))
 
 
 def _states(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:

@@ -1,0 +1,123 @@
+"""glibc's heap: told to keep what is freed, and asked what it takes for the tensors of a computation.
+
+It takes more than what is in use at once: `posix_memalign`, by which torch asks, wants 96 bytes more than it gives, so that
+what a tensor leaves is too small for the next of its size unless it grows together with its neighbours, from which the
+small objects of other tensors keep it. How much is lost depends on the order of it all and is up to twice the activations.
+So `growth` does not estimate: it asks the heap of a process of its own for places of these sizes in this order. A place that
+nobody writes to takes no memory.
+"""
+
+import ctypes
+import platform
+import random
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
+
+# Bytes that torch 2.13 asks malloc for beside a tensor's values, as a trace of its calls in an update with LoRA has them.
+STORAGE_OBJECTS = (96,)  # StorageImpl
+TENSOR_OBJECTS = (176, 24, 184)  # TensorImpl, its version counter, what autograd knows of it
+NODES = (480, 488, 488, 488, 488, 512, 536, 544, 640, 640, 736, 736)  # of autograd's graph: one of these,
+LISTS = (16, 16, 16, 16, 16, 24, 24, 32, 32)  # and three to five of these: what it keeps, and where it leads
+
+Event = tuple[str, int, int]
+"""("storage", number, bytes), ("tensor", number, 0), ("node", number, 0): something new; ("freed", number, 0): its end.
+
+("sum", number, bytes) is a storage that takes the place of one of its size, if one is freed before the next is made.
+"""
+
+
+def keep_freed_memory() -> None:
+    """With glibc, keep freed memory in the process, so that a step on a CPU does not ask for the same pages again.
+
+    Large tensors are otherwise mapped and unmapped one by one: a quarter of the time of a small model's step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def growth(events: Iterable[Event], rounds: int = 1, kept: bool = False) -> int | None:
+    """Bytes by which the heap grows at most while `events` happen `rounds` times over; None without glibc, or if it refuses.
+
+    What no event frees stays from the first round on. kept: after `keep_freed_memory`.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return None
+    lines = "".join(f"{what} {number} {size}\n" for what, number, size in events)
+    command = [sys.executable, "-I", __file__, str(rounds), "kept" if kept else "as it is"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True)
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+def replay(events: Sequence[Event], rounds: int) -> int:
+    """`growth` of this process's own heap; MemoryError where it gives no more. Needs glibc."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.free.argtypes, libc.sbrk.argtypes = (
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+        [ctypes.c_ssize_t],
+    )
+    libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
+    draw = random.Random(0)
+    freed = {number for what, number, _ in events if what == "freed"}
+    sizes = {number: size for what, number, size in events if size}
+    places: dict[int, list[int]] = {}
+    mapped: dict[int, int] = {}  # bytes of storages that are mapped one by one, above the heap
+    start = libc.sbrk(0)
+    most = beside = 0
+    waiting: int | None = None  # a sum without a place
+
+    def allocate(number: int) -> None:
+        nonlocal most, beside
+        objects = [libc.malloc(size) for size in STORAGE_OBJECTS]
+        place = ctypes.c_void_p()
+        if libc.posix_memalign(ctypes.byref(place), 64, sizes[number]):
+            raise MemoryError
+        places[number] = [place.value, *objects]
+        end = libc.sbrk(0)
+        if place.value >= end:
+            mapped[number] = sizes[number]
+            beside += sizes[number]
+        most = max(most, end - start + beside)
+
+    for n in range(rounds):
+        for what, number, _ in events:
+            if what != "freed" and n and number not in freed:
+                continue
+            if what in ("storage", "sum") and waiting is not None:
+                allocate(waiting)
+                waiting = None
+            if what == "storage":
+                allocate(number)
+            elif what == "sum":
+                waiting = number
+            elif what == "tensor":
+                places[number] = [libc.malloc(size) for size in TENSOR_OBJECTS]
+            elif what == "node":
+                objects = [draw.choice(NODES), *draw.choices(LISTS, k=draw.randint(3, 5))]
+                places[number] = [libc.malloc(size) for size in objects]
+            elif number == waiting:
+                waiting = None
+            elif waiting is not None and sizes.get(number) == sizes[waiting]:
+                places[waiting] = places.pop(number)
+                if number in mapped:
+                    mapped[waiting] = mapped.pop(number)
+                waiting = None
+            else:
+                beside -= mapped.pop(number, 0)
+                for place in places.pop(number):
+                    libc.free(place)
+    return most
+
+
+if __name__ == "__main__":
+    rounds, kept = sys.argv[1:]
+    if kept == "kept":
+        keep_freed_memory()
+    read = [(what, int(number), int(size)) for what, number, size in map(str.split, sys.stdin)]
+    print(replay(read, int(rounds)))
