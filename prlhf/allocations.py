@@ -40,8 +40,9 @@ class Allocations(TorchDispatchMode):
         tensors = [t for t in tensors if not t.is_sparse]  # whose parts were counted before
         if self.events is not None and tensors and has_gradient((args, kwargs)):
             self._write_node(tensors[0])
-        # In place in what a backward pass adds up, were there no dispatch mode: then a summand is freed right after.
-        summed = func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1
+        # Gradients are added up in place where there is no dispatch mode; where there is, a summand is freed right after.
+        in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+        summed = in_backward and func is torch.ops.aten.add.Tensor
         for tensor in tensors:
             self._see(tensor.untyped_storage(), summed)
         for tensor in tensors if self.events is not None else ():
@@ -87,7 +88,7 @@ class Allocations(TorchDispatchMode):
     @contextmanager
     def written_down(self) -> Iterator[list[Event]]:
         """Within the context what is made is added to the list, and what ends of it."""
-        self.events, self.known = [], set()
+        self.events, self.graph, self.known = [], [], set()
         try:
             yield self.events
         finally:
@@ -106,7 +107,7 @@ class Allocations(TorchDispatchMode):
 
 
 def has_gradient(arguments: Any) -> bool:
-    """Whether autograd makes a node for an operation on these."""
+    """Whether autograd is taken to make a node for an operation on these."""
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tree_leaves(arguments))

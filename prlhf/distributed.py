@@ -340,7 +340,7 @@ def read_tensors(values: dict[str, Tensor], folder: Path, files: Sequence[Path] 
 def write_tensors(values: dict[str, Tensor], folder: Path) -> None:
     """Write tensors, sharded or not, as safetensors into a folder, each rank files of what it holds.
 
-    The writer holds a file two to three times over, beside the tensors, while it writes it: hence files of some FILE_BYTES.
+    The writer holds a file two times over, beside the tensors, while it writes it: hence files of some FILE_BYTES.
     """
     file, size, file_of = 1, 0.0, {}
     for name, tensor in values.items():  # the same names in the same order on every rank

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +34,21 @@ from prlhf.config import Config
 from prlhf.distributed import FILE_BYTES, check_processes, sharded
 from prlhf.encoding import EncodedComparison, TrainingData
 from prlhf.errors import UserError
-from prlhf.heap import growth
+from prlhf.heap import growth, twice
 from prlhf.logprobs import HeadGradients, Pass, Softmax
 from prlhf.loop import Item, epoch_updates, make_optimizer, part_loss, schedule, update_parts
 from prlhf.lora import LoRALinear
 from prlhf.losses import ResponseLogProbs, needs_reference
-from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build_model
-from prlhf.reference import readings_of
+from prlhf.personalized import PersonalizedModel, build_model
+from prlhf.reference import keeps_states, readings_of
 from prlhf.scoring import tree_keys
 
 TRITON_LOGITS = 1024 * 2048  # positions and vocabulary of Triton's tile
 CUDA_CONTEXT = 600_000_000  # what CUDA and its libraries hold on a GPU, which torch's own count leaves out
 CUBLAS_WORKSPACE = 32 * 2**20  # of 8 buffers of 4 MB, the deterministic choice
 CANDIDATES = 8  # updates that are looked at closely for the largest
-ROUNDS = 2  # times that a heap is asked for the same: from the second on it has holes
+STATES_COPIES = 3  # of all kept hidden states beside themselves, until they are gathered and in the cache
+READING = 1000  # bytes of Python's for a response whose hidden state is kept, beside its tokens
 
 
 class Count(NamedTuple):
@@ -220,6 +221,7 @@ class Counted(NamedTuple):
     peak: int  # the most that all micro-batches take beside weights and moments
     step: int  # what clipping and the optimiser take beside all these
     lost: int | None  # what glibc's heap takes beside `peak`; 0 on a GPU, None where the heap is another
+    saving: int  # what its heap has grown to when a checkpoint is written; 0 where `lost` is 0 or None
 
 
 def counted_update(
@@ -240,8 +242,8 @@ def counted_update(
     if keeps_states(model):
         some = readings_of([comparisons[item.index] for part in parts for item in part])
         with allocations.fake():
-            width = model.backbone.get_input_embeddings().weight[0]
-            model.known_states.update((reading, torch.empty_like(width)) for reading in some)
+            state_D = model.backbone.get_input_embeddings().weight[0]
+            model.known_states.update((reading, torch.empty_like(state_D)) for reading in some)
     weights = bytes_of(model.parameters())
     gradients = bytes_of(model.parameters(), trained=True) - bytes_of(model.user_model.tables)
     model.train()
@@ -251,7 +253,7 @@ def counted_update(
         moments = allocations.now - before
         start = allocations.restart()
         activations = peak = extra = 0
-        with allocations.written_down() as events:
+        with contextlib.nullcontext([]) if gpu else allocations.written_down() as events:
             if not gpu:  # as the loop does
                 optimizer.keep_gradients()
             for items in parts:
@@ -263,16 +265,23 @@ def counted_update(
                 allocations.graph_ends()
                 peak = max(peak, allocations.peak - start)
                 extra = max(extra, allocations.peak - before - (bytes_of_gradients(model) - earlier))
-            before = allocations.restart()
-            torch.nn.utils.clip_grad_norm_(optimizer.dense_parameters, config.optim.max_grad_norm or math.inf)
-            optimizer.dense.step()
-            step = allocations.peak - before
-    grown = peak if gpu else growth(events, ROUNDS, kept=True)
-    lost = None if grown is None else max(0, grown - peak)
+        before = allocations.restart()
+        torch.nn.utils.clip_grad_norm_(optimizer.dense_parameters, config.optim.max_grad_norm or math.inf)
+        optimizer.dense.step()
+        step = allocations.peak - before
+    lost, saving = 0, 0
+    if not gpu:
+        update_events = twice(events)
+        # A checkpoint's file is there twice while it is written (`distributed.write_tensors`), each time as one piece.
+        file = min(FILE_BYTES, gradients + moments)
+        pieces = [("storage", len(events) + n, file) for n in range(2)]
+        grown, then = growth(update_events, kept=True), growth([*update_events, *pieces], kept=True)
+        lost = None if grown is None else max(0, grown - peak)
+        saving = then or 0
     if config.model.compute_dtype:  # what was counted is of that type, and is kept in float32
         more = bytes_of(model.backbone.parameters(), trained=True)
         weights, gradients, moments, step = weights + more, gradients + more, moments + 2 * more, step + more
-    return Counted(weights, gradients, moments, activations, extra, peak, step, lost)
+    return Counted(weights, gradients, moments, activations, extra, peak, step, lost, saving)
 
 
 def predicted_memory(
@@ -308,17 +317,17 @@ def predicted_memory(
     static = process + weights + states + moments  # moments are there from the second update on
     waiting = static + (0 if gpu else gradients)  # between updates
     in_update = gradients + whole.extra + gathered if spread else whole.peak
+    file = min(FILE_BYTES, held(whole.gradients + whole.moments, 0))  # twice in memory while it is written
     return Memory(
         process, weights, gradients, moments, gathered, whole.activations,
         max(0, in_update - gradients - gathered - whole.activations),
         log_prob_bytes(config, model, comparisons, parts, allocations), whole.lost, states, host,
         {
             "loading": process + (weights if gpu else whole.weights + file_bytes_beside(config)),
-            "reference and evaluation": waiting + gathered + scoring,
+            "reference and evaluation": waiting + gathered + max(scoring, STATES_COPIES * states),
             "forward and backward": static + in_update + (whole.lost or 0),
             "optimiser's step": static + gradients + held(whole.step, 0),
-            # A checkpoint's file is there thrice while it is written (`distributed.write_tensors`), on a GPU in host memory.
-            "saving": waiting + (0 if gpu else 3 * min(FILE_BYTES, held(whole.gradients + whole.moments, 0))),
+            "saving": max(waiting + (0 if gpu else 2 * file), static + (0 if spread else whole.saving)),
         },
     )  # fmt: skip
 
@@ -360,12 +369,13 @@ def scoring_peak(
     datasets = [data.train.comparisons] + ([] if data.valid is None else [data.valid.comparisons])
 
     def taken(forward: Callable[[], Any], training: bool) -> int:
-        with allocations.fake(), allocations.written_down() as events:
+        with allocations.fake(), contextlib.nullcontext([]) if gpu else allocations.written_down() as events:
             before = allocations.restart()
             outputs = forward()
             peak = allocations.peak - before
             del outputs
-        return max(peak, 0 if gpu else growth(events, ROUNDS, kept=training) or 0)
+        # Freed memory is kept from the training loop on.
+        return max(peak, 0 if gpu else growth(twice(events), kept=training) or 0)
 
     def scored(comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> int:
         trees = tree_keys(model, comparisons, users)
@@ -388,17 +398,14 @@ def scoring_peak(
     return max(peaks)
 
 
-def keeps_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:
-    """Whether the hidden states of all responses are computed before the training, and kept."""
-    return isinstance(model, PersonalizedRewardModel) and model.keeps_states
-
-
 def known_states(model: PersonalizedModel, comparisons: Sequence[EncodedComparison]) -> int:
-    """Bytes of the hidden states that are kept."""
+    """Bytes of the hidden states that are kept, and of the responses by which they are found."""
     if not keeps_states(model):
         return 0
     weight_VD = model.backbone.get_input_embeddings().weight
-    return len(readings_of(comparisons)) * weight_VD.shape[1] * weight_VD.element_size()
+    readings = readings_of(comparisons)
+    tokens = sum(len(c.prefix) for c in comparisons) + sum(len(reading.response) for reading in readings)
+    return len(readings) * (weight_VD.shape[1] * weight_VD.element_size() + READING) + 8 * tokens
 
 
 def log_prob_bytes(

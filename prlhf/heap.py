@@ -2,9 +2,8 @@
 
 It takes more than what is in use at once: `posix_memalign`, by which torch asks, wants 96 bytes more than it gives, so that
 what a tensor leaves is too small for the next of its size unless it grows together with its neighbours, from which the
-small objects of other tensors keep it. How much is lost depends on the order of it all and is up to twice the activations.
-So `growth` does not estimate: it asks the heap of a process of its own for places of these sizes in this order. A place that
-nobody writes to takes no memory.
+small objects of other tensors keep it. How much is lost depends on the order of it all. So `growth` asks the heap of a process of its own for places of these sizes in this order, with small objects of sizes and
+numbers as traced, drawn at random. A place that nobody writes to takes no memory.
 """
 
 import ctypes
@@ -15,6 +14,8 @@ import sys
 from collections.abc import Iterable, Sequence
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
+FAR = 2**40  # bytes between the heap and what is mapped, on 64 bits, whether that lies above it or below
+REFUSED = "refused"
 
 # Bytes that torch 2.13 asks malloc for beside a tensor's values, as a trace of its calls in an update with LoRA has them.
 STORAGE_OBJECTS = (96,)  # StorageImpl
@@ -40,34 +41,37 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def growth(events: Iterable[Event], rounds: int = 1, kept: bool = False) -> int | None:
-    """Bytes by which the heap grows at most while `events` happen `rounds` times over; None without glibc, or if it refuses.
+def twice(events: Sequence[Event]) -> list[Event]:
+    """The events, and once more those of what they free: from the second time on a heap has holes. The rest stays."""
+    freed = {number for what, number, _ in events if what == "freed"}
+    return [*events, *(event for event in events if event[1] in freed)]
 
-    What no event frees stays from the first round on. kept: after `keep_freed_memory`.
+
+def growth(events: Iterable[Event], kept: bool) -> int | None:
+    """Bytes by which the heap grows at most while `events` happen; None without glibc, or where it gives no more.
+
+    kept: after `keep_freed_memory`.
     """
     if platform.libc_ver()[0] != "glibc":
         return None
     lines = "".join(f"{what} {number} {size}\n" for what, number, size in events)
-    command = [sys.executable, "-I", __file__, str(rounds), "kept" if kept else "as it is"]
-    done = subprocess.run(command, input=lines, capture_output=True, text=True)
-    return int(done.stdout) if done.returncode == 0 else None
+    command = [sys.executable, "-I", __file__, *(["kept"] if kept else [])]
+    done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout) if done.stdout.strip() != REFUSED else None
 
 
-def replay(events: Sequence[Event], rounds: int) -> int:
+def replay(events: Iterable[Event]) -> int:
     """`growth` of this process's own heap; MemoryError where it gives no more. Needs glibc."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
-    libc.malloc.argtypes, libc.free.argtypes, libc.sbrk.argtypes = (
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-        [ctypes.c_ssize_t],
-    )
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.sbrk.argtypes = [ctypes.c_ssize_t]
     libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
     draw = random.Random(0)
-    freed = {number for what, number, _ in events if what == "freed"}
-    sizes = {number: size for what, number, size in events if size}
+    sizes: dict[int, int] = {}  # of storages
     places: dict[int, list[int]] = {}
-    mapped: dict[int, int] = {}  # bytes of storages that are mapped one by one, above the heap
+    mapped: dict[int, int] = {}  # bytes of storages that are mapped one by one, far from the heap
     start = libc.sbrk(0)
     most = beside = 0
     waiting: int | None = None  # a sum without a place
@@ -80,44 +84,45 @@ def replay(events: Sequence[Event], rounds: int) -> int:
             raise MemoryError
         places[number] = [place.value, *objects]
         end = libc.sbrk(0)
-        if place.value >= end:
+        if abs(place.value - end) > FAR:
             mapped[number] = sizes[number]
             beside += sizes[number]
         most = max(most, end - start + beside)
 
-    for n in range(rounds):
-        for what, number, _ in events:
-            if what != "freed" and n and number not in freed:
-                continue
-            if what in ("storage", "sum") and waiting is not None:
+    for what, number, size in events:
+        if what in ("storage", "sum"):
+            sizes[number] = size
+            if waiting is not None:
                 allocate(waiting)
-                waiting = None
+            waiting = number if what == "sum" else None
             if what == "storage":
                 allocate(number)
-            elif what == "sum":
-                waiting = number
-            elif what == "tensor":
-                places[number] = [libc.malloc(size) for size in TENSOR_OBJECTS]
-            elif what == "node":
-                objects = [draw.choice(NODES), *draw.choices(LISTS, k=draw.randint(3, 5))]
-                places[number] = [libc.malloc(size) for size in objects]
-            elif number == waiting:
-                waiting = None
-            elif waiting is not None and sizes.get(number) == sizes[waiting]:
-                places[waiting] = places.pop(number)
-                if number in mapped:
-                    mapped[waiting] = mapped.pop(number)
-                waiting = None
-            else:
-                beside -= mapped.pop(number, 0)
-                for place in places.pop(number):
-                    libc.free(place)
+        elif what == "tensor":
+            places[number] = [libc.malloc(size) for size in TENSOR_OBJECTS]
+        elif what == "node":
+            objects = [draw.choice(NODES), *draw.choices(LISTS, k=draw.randint(3, 5))]
+            places[number] = [libc.malloc(size) for size in objects]
+        elif number == waiting:
+            waiting = None
+        elif waiting is not None and sizes.get(number) == sizes[waiting]:
+            places[waiting] = places.pop(number)
+            if number in mapped:
+                mapped[waiting] = mapped.pop(number)
+            waiting = None
+        else:
+            beside -= mapped.pop(number, 0)
+            for place in places.pop(number):
+                libc.free(place)
+    if waiting is not None:
+        allocate(waiting)
     return most
 
 
 if __name__ == "__main__":
-    rounds, kept = sys.argv[1:]
-    if kept == "kept":
+    if sys.argv[1:] == ["kept"]:
         keep_freed_memory()
     read = [(what, int(number), int(size)) for what, number, size in map(str.split, sys.stdin)]
-    print(replay(read, int(rounds)))
+    try:
+        print(replay(read))
+    except MemoryError:
+        print(REFUSED)

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -97,7 +98,7 @@ def remember_states(
 ) -> None:
     """Give a reward model with a frozen backbone and a linear head the hidden states of all responses, from the cache
     where it holds exactly these. Other models need none. Arguments as of `reference_log_probs`."""
-    if not isinstance(model, PersonalizedRewardModel) or not model.keeps_states:
+    if not keeps_states(model):
         return
     readings = readings_of(comparisons)
     path = cache_dir() / "states" / f"{fingerprint_of(weights, model.device.type, readings)}.safetensors"
@@ -105,10 +106,16 @@ def remember_states(
     model.known_states.update(zip(readings, states.T.contiguous().to(model.device).unbind()))
 
 
+def keeps_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:
+    """Whether the hidden states of all responses are computed before the training, and kept."""
+    return isinstance(model, PersonalizedRewardModel) and model.keeps_states
+
+
 def readings_of(comparisons: Sequence[EncodedComparison]) -> list[Reading]:
     """All responses, each once, as nobody in particular reads them."""
-    both = ((c.prefix, response) for c in comparisons for response in (c.chosen, c.rejected))
-    return list(dict.fromkeys(Reading(0, tuple(prefix), tuple(response)) for prefix, response in both))
+    prefixes = (tuple(c.prefix) for c in comparisons)
+    both = ((prefix, response) for prefix, c in zip(prefixes, comparisons) for response in (c.chosen, c.rejected))
+    return list(dict.fromkeys(Reading(0, prefix, tuple(response)) for prefix, response in both))
 
 
 def _states(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:

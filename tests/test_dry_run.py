@@ -167,17 +167,25 @@ def peak_said(text: str) -> float:
     return float(text.rsplit("fits: ", 1)[1].split()[0])
 
 
+# By a process that is small itself: one that is forked has held from the start what its parent holds.
+MEASURED = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True)
+most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(most * (1 if sys.platform == "darwin" else 1024) / 1e9)
+"""
+
+
 def peak_said_and_measured(tmp_path, *overrides):
     """GB that the dry run says, and the most that the same training has held by the time it ends, as the system counts."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PRLHF_CACHE": str(tmp_path / "cache")}
     arguments = [sys.executable, "train.py", *command(tmp_path / "run", *overrides)]
     dry = [*arguments, "--dry-run", "--memory", "1000"]
     said = peak_said(subprocess.run(dry, env=environment, capture_output=True, text=True, check=True).stdout)
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0
-    return said, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURED, *arguments], env=environment, capture_output=True, text=True
+    )
+    return said, float(measured.stdout)
 
 
 def test_the_peak_of_a_real_run(tmp_path):
@@ -296,6 +304,20 @@ def test_a_gpus_dense_attention_keeps_keys_and_values_for_each_query_head():
     rows, positions = cpu.largest
     assert gpu.largest == cpu.largest
     assert gpu.memory.activations - cpu.memory.activations == 4 * LAYERS * rows * positions * 2 * (4 - 2) * 16
+
+
+def test_the_hidden_states_of_a_frozen_backbone_as_counted_by_hand():
+    """Each response's state in float32, and what finds it; three times more while they are gathered and cached."""
+    linear = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")
+    keys = (*linear, "model.frozen=true", "evaluate.batch_size=1")
+    _, data, frozen = prediction_of(*keys)
+    comparisons = [*data.train.comparisons, *data.valid.comparisons]
+    responses = {(tuple(c.prefix), tuple(ids)) for c in comparisons for ids in (c.chosen, c.rejected)}
+    tokens = sum(len(c.prefix) for c in comparisons) + sum(len(ids) for _, ids in responses)
+    memory = frozen.memory
+    assert memory.states == len(responses) * (4 * D + 1000) + 8 * tokens
+    assert memory.peaks["reference and evaluation"] >= memory.process + memory.weights + 4 * memory.states
+    assert prediction_of(*linear)[2].memory.states == 0
 
 
 def test_what_offloading_puts_into_host_memory_as_counted_by_hand():
