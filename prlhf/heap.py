@@ -2,8 +2,9 @@
 
 It takes more than what is in use at once: `posix_memalign`, by which torch asks, wants 96 bytes more than it gives, so that
 what a tensor leaves is too small for the next of its size unless it grows together with its neighbours, from which the
-small objects of other tensors keep it. How much is lost depends on the order of it all. So `growth` asks the heap of a process of its own for places of these sizes in this order, with small objects of sizes and
-numbers as traced, drawn at random. A place that nobody writes to takes no memory.
+small objects of other tensors keep it. How much is lost depends on the order of it all. So `growth` asks the heap of a
+process of its own for places of these sizes in this order, with small objects whose sizes and numbers are drawn from what a
+trace showed. A place that nobody writes to takes no memory.
 """
 
 import ctypes
