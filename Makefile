@@ -49,7 +49,7 @@ demo: install model length-data
 	@echo "The report, the tables and the figures are in $(DEMO)/eval"
 
 # The full experiments of docs/results.md, for a GPU: length preferences, and UKPConvArg1 against its vanilla arm.
-UKP ?= ../shared/data/ukpconvarg1
+UKP ?= runs/data/ukpconvarg1
 UKP_DATA := data.train=$(UKP)/train.jsonl.gz data.valid=$(UKP)/valid.jsonl.gz
 experiments: install model length-data
 	$(PY) train.py --config length_pdpo.yaml --set model.name=$(MODEL)

@@ -8,7 +8,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from prlhf.backbones import choose_device
 from prlhf.checkpoint import base_fingerprint, load_final, reference_model
 from prlhf.config import Config
 from prlhf.data import UserIndex, read_comparisons
@@ -16,6 +15,7 @@ from prlhf.distributed import check_started_alone
 from prlhf.encoding import Encoder, encode_file
 from prlhf.errors import UserError, run_command
 from prlhf.evaluation import reward_margins, score_users, summarize
+from prlhf.loading import choose_device
 from prlhf.losses import needs_reference
 from prlhf.reference import computes_on, reference_log_probs, remember_states
 from prlhf.report import accuracy_curve, markdown, write_margins, write_report

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from prlhf.backbones import choose_device
 from prlhf.checkpoint import Loaded, load_final, weights_checksum
 from prlhf.data import GENERIC, read_prompts
 from prlhf.data.files import fingerprint_of
 from prlhf.distributed import check_started_alone
 from prlhf.encoding import Encoder
 from prlhf.errors import UserError, check_range, run_command
+from prlhf.loading import choose_device
 from prlhf.responses import ResponseFile
 from prlhf.rewards import score_file
 from prlhf.sampling import Decoding, Request, generate

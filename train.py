@@ -9,7 +9,6 @@ import argparse
 import sys
 
 from prlhf import config as config_module
-from prlhf.backbones import choose_device, load_tokenizer
 from prlhf.checkpoint import save_final
 from prlhf.config import Config
 from prlhf.data import ComparisonFile, read_comparisons
@@ -17,6 +16,7 @@ from prlhf.distributed import process_group, say, started_processes, started_ran
 from prlhf.dry_run import available_memory, predict, render
 from prlhf.encoding import encode_training_data
 from prlhf.errors import UserError, check_range, run_command
+from prlhf.loading import choose_device, load_tokenizer
 from prlhf.loop import out_of_memory_explained, reproducible, train, with_reference
 from prlhf.reference import weights_fingerprint
 from prlhf.runs import Run, open_run

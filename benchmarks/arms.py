@@ -30,20 +30,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from prlhf import config as config_module
-from prlhf.backbones import DTYPES, choose_device, load_tokenizer, load_weights
 from prlhf.config import Config
 from prlhf.distributed import named_parameters, process_group, training_model
 from prlhf.encoding import EncodedComparison
-from prlhf.loop import (
-    accumulate_gradients,
-    make_optimizer,
-    part_loss,
-    reproducible,
-    update_parts,
-)
+from prlhf.loading import DTYPES, choose_device, load_tokenizer, load_weights
+from prlhf.loop import reproducible
 from prlhf.lora import PEFT_PREFIX
 from prlhf.optim import Optimizers, clip
 from prlhf.scoring import score
+from prlhf.updates import accumulate_gradients, make_optimizer, part_loss, update_parts
 
 P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
 PLAIN = ("user_model.kind=uniform", "user_model.tokens=0")

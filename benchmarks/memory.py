@@ -15,9 +15,9 @@ from pathlib import Path
 from shapes import MODELS, random_comparisons, training_data
 
 from prlhf import config as config_module
-from prlhf.backbones import byte_tokenizer
 from prlhf.dry_run import predict
 from prlhf.errors import run_command
+from prlhf.loading import byte_tokenizer
 
 MODES = {
     "full": ("model.compute_dtype=bfloat16",),

@@ -1,6 +1,6 @@
 """How many positions an epoch computes, with and without what comparisons of one pair, or of the same responses, share.
 
-    python benchmarks/sharing.py --data ../shared/data/ukpconvarg1/train.jsonl.gz [--known 10] [--batch-size 32]
+    python benchmarks/sharing.py --data runs/data/ukpconvarg1/train.jsonl.gz [--known 10] [--batch-size 32]
                                  [--micro-batch 8] [--out FILE.json]
 
 `group_by` puts comparisons of the same two responses, or of few responses, into one update, `share_trees` computes once what
@@ -16,12 +16,12 @@ import json
 from pathlib import Path
 
 from prlhf import config as config_module
-from prlhf.backbones import byte_tokenizer, load_tokenizer
 from prlhf.data import read_comparisons
 from prlhf.encoding import encode_training_data
 from prlhf.errors import run_command
-from prlhf.loop import epoch_updates, update_parts
+from prlhf.loading import byte_tokenizer, load_tokenizer
 from prlhf.personalized import build_model
+from prlhf.updates import epoch_updates, update_parts
 
 MODELS = {
     "P-DPO, soft prompt": ["method=pdpo", "user_model.tokens=10"],

@@ -39,11 +39,12 @@ from shapes import SHAPES, random_comparisons, training_data, useful_flops
 from transformers import AutoConfig
 
 from prlhf import config as config_module
-from prlhf.backbones import DTYPES, choose_device, load_tokenizer
-from prlhf.dry_run import CUDA_CONTEXT, predict
+from prlhf.dry_run import predict
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import run_command
 from prlhf.heap import keep_freed_memory
+from prlhf.loading import DTYPES, choose_device, load_tokenizer
+from prlhf.memory import CUDA_CONTEXT
 from prlhf.training_log import peak_memory_gb
 
 # How far arms may be apart, over the largest reward margin. float32: a margin of about 1 is beta times the difference of sums

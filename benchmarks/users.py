@@ -26,14 +26,14 @@ from safetensors.torch import load_file, save_file
 from shapes import SHAPES, random_comparisons
 
 from prlhf import config as config_module
-from prlhf.backbones import choose_device, load_tokenizer
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import run_command
-from prlhf.loop import accumulate_gradients, make_optimizer
+from prlhf.loading import choose_device, load_tokenizer
 from prlhf.optim import clip
 from prlhf.personalized import build_model
 from prlhf.sampling import Decoding, Request, generate
 from prlhf.scoring import score
+from prlhf.updates import accumulate_gradients, make_optimizer
 
 KINDS = {
     "individual": ("user_model.kind=individual", "user_model.tokens=1"),

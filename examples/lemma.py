@@ -12,14 +12,14 @@ import random
 import torch
 
 from prlhf import config as config_module
-from prlhf.backbones import byte_tokenizer, random_backbone
 from prlhf.config import Config
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import run_command
-from prlhf.loop import accumulate_gradients
+from prlhf.loading import byte_tokenizer, random_backbone
 from prlhf.losses import Rewards
 from prlhf.personalized import PersonalizedModel, build_model
 from prlhf.scoring import score
+from prlhf.updates import accumulate_gradients
 
 USERS = 7
 VOTES_FOR_FIRST = (1, 3, 4, 6)  # of the seven users, on each pair

@@ -1,23 +1,17 @@
-"""What differs between Hugging Face families: how a model is loaded, its attention, its head, what LoRA adapts.
+"""What differs between Hugging Face families: attention, head, blocks, what LoRA adapts.
 
-The model classes are Hugging Face's own. Llama-like families (Llama 2/3, Tulu, SmolLM2, Mistral, Qwen) take a
-boolean attention mask through the attention interface; GPT-J has no SDPA there and gets one here. Either takes a dense mask
+The model classes are Hugging Face's own. Llama-like families (Llama 2/3, Tulu, SmolLM2, Mistral, Qwen) take an
+attention mask through the attention interface; GPT-J has no SDPA there and gets one here. Either takes a dense mask
 (SDPA) or FlexAttention's BlockMask, of which only the blocks that anything sees are computed.
 """
 
 import contextlib
 import functools
-import json
-import logging
 import types
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
@@ -27,37 +21,18 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Cache,
-    GenerationConfig,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import logging as transformers_logging
 
 from prlhf.batching import PreferenceBatch, sees, tree_mask
 from prlhf.config import ModelConfig
 from prlhf.errors import UserError
 
-transformers_logging.disable_progress_bar()
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_TARGETS = {"gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")}  # all others: LLAMA_LIKE
 GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # classes that compute what _gated_mlp does
-
 
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}  # -> left factor
@@ -275,173 +250,6 @@ def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) 
             keep_less(block)
 
 
-def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder` or of the model; a byte tokenizer for a random-weight model."""
-    if folder is None and config.name is None:
-        return byte_tokenizer()
-    with _explained(folder or config.name):
-        return AutoTokenizer.from_pretrained(str(folder or _expanded(config.name)), trust_remote_code=False)
-
-
-def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """The causal LM in config.dtype: from safetensors, or with weights drawn from `seed` where it has no name."""
-    if config.name is None:
-        return use_tree_attention(random_backbone(config, len(tokenizer), seed))
-    return load_weights(config.name, config.dtype)
-
-
-def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
-    """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it."""
-    with _explained(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            _expanded(name), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
-        )
-    make_savable(model)
-    return use_tree_attention(model)
-
-
-def make_savable(model: PreTrainedModel) -> None:
-    """Mend a generation config that transformers reads and then refuses to save: a temperature, say, without sampling."""
-    generation = model.generation_config
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        generation.do_sample = True
-        try:
-            generation.validate(strict=True)
-        except ValueError:
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-
-
-def weights_folder(name: str | Path) -> Path:
-    """The folder of a model's safetensors: as named, or the hub's, downloaded where it is not there yet."""
-    path = Path(_expanded(name))
-    if path.is_dir():
-        return path
-    with _explained(name):
-        folder = Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "tokenizer*"]))
-        if not any(folder.glob("*.safetensors")):
-            raise OSError("the hub has no model.safetensors of it")
-    return folder
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files in `folder` that from_pretrained reads: model.safetensors, else those that its index names; of others, of
-    another type say, none. Empty where there is neither."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
-    try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted({Path(file).name for file in files})]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: cannot be read ({error})") from None
-
-
-def word_embeddings(model: PreTrainedModel, folder: Path) -> Tensor:
-    """The input embeddings (V, D) of an empty model, as they lie in the one of `weight_files` that has them: what of them
-    is not read takes no memory."""
-    wanted = model.get_input_embeddings().weight
-    name = next(name for name, p in model.named_parameters() if p is wanted)
-    files = weight_files(folder)
-    for file in files:
-        with _explained(folder), safe_open(file, framework="pt") as opened:
-            if name in opened.keys():  # noqa: SIM118 (not a dict)
-                return opened.get_tensor(name)
-    if not files:
-        raise UserError(f"model {str(folder)!r}: no model.safetensors and no index of its parts{_conversion(folder)}")
-    raise UserError(f"model {str(folder)!r}: no weight {name!r} in its safetensors files")
-
-
-def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The causal LM of a config with parameters of config.dtype that have shapes and no values (device meta).
-
-    Buffers, such as rotary frequencies, are real. No weights are read: a named model's config.json says it all.
-    """
-    if config.name is None:
-        with parameters_on_meta(torch.float32):
-            return use_tree_attention(random_backbone(config, len(tokenizer), 0))
-    dtype = DTYPES[config.dtype]
-    with parameters_on_meta(dtype), _explained(config.name):
-        described = AutoConfig.from_pretrained(_expanded(config.name), trust_remote_code=False)
-        # Made in float32, as from_pretrained makes it: rotary frequencies computed in a half type would be others.
-        model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, trust_remote_code=False)
-        with contextlib.suppress(OSError):  # not every model has one
-            model.generation_config = GenerationConfig.from_pretrained(_expanded(config.name))
-    model.config.dtype = dtype
-    make_savable(model)
-    return use_tree_attention(model.eval())
-
-
-@contextlib.contextmanager
-def parameters_on_meta(dtype: torch.dtype) -> Iterator[None]:
-    """Within the context, a module's parameters lose their values as soon as they are registered, and are of `dtype`."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one that is already there is tied
-            parameter = nn.Parameter(parameter.detach().to("meta", dtype), parameter.requires_grad)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
-def random_backbone(config: ModelConfig, vocabulary: int, seed: int) -> PreTrainedModel:
-    """A small Llama or GPT-J with weights drawn from `seed`, for tests and for trying things."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if config.family == "gptj":
-            gptj = GPTJConfig(
-                vocab_size=vocabulary, n_embd=config.width, n_layer=config.layers, n_head=config.heads,
-                rotary_dim=config.width // config.heads // 2 // 2 * 2 or None, n_positions=4096,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
-                bos_token_id=None, eos_token_id=None,
-            )  # fmt: skip
-            model: PreTrainedModel = GPTJForCausalLM(gptj)
-        else:
-            llama = LlamaConfig(
-                vocab_size=vocabulary, hidden_size=config.width, num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.heads if config.heads % 2 else config.heads // 2,
-                intermediate_size=4 * config.width, max_position_embeddings=4096,
-                bos_token_id=None, eos_token_id=None,
-            )  # fmt: skip
-            model = LlamaForCausalLM(llama)
-    return model.to(DTYPES[config.dtype])
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token a byte, BOS, EOS, PAD and a small chat template; needs no file."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    )
-    return tokenizer
-
-
-def choose_device(name: str) -> str:
-    """The device of the config's `device`: auto is cuda where there is one. UserError for a cuda that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: found 'cuda', but torch sees no GPU; expected auto or cpu")
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def check_positions(model: PreTrainedModel, positions: int) -> None:
     """UserError where a sequence of so many positions is more than the model reads (its sliding window counts)."""
     limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
@@ -456,38 +264,3 @@ def check_positions(model: PreTrainedModel, positions: int) -> None:
 def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
     """`names`, or all linear layers of the blocks for the model's family."""
     return names or LORA_TARGETS.get(model.config.model_type, LLAMA_LIKE)
-
-
-def _conversion(name: str | Path, reason: str = "") -> str:
-    """What to do with a model that has no safetensors, by its folder or by what was said of the hub's; '' where it has."""
-    folder = Path(_expanded(name))
-    if any(folder.glob("*.safetensors")) or not (any(folder.glob("*.bin")) or "model.safetensors" in reason):
-        return ""
-    return (
-        "; .bin files are never unpickled here. If it has these alone and you trust them, convert them once: "
-        f"transformers.AutoModelForCausalLM.from_pretrained({str(name)!r}).save_pretrained(NEW_FOLDER, "
-        "safe_serialization=True), and the tokenizer likewise"
-    )
-
-
-def _expanded(name: str | Path) -> str:
-    path = Path(name).expanduser()
-    return str(path) if path.exists() else str(name)
-
-
-@contextlib.contextmanager
-def _explained(name: str | Path) -> Iterator[None]:
-    """Loading errors as one sentence, and transformers' chatter left out."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model {str(name)!r}: expected a folder or hub name (model.name) of a causal LM with whole safetensors "
-            f"and a tokenizer ({reason}){_conversion(name, reason)}"
-        ) from None
-    finally:
-        logger.setLevel(level)

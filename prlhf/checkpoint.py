@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedTokenizerBase
 
 from prlhf import config as config_module
-from prlhf.backbones import DTYPES, load_backbone, load_tokenizer, load_weights
 from prlhf.config import Config
 from prlhf.data import UserIndex
 from prlhf.distributed import (
@@ -41,6 +40,7 @@ from prlhf.distributed import (
     write_tensors,
 )
 from prlhf.errors import TrainingError, UserError, did_you_mean
+from prlhf.loading import DTYPES, load_backbone, load_tokenizer, load_weights
 from prlhf.lora import load_lora, lora_state, save_lora
 from prlhf.optim import Optimizers
 from prlhf.personalized import PersonalizedLM, PersonalizedModel, build_model

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from prlhf import config as config_module
-from prlhf.backbones import load_tokenizer
 from prlhf.config import Config
 from prlhf.data import CANONICAL, Comparison, ComparisonFile, Messages, UserIndex, read_comparisons, words
 from prlhf.encoding import Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
+from prlhf.loading import load_tokenizer
 from prlhf.rules import RULES, as_read, conflicts, fit, majority_share, pair_key, prompt_key
 
 FEW = 5  # fewer training comparisons than this tell little about a user

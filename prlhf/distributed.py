@@ -34,9 +34,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from prlhf.backbones import DTYPES, blocks, empty_backbone, weight_files, weights_folder, word_embeddings
+from prlhf.backbones import blocks
 from prlhf.config import Config
 from prlhf.errors import OtherRankFailed, UserError
+from prlhf.loading import DTYPES, empty_backbone, weight_files, weights_folder, word_embeddings
 from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build_model
 
 T = TypeVar("T")

@@ -30,7 +30,6 @@ from prlhf.backbones import (
     check_positions,
     head,
     hidden_states,
-    load_backbone,
     lora_targets,
     prepare_blocks,
     takes_flex_attention,
@@ -38,6 +37,7 @@ from prlhf.backbones import (
 from prlhf.batching import Layout, PreferenceBatch, Reading, collate, lay_out
 from prlhf.config import Config, ModelConfig
 from prlhf.encoding import EncodedComparison, PairQuestion, bos_ids, pair_question
+from prlhf.loading import load_backbone
 from prlhf.logprobs import log_probs
 from prlhf.lora import adapters_off, add_lora
 from prlhf.losses import Answers, ResponseLogProbs, Rewards

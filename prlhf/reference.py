@@ -98,7 +98,7 @@ def remember_states(
 ) -> None:
     """Give a reward model with a frozen backbone and a linear head the hidden states of all responses, from the cache
     where it holds exactly these. Other models need none. Arguments as of `reference_log_probs`."""
-    if not keeps_states(model):
+    if not remembers_states(model):
         return
     readings = readings_of(comparisons)
     path = cache_dir() / "states" / f"{fingerprint_of(weights, model.device.type, readings)}.safetensors"
@@ -106,7 +106,7 @@ def remember_states(
     model.known_states.update(zip(readings, states.T.contiguous().to(model.device).unbind()))
 
 
-def keeps_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:
+def remembers_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:
     """Whether the hidden states of all responses are computed before the training, and kept."""
     return isinstance(model, PersonalizedRewardModel) and model.keeps_states
 

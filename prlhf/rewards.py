@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prlhf.backbones import choose_device
 from prlhf.batching import Reading
 from prlhf.checkpoint import Loaded
 from prlhf.config import DataConfig
@@ -33,6 +32,7 @@ from prlhf.data import (
 from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.encoding import Encoder
 from prlhf.errors import UserError, did_you_mean
+from prlhf.loading import choose_device
 from prlhf.personalized import PersonalizedRewardModel
 from prlhf.rules import prompt_key
 

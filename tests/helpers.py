@@ -9,13 +9,14 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from prlhf import config as config_module
-from prlhf.backbones import byte_tokenizer, random_backbone, use_tree_attention
+from prlhf.backbones import use_tree_attention
 from prlhf.config import Config
 from prlhf.encoding import EncodedComparison
-from prlhf.loop import accumulate_gradients
+from prlhf.loading import byte_tokenizer, random_backbone
 from prlhf.losses import ResponseLogProbs
 from prlhf.personalized import PersonalizedModel, build_model
 from prlhf.scoring import score
+from prlhf.updates import accumulate_gradients
 from prlhf.user_models import IndividualUsers, UniformUsers
 
 TOKENIZER = byte_tokenizer()

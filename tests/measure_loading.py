@@ -15,8 +15,8 @@ import torch.distributed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prlhf import config
-from prlhf.backbones import byte_tokenizer, load_backbone
 from prlhf.distributed import training_model
+from prlhf.loading import byte_tokenizer, load_backbone
 
 
 def own_bytes() -> int:

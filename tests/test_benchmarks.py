@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig
 
-from prlhf.backbones import blocks, byte_tokenizer, load_weights, random_backbone
+from prlhf.backbones import blocks
 from prlhf.config import ModelConfig
 from prlhf.encoding import EncodedComparison
+from prlhf.loading import byte_tokenizer, load_weights, random_backbone
 from prlhf.lora import lora_layers
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,10 +14,10 @@ import evaluate
 import generate
 import train
 from prlhf import rewards
-from prlhf.backbones import byte_tokenizer
 from prlhf.config import DataConfig
 from prlhf.data import read_comparisons, read_prompts
 from prlhf.encoding import Encoder
+from prlhf.loading import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model.width=32", "model.heads=2", "optim.epochs=1", "lora.rank=2", "data.limit=16", "data.valid_limit=12")

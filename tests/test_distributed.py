@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 from prlhf import checkpoint, config, distributed
-from prlhf.backbones import (
+from prlhf.distributed import full, process_group, training_model
+from prlhf.errors import OtherRankFailed, UserError
+from prlhf.loading import (
     byte_tokenizer,
     empty_backbone,
     load_backbone,
@@ -27,8 +29,6 @@ from prlhf.backbones import (
     weight_files,
     word_embeddings,
 )
-from prlhf.distributed import full, process_group, training_model
-from prlhf.errors import OtherRankFailed, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -165,7 +165,7 @@ import os, sys
 from math import prod
 sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
 import train_in_turn
-from prlhf import backbones, distributed
+from prlhf import distributed, loading
 
 def refused(*_):
     raise AssertionError("a process loads the whole model")
@@ -178,7 +178,7 @@ def noted(values, *files):
         print(mine, sum(prod(t.shape) for t in values.values()), file=file)
     read_tensors(values, *files)
 
-backbones.load_weights = refused
+loading.load_weights = refused
 read_tensors, distributed.read_tensors = distributed.read_tensors, noted
 train_in_turn.main()
 """

@@ -16,16 +16,16 @@ from helpers import TOKENIZER, VOCABULARY, tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
-from prlhf import loop
-from prlhf.backbones import load_backbone
+from prlhf import updates
 from prlhf.checkpoint import save_step
 from prlhf.data import read_comparisons
 from prlhf.dry_run import available_memory, predict
 from prlhf.encoding import encode_training_data
 from prlhf.errors import UserError
-from prlhf.loop import make_optimizer, part_loss, update_parts
+from prlhf.loading import load_backbone
 from prlhf.losses import ResponseLogProbs
 from prlhf.personalized import build_model
+from prlhf.updates import make_optimizer, part_loss, update_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 D, LAYERS = 32, 2  # of tiny_config
@@ -228,7 +228,7 @@ def test_processes_share_an_update_in_the_dry_run_as_they_do_in_training(monkeyp
     few = ("optim.batch_size=8", "optim.micro_batch_size=8", "data.limit=8")
     alone = prediction_of(*few)[2].largest
     eight = prediction_of(*few, processes=8)[2].largest
-    monkeypatch.setattr(loop, "world_size", lambda: 8)  # as in a process of eight
+    monkeypatch.setattr(updates, "world_size", lambda: 8)  # as in a process of eight
     config, data, _ = prediction_of(*few)
     model = build_model(config, TOKENIZER, len(data.users), load_backbone(config.model, TOKENIZER, 0))
     comparisons = data.train.comparisons

@@ -4,12 +4,12 @@ import pytest
 from helpers import TOKENIZER, tiny_config, tiny_model
 from tokenizers import processors
 
-from prlhf.backbones import byte_tokenizer
 from prlhf.batching import micro_batches, updates_of_epoch
 from prlhf.data import ComparisonFile, UserIndex, parse_comparison
 from prlhf.encoding import EncodedComparison, Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
-from prlhf.loop import update_parts
+from prlhf.loading import byte_tokenizer
+from prlhf.updates import update_parts
 
 
 def with_bos():

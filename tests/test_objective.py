@@ -19,9 +19,9 @@ from helpers import (
     votes,
 )
 
-from prlhf.loop import Item, accumulate_gradients, branches, make_optimizer
 from prlhf.losses import branch_weights
 from prlhf.scoring import score
+from prlhf.updates import Item, accumulate_gradients, branches, make_optimizer
 
 
 def run(config, comparisons, order=None, model=None):

@@ -9,7 +9,7 @@ import torch
 from helpers import random_comparisons, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prlhf import loop, optim
+from prlhf import loop, optim, updates
 from prlhf.data import Comparison, UserIndex
 from prlhf.encoding import Dataset, EncodingReport
 from prlhf.optim import NEGLECTED, Optimizers, RowAdamW, clip, momentum_steps
@@ -278,7 +278,7 @@ def test_training_gives_the_weights_of_dense_adamw(monkeypatch, tmp_path, kind):
         )  # fmt: skip
         model, comparisons = tiny_model(config), random_comparisons(16)
         raw = [Comparison("x", "a", "b", str(c.user), None, str(i)) for i, c in enumerate(comparisons)]
-        split = loop.Split(Dataset(comparisons, raw, EncodingReport()), score(model, comparisons, None, 4))
+        split = updates.Split(Dataset(comparisons, raw, EncodingReport()), score(model, comparisons, None, 4))
         if name == "dense":
             monkeypatch.setattr(loop, "make_optimizer", DenseAdamW)
         start = copy.deepcopy(model.state_dict())

@@ -25,7 +25,6 @@ from prlhf.batching import Reading, lay_out
 from prlhf.data import Comparison, UserIndex
 from prlhf.encoding import Encoder, EncodingReport, pair_question
 from prlhf.evaluation import score_users
-from prlhf.loop import accumulate_gradients
 from prlhf.losses import (
     Answers,
     Rewards,
@@ -38,6 +37,7 @@ from prlhf.losses import (
 )
 from prlhf.reference import remember_states, weights_fingerprint
 from prlhf.scoring import score
+from prlhf.updates import accumulate_gradients
 
 SOFT = ("method=prm",)
 LINEAR = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")

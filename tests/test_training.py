@@ -22,7 +22,7 @@ from helpers import gradients, random_comparisons, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 import train as train_script
-from prlhf import checkpoint, config, loop
+from prlhf import checkpoint, config, loop, updates
 from prlhf.data import Comparison, UserIndex, read_comparisons
 from prlhf.encoding import Dataset, EncodingReport
 from prlhf.errors import TrainingError, UserError
@@ -358,7 +358,7 @@ def toy_split(model, count=8):
     comparisons = random_comparisons(count)
     raw = [Comparison("x", "a", "b", str(c.user), None, str(i)) for i, c in enumerate(comparisons)]
     data = Dataset(comparisons, raw, EncodingReport())
-    return loop.Split(data, score(model, comparisons, None, 4))
+    return updates.Split(data, score(model, comparisons, None, 4))
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
@@ -381,7 +381,7 @@ def test_a_micro_batchs_graph_is_gone_before_the_next_is_made(monkeypatch):
     conf = tiny_config("optim.micro_batch_size=1")
     model, comparisons = tiny_model(conf).train(), random_comparisons(4)
     reference = score(model, comparisons, None, 4)
-    part_loss, hooks, alive = loop.part_loss, [], []
+    part_loss, hooks, alive = updates.part_loss, [], []
 
     def watched(*arguments):
         alive.append(sum(hook() is not None for hook in hooks))
@@ -390,8 +390,8 @@ def test_a_micro_batchs_graph_is_gone_before_the_next_is_made(monkeypatch):
         hooks.append(weakref.ref(hook))
         return loss, margins
 
-    monkeypatch.setattr(loop, "part_loss", watched)
-    loop.accumulate_gradients(conf, model, comparisons, reference, range(4))
+    monkeypatch.setattr(updates, "part_loss", watched)
+    updates.accumulate_gradients(conf, model, comparisons, reference, range(4))
     assert len(alive) > 1 and set(alive) == {0}
 
 
@@ -415,7 +415,7 @@ def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
     )  # fmt: skip
     model, twin = tiny_model(config), tiny_model(config)
     split = toy_split(model)
-    loop.accumulate_gradients(config, twin, split.data.comparisons, split.reference, range(8))
+    updates.accumulate_gradients(config, twin, split.data.comparisons, split.reference, range(8))
     grads = gradients(twin)
     norm = math.sqrt(sum((g**2).sum().item() for g in grads.values()))
     assert norm > 0.01
@@ -438,7 +438,7 @@ def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
 )
 def test_schedules_by_hand(schedule, expected):
     config = tiny_config("optim.warmup_steps=2", f"optim.schedule={schedule}").optim
-    assert [loop.learning_rate_factor(step, 6, config) for step in range(6)] == pytest.approx(expected)
+    assert [updates.learning_rate_factor(step, 6, config) for step in range(6)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["robust", "hinge", "ipo", "simpo", "orpo"])
