@@ -48,10 +48,12 @@ demo: install model length-data
 	$(PY) -m prlhf.lengths $(DEMO)/responses.jsonl --out $(DEMO)/eval
 	@echo "The report, the tables and the figures are in $(DEMO)/eval"
 
-# The full experiments of docs/results.md, for a GPU: length preferences, and UKPConvArg1 against its vanilla arm.
+# The full experiments of docs/results.md, for a GPU: length preferences, and UKPConvArg1 against its vanilla arm, whose
+# comparisons (docs/results.md) are train.jsonl.gz and valid.jsonl.gz in the folder UKP.
 UKP ?= runs/data/ukpconvarg1
 UKP_DATA := data.train=$(UKP)/train.jsonl.gz data.valid=$(UKP)/valid.jsonl.gz
 experiments: install model length-data
+	@test -f $(UKP)/train.jsonl.gz || { echo "error: no $(UKP)/train.jsonl.gz; say UKP=FOLDER" >&2; exit 2; }
 	$(PY) train.py --config length_pdpo.yaml --set model.name=$(MODEL)
 	$(PY) evaluate.py --checkpoint runs/length_pdpo
 	$(PY) generate.py --checkpoint runs/length_pdpo --prompts examples/length/valid_prompts.jsonl --users $(WORKERS),generic --out runs/length_pdpo/responses.jsonl

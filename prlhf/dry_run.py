@@ -1,7 +1,7 @@
 """What a training will take, before anything is loaded: python train.py --config NAME.yaml --dry-run
 
 The real model, without values, computes the two largest micro-batches of the training's largest update and the optimiser's
-step; what is counted there (`phases`) is what the real ones take, and what one process holds of it is told (`memory`).
+step. What is counted there (`phases`) is what the real ones take; `memory` says what each process holds of it, and when.
 """
 
 import contextlib
@@ -82,11 +82,11 @@ def predict(
     if data.valid is not None:
         reports["valid"] = data.valid.report.lines()
     return Prediction(
-        device,
-        processes,
-        available,
-        count_parameters(fake.model),
-        reports,
+        device=device,
+        processes=processes,
+        available=available,
+        parameters=count_parameters(fake.model),
+        data=reports,
         known_users=len(data.users),
         updates=steps.total,
         updates_per_epoch=steps.per_epoch,

@@ -1,4 +1,4 @@
-"""Models and tokenizers: from a folder or the hub, without values, or small ones with random weights.
+"""Models and tokenizers: from a folder or the hub, without values, or small ones with random weights; and the device.
 
 Weights are read from safetensors alone, no code comes with a model, and what goes wrong is told in a sentence.
 """

@@ -1,10 +1,10 @@
 """What one process of a training holds in memory, phase by phase, before anything is loaded.
 
-What an update of the whole model takes is counted (`phases`); the rest is formulas:
+What the tensors of its phases take in a process that holds the whole model is counted (`phases`), and what Python and its
+libraries hold is measured in this process, after a toy update, which has touched the code that training runs. Of N processes
+(FSDP) each holds
 
-    N processes (FSDP)  weights, gradients and moments / N, and whole what `gathered_bytes` says; user tables and
-                        activations are each process's own
-    this process        what it holds after imports, data and a toy update, which has touched the code that training runs
+    weights, gradients and moments / N, and whole what `gathered_bytes` says; user tables and activations of its own
 
 Memory is in bytes, in use at once, but for the heap's.
 """
@@ -63,7 +63,8 @@ def predicted_memory(
 ) -> Memory:
     """What each of the processes holds of what a whole update takes.
 
-    process: what one holds before anything is loaded. parts: the largest micro-batches.
+    config: as it was given, where `fake.config` is spelled out. parts: the largest micro-batches. process: what one holds
+    before anything is loaded.
     """
     model, gpu = fake.model, fake.gpu
     scoring, states = scoring_peak(fake), known_states(fake)
@@ -85,13 +86,14 @@ def predicted_memory(
     static = process + weights + states + moments  # moments are there from the second update on
     waiting = static + (0 if gpu else gradients)  # between updates
     in_update = gradients + whole.extra + gathered if spread else whole.peak
+    loading = weights if gpu or (spread and config.model.name) else whole.weights
     file = min(FILE_BYTES, held(whole.gradients + whole.moments, 0))  # twice in memory while it is written
     return Memory(
         process, weights, gradients, moments, gathered, whole.activations,
         max(0, in_update - gradients - gathered - whole.activations),
         log_prob_bytes(fake, parts), whole.lost, states, host,
         {
-            "loading": process + (weights if gpu else whole.weights + file_bytes_beside(config)),
+            "loading": process + loading + (0 if gpu else file_bytes_beside(config, spread)),
             "reference and evaluation": waiting + gathered + max(scoring, STATES_COPIES * states),
             "forward and backward": static + in_update + (whole.lost or 0),
             "optimiser's step": static + gradients + held(whole.step, 0),
@@ -159,15 +161,19 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def file_bytes_beside(config: Config) -> int:
-    """The safetensors of a local model whose type is not config.model.dtype: mapped into memory while they are converted.
+def file_bytes_beside(config: Config, spread: bool) -> int:
+    """The safetensors of a local model that are mapped into memory beside its weights while it is loaded.
 
-    Files of the same type are the weights themselves. Only their headers' types would say so surely; config.json does.
+    All of them where their type is not config.model.dtype; files of the same type are the weights themselves. A model that
+    is spread over processes is read into its shards one file after another: the largest of them, whatever its type.
     """
     folder = Path(config.model.name or "").expanduser()
-    if config.model.name is None or not folder.is_dir() or same_type(config):
+    if config.model.name is None or not folder.is_dir():
         return 0
-    return sum(file.stat().st_size for file in weight_files(folder) if file.is_file())
+    sizes = [file.stat().st_size for file in weight_files(folder) if file.is_file()]
+    if spread:
+        return max(sizes, default=0)
+    return 0 if same_type(config) else sum(sizes)
 
 
 def same_type(config: Config) -> bool:

@@ -26,7 +26,7 @@ from prlhf.batching import PreferenceBatch, micro_batches
 from prlhf.config import Config
 from prlhf.distributed import FILE_BYTES
 from prlhf.encoding import EncodedComparison, TrainingData
-from prlhf.heap import growth, twice
+from prlhf.heap import Event, growth, twice
 from prlhf.loading import empty_backbone
 from prlhf.logprobs import HeadGradients, Pass, Softmax
 from prlhf.losses import ResponseLogProbs, needs_reference
@@ -134,7 +134,7 @@ def counted_update(fake: FakeTraining, update: Sequence[int], parts: Sequence[Se
     config, model, allocations = fake.config, fake.model, fake.allocations
     weights = bytes_of(model.parameters())
     gradients = bytes_of(model.parameters(), trained=True) - bytes_of(model.user_model.tables)
-    reference = _no_reference(len(fake.comparisons)) if needs_reference(config) else None
+    reference = _reference_of_zeros(len(fake.comparisons)) if needs_reference(config) else None
     if remembers_states(model):
         some = readings_of([fake.comparisons[item.index] for part in parts for item in part])
         with allocations.fake():
@@ -147,7 +147,7 @@ def counted_update(fake: FakeTraining, update: Sequence[int], parts: Sequence[Se
         moments = allocations.now - before
         start = allocations.restart()
         activations = peak = extra = 0
-        with written_down(fake) as events:
+        with events_for_heap(fake) as events:
             if not fake.gpu:  # as the loop does
                 optimizer.keep_gradients()
             for items in parts:
@@ -163,28 +163,29 @@ def counted_update(fake: FakeTraining, update: Sequence[int], parts: Sequence[Se
         torch.nn.utils.clip_grad_norm_(optimizer.dense_parameters, config.optim.max_grad_norm or math.inf)
         optimizer.dense.step()
         step = allocations.peak - before
-    lost, saving = 0, 0
-    if not fake.gpu:
-        update_events = twice(events)
-        # A checkpoint's file is there twice while it is written (`distributed.write_tensors`), each time as one piece.
-        file = min(FILE_BYTES, gradients + moments)
-        pieces = [("storage", len(events) + n, file) for n in range(2)]
-        grown, then = growth(update_events, kept=True), growth([*update_events, *pieces], kept=True)
-        lost = None if grown is None else max(0, grown - peak)
-        saving = then or 0
+    lost, saving = (0, 0) if fake.gpu else heap_of_update(events, peak, min(FILE_BYTES, gradients + moments))
     if config.model.compute_dtype:  # what was counted is of that type, and is kept in float32
         more = bytes_of(model.backbone.parameters(), trained=True)
         weights, gradients, moments, step = weights + more, gradients + more, moments + 2 * more, step + more
     return Counted(weights, gradients, moments, activations, extra, peak, step, lost, saving)
 
 
-def _no_reference(count: int) -> ResponseLogProbs:
+def _reference_of_zeros(count: int) -> ResponseLogProbs:
     zeros, ones = torch.zeros(count), torch.ones(count, dtype=torch.long)
     return ResponseLogProbs(zeros, zeros, ones, ones)
 
 
-def written_down(fake: FakeTraining) -> contextlib.AbstractContextManager[list[Any]]:
-    """Where glibc's heap is to be asked, on a CPU: what is made and freed within the context."""
+def heap_of_update(events: Sequence[Event], peak: int, file: int) -> tuple[int | None, int]:
+    """What glibc's heap takes beside the `peak` of an update, and what it has grown to when a checkpoint is written after it,
+    whose `file` is there twice (`distributed.write_tensors`), each time as one piece. (None, 0) where the heap is another."""
+    update = twice(events)
+    pieces = [("storage", len(events) + n, file) for n in range(2)]
+    grown, then = growth(update, kept=True), growth([*update, *pieces], kept=True)
+    return None if grown is None else max(0, grown - peak), then or 0
+
+
+def events_for_heap(fake: FakeTraining) -> contextlib.AbstractContextManager[list[Event]]:
+    """Within the context it is written down what is made and freed, for glibc's heap to be asked; for a GPU, nothing is."""
     return contextlib.nullcontext([]) if fake.gpu else fake.allocations.written_down()
 
 
@@ -222,7 +223,7 @@ def _first_batch(
 
 def forward_peak(fake: FakeTraining, forward: Callable[[Any], Any], batch: Any, training: bool = False) -> int:
     """What a forward pass takes at once. training: during the training, when the heap keeps freed memory."""
-    with fake.allocations.fake(), written_down(fake) as events:
+    with fake.allocations.fake(), events_for_heap(fake) as events:
         before = fake.allocations.restart()
         outputs = forward(batch)
         peak = fake.allocations.peak - before

@@ -24,6 +24,7 @@ from prlhf.encoding import encode_training_data
 from prlhf.errors import UserError
 from prlhf.loading import load_backbone
 from prlhf.losses import ResponseLogProbs
+from prlhf.memory import file_bytes_beside
 from prlhf.personalized import build_model
 from prlhf.updates import make_optimizer, part_loss, update_parts
 
@@ -304,6 +305,17 @@ def test_a_gpus_dense_attention_keeps_keys_and_values_for_each_query_head():
     rows, positions = cpu.largest
     assert gpu.largest == cpu.largest
     assert gpu.memory.activations - cpu.memory.activations == 4 * LAYERS * rows * positions * 2 * (4 - 2) * 16
+
+
+def test_the_files_that_lie_in_memory_beside_what_is_loaded(tmp_path):
+    """None, where weights are the files themselves; all, where each is converted; one, where shards are read file by file."""
+    load_backbone(tiny_config().model, TOKENIZER, 0).save_pretrained(tmp_path, max_shard_size="100KB")
+    sizes = [file.stat().st_size for file in tmp_path.glob("*.safetensors")]
+    assert len(sizes) > 1
+    alike = tiny_config(f"model.name={tmp_path}", "model.family=null")
+    other = tiny_config(f"model.name={tmp_path}", "model.family=null", "model.dtype=bfloat16", "lora.rank=2")
+    assert [file_bytes_beside(config, spread=False) for config in (alike, other)] == [0, sum(sizes)]
+    assert [file_bytes_beside(config, spread=True) for config in (alike, other)] == [max(sizes)] * 2
 
 
 def test_the_hidden_states_of_a_frozen_backbone_as_counted_by_hand():
