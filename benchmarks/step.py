@@ -13,7 +13,7 @@ find room beside each other, --one-at-a-time starts each when the one before has
 
 The arms are those of benchmarks/arms.py: prlhf, "prlhf pdpo", rows, "rows once", trl.
 
-Beside the peak of our arms stands what `train.py --dry-run` would have said. The share of the matmul rate is that of the FLOPs an
+Beside the peak of our arms stands what `train.py --dry-run` says, but for saving. The share of the matmul rate is that of the FLOPs an
 update must spend (`shapes.useful_flops`) in the time it took, over what a large matrix product of the same type reaches here, in
 the same run. Models of real shapes: benchmarks/random_model.py; the runs that want a GPU: benchmarks/gpu.sh.
 """
@@ -274,10 +274,12 @@ def shares_of_rate(
 
 
 def predicted_gb(name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]) -> float:
-    """What the dry run says that an arm's memory will be at its peak, in 1e9 bytes, counted as `peak_memory_gb` counts."""
+    """What the dry run says that an arm's memory will be at its peak, in 1e9 bytes, counted as `peak_memory_gb` counts; but for
+    the saving of a checkpoint, which no arm does."""
     config, device = config_of(name, args), choose_device("auto")
     memory = predict(config, load_tokenizer(config.model), training_data(comparisons, USERS), device).memory
-    return (memory.peak - (CUDA_CONTEXT if device == "cuda" else 0)) / 1e9
+    peak = max(size for phase, size in memory.peaks.items() if phase != "saving")
+    return (peak - (CUDA_CONTEXT if device == "cuda" else 0)) / 1e9
 
 
 def report(
