@@ -36,8 +36,8 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-        tensors = [t for t in tensors if not t.is_sparse]  # whose parts were counted before
+        # Of a sparse tensor the parts were counted before.
+        tensors = [t for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and not t.is_sparse]
         if self.events is not None and tensors and has_gradient((args, kwargs)):
             self._write_node(tensors[0])
         # Gradients are added up in place where there is no dispatch mode; where there is, a summand is freed right after.

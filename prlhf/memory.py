@@ -11,7 +11,6 @@ Memory is in bytes, in use at once, but for the heap's.
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from prlhf.loading import DTYPES, byte_tokenizer, weight_files
 from prlhf.personalized import PersonalizedModel, build_model
 from prlhf.phases import Counted, FakeTraining, bytes_of, log_prob_bytes, scoring_peak
 from prlhf.reference import readings_of, remembers_states
+from prlhf.training_log import peak_memory_gb
 from prlhf.updates import Item, make_optimizer
 
 CUDA_CONTEXT = 600_000_000  # what CUDA and its libraries hold on a GPU, which torch's own count leaves out
@@ -156,9 +156,7 @@ def resident_bytes() -> int:
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return round(peak_memory_gb() * 1e9)
 
 
 def file_bytes_beside(config: Config, spread: bool) -> int:

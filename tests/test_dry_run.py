@@ -183,10 +183,8 @@ def peak_said_and_measured(tmp_path, *overrides):
     arguments = [sys.executable, "train.py", *command(tmp_path / "run", *overrides)]
     dry = [*arguments, "--dry-run", "--memory", "1000"]
     said = peak_said(subprocess.run(dry, env=environment, capture_output=True, text=True, check=True).stdout)
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURED, *arguments], env=environment, capture_output=True, text=True
-    )
-    return said, float(measured.stdout)
+    counting = [sys.executable, "-c", MEASURED, *arguments]
+    return said, float(subprocess.run(counting, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def test_the_peak_of_a_real_run(tmp_path):
