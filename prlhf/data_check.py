@@ -9,7 +9,7 @@ data.train and data.limit say. Texts that differ only in white space or in how U
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,19 +20,12 @@ from prlhf.config import Config
 from prlhf.data import CANONICAL, Comparison, ComparisonFile, Messages, UserIndex, read_comparisons, words
 from prlhf.encoding import Encoder, EncodingReport, encode_file
 from prlhf.errors import UserError
+from prlhf.leaks import JUDGED, LEAKS, judged_leaks, leak
 from prlhf.loading import load_tokenizer
-from prlhf.rules import RULES, as_read, conflicts, fit, majority_share, pair_key, prompt_key
+from prlhf.rules import RULES, FittedRules, as_read, conflicts, fit, majority_share, pair_key, prompt_key
 
 FEW = 5  # fewer training comparisons than this tell little about a user
 MUCH = 0.05  # a larger share than this that is dropped or cut deserves a warning
-
-# What of a file's comparison may also be in another file; of comparisons `as_read`.
-LEAKS: dict[str, Callable[[Comparison], set[Hashable]]] = {
-    "prompts": lambda c: {prompt_key(c.prompt)},
-    "prompts with a response": lambda c: {(prompt_key(c.prompt), response) for response in (c.chosen, c.rejected)},
-    "pairs": lambda c: {pair_key(c)},
-    "pairs judged by the same user": lambda c: {(c.user, pair_key(c))} if c.user else set(),
-}
 
 
 class Split(NamedTuple):
@@ -67,14 +60,6 @@ class Spread(NamedTuple):
     high: float
 
 
-class Leak(NamedTuple):
-    """What a file shares with an earlier one: how many different things, in how many comparisons."""
-
-    distinct: int
-    comparisons: int
-    example: str | None
-
-
 def run(files: Sequence[str], config_name: str | None, overrides: Sequence[str]) -> None:
     """Print the report on the files, the warnings last. UserError for a bad file or config."""
     if overrides and config_name is None:
@@ -105,12 +90,13 @@ def check(files: Sequence[str], config: Config | None) -> Iterator[Section]:
     yield contents_section(splits, users)
     yield activity_section(splits, users)
     yield votes_section(splits)
+    rules = fit(splits[0].read, users)
     if len(splits) > 1:
-        yield leaks_section(splits)
+        yield leaks_section(splits, rules)
     yield lengths_section(splits)
     if encoder is not None:
         yield tokens_section(splits, users, encoder)
-    yield rules_section(splits, users)
+    yield rules_section(splits, rules)
 
 
 def spread(numbers: Sequence[float]) -> Spread:
@@ -189,21 +175,16 @@ def votes_section(splits: Sequence[Split]) -> Section:
     return Section(f"\n{table(header, rows)}\n\n{meaning}", warnings)
 
 
-def leak(one: Sequence[Comparison], other: Sequence[Comparison], keys: Callable[[Comparison], set]) -> Leak:
-    """What of the other comparisons, by `keys`, is among the one's too, and the id of the first one affected."""
-    seen = {key for c in one for key in keys(c)}
-    shared = [(c.id, keys(c) & seen) for c in other]
-    affected = [name for name, found in shared if found]
-    return Leak(len(set().union(*(found for _, found in shared))), len(affected), affected[0] if affected else None)
-
-
-def leaks_section(splits: Sequence[Split]) -> Section:
+def leaks_section(splits: Sequence[Split], rules: FittedRules) -> Section:
     """What each file shares with each one before it: the training file first, then other held-out files."""
     rows, warnings = [], []
     for i, j in itertools.combinations(range(len(splits)), 2):
         earlier = "the training file" if i == 0 else splits[i].path
-        for kind, keys in LEAKS.items():
-            found = leak(splits[i].read, splits[j].read, keys)
+        leaks = {kind: leak(splits[i].read, splits[j].read, keys) for kind, keys in LEAKS.items()}
+        if i == 0:
+            leaks |= judged_leaks(rules, splits[j].read)
+            warnings += own_record_warnings(splits[j], rules)
+        for kind, found in leaks.items():
             share = percent(found.comparisons / len(splits[j].read))
             rows.append(
                 [splits[j].label, splits[i].label, kind, found.distinct, found.comparisons, share, found.example]
@@ -215,6 +196,19 @@ def leaks_section(splits: Sequence[Split]) -> Section:
                 )
     header = ["of the file", "also in", "what", "how many", "comparisons", "share", "one of them"]
     return Section(f"\n{table(header, rows)}", warnings)
+
+
+def own_record_warnings(split: Split, rules: FittedRules) -> list[str]:
+    """A warning where a user's own record in training says something of the responses of a held-out comparison."""
+    affected = [c for c in split.read if rules.judged(c)]
+    if not affected:
+        return []
+    right = rules.right(affected)["own_record"]
+    return [
+        f"{split.path}: comparisons of {JUDGED}: {len(affected):,} ({percent(len(affected) / len(split.read))}), e.g. "
+        f"{affected[0].id}; a rule that only remembers each user's own record (own_record) is right on "
+        f"{percent(float(np.mean(right)))} of them. `python -m prlhf.data split --by response` divides without this"
+    ]
 
 
 def text_words(text: str | Messages) -> int:
@@ -263,9 +257,8 @@ def encoding_warnings(path: str, report: EncodingReport, comparisons: int) -> li
     ]
 
 
-def rules_section(splits: Sequence[Split], users: UserIndex) -> Section:
+def rules_section(splits: Sequence[Split], rules: FittedRules) -> Section:
     """What trivial rules get right, those that learn having learnt from the training file."""
-    rules = fit(splits[0].read, users)
     rows = []
     for i, split in enumerate(splits):
         known = np.array(split.known)

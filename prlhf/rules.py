@@ -1,8 +1,9 @@
 """What trivial rules get right, which a personalised model has to beat, and how far the votes agree at all.
 
-All rules are user-blind but `own_length`, which knows one number about each user. Each rule is a margin in favour of
-the chosen response: right where it is positive, wrong where negative, one half where it is zero. Texts are the same where
-they are the same `as_read`.
+All rules are user-blind but two: `own_length` knows one number about each user, and `own_record` remembers how often this
+very user chose or rejected each response. Where `own_record` is often right, held-out comparisons can be answered from
+memory, and a model's personal gain may be no more than that. Each rule is a margin in favour of the chosen response: right
+where it is positive, wrong where negative, one half where it is zero. Texts are the same where they are the same `as_read`.
 """
 
 import unicodedata
@@ -19,6 +20,7 @@ RULES = {
     "own_length": "longer or shorter, whichever the user (if unknown or even, all users) chose more often in training",
     "pair_majority": "what most training votes on the same pair chose",
     "response_share": "the response with the larger share of training votes, (wins + 1) / (wins + losses + 2)",
+    "own_record": "the response with the better record, wins less losses, with this very user in training",
 }
 
 
@@ -47,6 +49,12 @@ def prompt_key(prompt: str | Messages) -> Hashable:
 def pair_key(comparison: Comparison) -> Hashable:
     """The prompt and its two responses, to the letter, in no order: the same for opposite choices on the same pair."""
     return prompt_key(comparison.prompt), frozenset((comparison.chosen, comparison.rejected))
+
+
+def response_keys(comparison: Comparison) -> tuple[Hashable, Hashable]:
+    """The chosen and the rejected response, each with its prompt, to the letter."""
+    prompt = prompt_key(comparison.prompt)
+    return (prompt, comparison.chosen), (prompt, comparison.rejected)
 
 
 class MajorityShare(NamedTuple):
@@ -113,6 +121,7 @@ class FittedRules:
     wins: Counter[tuple[Hashable, str]]  # (prompt, response)
     losses: Counter[tuple[Hashable, str]]
     longer_chosen: Counter[str | None]  # by user, None for all: times the longer response won minus times it lost
+    own: Counter[tuple[str, Hashable]]  # (user, response key): wins less losses; there where the user judged it
 
     def right(self, comparisons: Sequence[Comparison]) -> dict[str, list[float]]:
         """For each rule that applies, by its name in RULES: 1, 0 or 0.5 for each comparison.
@@ -127,7 +136,12 @@ class FittedRules:
             margins["own_length"] = self._own_length
             margins["pair_majority"] = self._pair_majority
             margins["response_share"] = self._response_share
+            margins["own_record"] = self._own_record
         return {name: [_right(margin(c)) for c in comparisons] for name, margin in margins.items()}
+
+    def judged(self, c: Comparison) -> set[Hashable]:
+        """Of the two responses of a comparison `as_read`, those that the same, named user judged in training."""
+        return {key for key in response_keys(c) if c.user and (c.user, key) in self.own}
 
     def _own_length(self, c: Comparison) -> float:
         return _longer(c) * (self.longer_chosen[c.user] or self.longer_chosen[None])
@@ -140,6 +154,10 @@ class FittedRules:
         prompt = prompt_key(c.prompt)
         return self._share((prompt, c.chosen)) - self._share((prompt, c.rejected))
 
+    def _own_record(self, c: Comparison) -> float:
+        chosen, rejected = response_keys(c)
+        return self.own[c.user, chosen] - self.own[c.user, rejected] if c.user else 0
+
     def _share(self, response: tuple[Hashable, str]) -> float:
         """(wins + 1) / (wins + losses + 2): 1/2 for a response that training never showed."""
         return (self.wins[response] + 1) / (self.wins[response] + self.losses[response] + 2)
@@ -150,12 +168,16 @@ def fit(train: Iterable[Comparison], users: UserIndex | None = None) -> FittedRu
 
     users: whose own length preference is learned, by default everybody's.
     """
-    rules = FittedRules(Counter(), Counter(), Counter(), Counter())
+    rules = FittedRules(Counter(), Counter(), Counter(), Counter(), Counter())
     for c in map(as_read, train):
         prompt = prompt_key(c.prompt)
         rules.votes[prompt, c.chosen, c.rejected] += 1
         rules.wins[prompt, c.chosen] += 1
         rules.losses[prompt, c.rejected] += 1
+        if c.user:
+            chosen, rejected = response_keys(c)
+            rules.own[c.user, chosen] += 1
+            rules.own[c.user, rejected] -= 1
         for who in {c.user if users is None or users.number(c.user) else None, None}:
             rules.longer_chosen[who] += _sign(_longer(c))
     return rules

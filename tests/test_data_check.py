@@ -112,6 +112,8 @@ def test_leaks_between_the_files(check, train, valid):
         ["prompts with a response", "4", "3", "75.00%", "v1"],  # P with A, B, C, and Q with z
         ["pairs", "1", "1", "25.00%", "v1"],
         ["pairs judged by the same user", "1", "1", "25.00%", "v1"],
+        ["responses judged by the same user in training: both", "2", "1", "25.00%", "v1"],  # ann's A and B
+        ["responses judged by the same user in training: one", "0", "0", "0.00%", "-"],
     ]
 
 
@@ -140,11 +142,12 @@ def test_what_trivial_rules_get_right(check, train, valid):
     _, out, _ = check(train, valid)
     # v1 is a known user's, v2 v3 v4 are not. In training ann chose the longer response 2:1, all users 4:2, bob 1:1.
     # Shares: A (3+1)/(3+2+2) = 4/7, B 3/6, C 1/3, z under Q 1/3, w and everything under R 1/2.
-    assert [row[1:] for row in rows(out) if row[0] == "valid.jsonl.gz" and row[-1] in "03" and len(row) == 6][-4:] == [
+    assert [row[1:] for row in rows(out) if row[0] == "valid.jsonl.gz" and row[-1] in "013" and len(row) == 6][-5:] == [
         ["longer", "87.50%", "100.00%", "83.33%", "3"],  # 1, 1 1 .5
         ["own_length", "87.50%", "100.00%", "83.33%", "3"],  # the same
         ["pair_majority", "50.00%", "50.00%", "50.00%", "0"],  # {A, B} is even, the rest new
         ["response_share", "62.50%", "100.00%", "50.00%", "3"],  # 1, 1 .5 0
+        ["own_record", "62.50%", "100.00%", "50.00%", "1"],  # ann's A +1, B -1; cid judged nothing that counts, dee nothing
     ]
     # In-sample: t1 t2 t5 t6 are the longer ones, t6 is nobody's.
     assert ["train.jsonl *", "longer", "66.67%", "60.00%", "100.00%", "6"] in rows(out)
@@ -163,8 +166,37 @@ def test_warnings(check, train, valid):
     assert warnings(out) == [
         f"warning: {train}: known users with fewer than 5 comparisons: 2 of 2, e.g. 'ann'",
         f"warning: {train}: a user's votes for both responses of the same pair: 1, e.g. 'ann' in comparison t1",
+        f"warning: {valid}: comparisons of responses judged by the same user in training: 1 (25.00%), e.g. v1; a rule that "
+        "only remembers each user's own record (own_record) is right on 100.00% of them. `python -m prlhf.data split "
+        "--by response` divides without this",
         f"warning: {valid}: comparisons of pairs that are also in the training file: 1 (25.00%), e.g. v1",
     ]
+
+
+def statements(name, user, chosen, rejected):
+    return vote(name, user, "Which do you agree with?", f"yes to {chosen}", f"no to {rejected}")
+
+
+def test_pairs_of_the_same_votes_on_both_sides_are_warned_of(check, tmp_path):
+    """Each voter agreed with a, b, c and disagreed with d, e, f: nine pairs, three of them, of no pair in training, held out.
+
+    Of each response two pairs are left in training: a, b, c +2, the others -2. The rule is always right.
+    """
+    pairs = [(user, good, bad) for user in ("ann", "bob") for good in "abc" for bad in "def"]
+    held_out = {"ad", "be", "cf"}
+    files = {"train.jsonl": [p for p in pairs if p[1] + p[2] not in held_out],
+             "valid.jsonl": [p for p in pairs if p[1] + p[2] in held_out]}  # fmt: skip
+    files["valid.jsonl"] += [("ann", "a", "z"), ("cid", "a", "d")]  # z is new to ann, and all is to cid
+    for name, votes in files.items():
+        lines = [json.dumps(statements(f"{name[0]}{i}", *one)) + "\n" for i, one in enumerate(votes)]
+        (tmp_path / name).write_text("".join(lines))
+    _, out, _ = check(tmp_path / "train.jsonl", tmp_path / "valid.jsonl")
+    found = {row[2]: row[3:] for row in rows(out) if row[:2] == ["valid.jsonl", "train.jsonl"]}
+    assert found["responses judged by the same user in training: both"] == ["12", "6", "75.00%", "v0"]  # 2 x 6 responses
+    assert found["responses judged by the same user in training: one"] == ["1", "1", "12.50%", "v6"]
+    assert ["valid.jsonl", "own_record", "93.75%", "100.00%", "50.00%", "7"] in rows(out)  # 7 right, cid's a tie
+    (warning,) = [line for line in warnings(out) if "judged by the same user" in line]
+    assert "in training: 7 (87.50%), e.g. v0; " in warning and "is right on 100.00% of them" in warning
 
 
 def test_a_file_with_nothing_to_warn_of_and_files_of_one_name(check, tmp_path):

@@ -23,19 +23,21 @@ TRAIN = [
 ]  # fmt: skip
 # Pairs: {A, B} 2:1, {A, C} 1:2, {B, C} 1:2, {B, D} 1:0.
 # Shares: A (3+1)/(3+3+2) = 1/2, B (3+1)/(3+4+2) = 4/9, C (4+1)/(4+2+2) = 5/8, D 1/3, E 1/2.
-HELD_OUT = [  # comparison, then: longer, own_length, pair_majority, response_share
-    (vote("ann", A, B), 1, 1, 1, 1),
-    (vote("bob", A, C), 1, 0, 0, 0),
-    (vote("cid", A, C), 1, 0, 0, 0),  # even in training: as all users, shorter
-    (vote("zed", C, A), 0, 1, 1, 1),  # not in training: as all users
-    (vote(None, B, D), 0.5, 0.5, 1, 1),
-    (vote("dee", A, D), 1, 0, 0.5, 1),  # a new pair of known responses; no length preference of dee's own
-    (vote("bob", E, B), 1, 0, 0.5, 1),  # E is new
-    (vote("ann", A, B, prompt="q"), 1, 1, 0.5, 0.5),  # under another prompt both are new
+# Own records: ann A +2, B -2, C 1 - 1 = 0; bob A -2, B +1, C +1; cid A +1, B -2, C +1; dee B +1, D -1.
+HELD_OUT = [  # comparison, then: longer, own_length, pair_majority, response_share, own_record
+    (vote("ann", A, B), 1, 1, 1, 1, 1),  # 2 - -2
+    (vote("bob", A, C), 1, 0, 0, 0, 0),  # -2 - 1
+    (vote("cid", A, C), 1, 0, 0, 0, 0.5),  # even in training: as all users, shorter; own records 1 - 1
+    (vote("zed", C, A), 0, 1, 1, 1, 0.5),  # not in training: as all users, and without a record
+    (vote(None, B, D), 0.5, 0.5, 1, 1, 0.5),  # nobody's record, whatever the unnamed votes
+    (vote("dee", A, D), 1, 0, 0.5, 1, 1),  # a new pair of known responses; no length preference of dee's own; 0 - -1
+    (vote("bob", E, B), 1, 0, 0.5, 1, 0),  # E is new; 0 - 1
+    (vote("ann", A, B, prompt="q"), 1, 1, 0.5, 0.5, 0.5),  # under another prompt both are new
 ]
+ALL = ("longer", "own_length", "pair_majority", "response_share", "own_record")
 
 
-@pytest.mark.parametrize("position, rule", enumerate(("longer", "own_length", "pair_majority", "response_share"), 1))
+@pytest.mark.parametrize("position, rule", enumerate(ALL, 1))
 def test_each_rule_on_each_comparison(position, rule):
     right = fit(TRAIN).right([row[0] for row in HELD_OUT])
     assert right[rule] == [row[position] for row in HELD_OUT]
@@ -43,8 +45,8 @@ def test_each_rule_on_each_comparison(position, rule):
 
 def test_a_rule_that_does_not_apply_is_left_out():
     assert list(fit([]).right(TRAIN)) == ["longer"]
-    assert list(fit(TRAIN).right(TRAIN)) == ["longer", "own_length", "pair_majority", "response_share"]
-    assert fit(TRAIN).right([]) == {"longer": [], "own_length": [], "pair_majority": [], "response_share": []}
+    assert tuple(fit(TRAIN).right(TRAIN)) == ALL
+    assert fit(TRAIN).right([]) == {rule: [] for rule in ALL}
 
 
 def test_the_first_response_where_the_records_say_which_it_was():
@@ -58,6 +60,13 @@ def test_even_votes_decide_nothing():
     right = fit(even).right([vote("ann", A, B), vote("bob", A, B), vote("zed", A, B)])
     assert right["own_length"] == [1, 0, 0.5]
     assert right["pair_majority"] == right["response_share"] == [0.5, 0.5, 0.5]
+
+
+def test_an_even_record_is_a_judgement_that_decides_nothing():
+    rules = fit([vote("ann", A, B), vote("ann", C, A)])  # A 1 - 1, B -1, C +1
+    asked = [vote("ann", A, D), vote("ann", B, C), vote("ann", D, E), vote("bob", A, B), vote(None, A, B)]
+    assert rules.right(asked)["own_record"] == [0.5, 0, 0.5, 0.5, 0.5]
+    assert [len(rules.judged(as_read(c))) for c in asked] == [1, 2, 0, 0, 0]
 
 
 def test_message_prompts_are_compared_by_content():
@@ -80,6 +89,7 @@ def test_texts_that_read_the_same_are_the_same():
     assert majority_share(votes) == (pytest.approx(2 / 3), 1, 1)
     right = fit([votes[0], votes[2]]).right([votes[1], vote("zed", "caf\u00e9", "no")])
     assert right["pair_majority"] == right["response_share"] == [0, 1]
+    assert right["own_record"] == [0, 0.5]  # ann chose the other one; zed said nothing
     assert conflicts([vote("ann", "no", "no "), vote("ann", "no ", "no")]) == (0, 0, 0, None)  # no choice
 
 

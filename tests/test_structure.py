@@ -11,8 +11,8 @@ from prlhf.reference_table import with_table
 ROOT = Path(__file__).resolve().parent.parent
 # Data flows one way: each module imports only from those above it.
 ORDER = [
-    "errors", "heap", "allocations", "config", "data.sources", "data.files", "data", "simulate", "data.download", "data.fetch", "data.reading", "data.splits", "data.tldr", "data.prism",
-    "data.psoups", "data.persona", "data.multipref", "data.prepare", "encoding", "rules", "batching", "backbones", "loading", "data_check", "user_models", "logprobs",
+    "errors", "heap", "allocations", "config", "data.sources", "data.files", "data", "rules", "leaks", "simulate", "data.download", "data.fetch", "data.reading", "data.splits", "data.tldr", "data.prism",
+    "data.psoups", "data.persona", "data.multipref", "data.prepare", "encoding", "batching", "backbones", "loading", "data_check", "user_models", "logprobs",
     "logprobs_triton", "lora", "losses", "personalized", "distributed", "optim", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
     "runs", "training_log", "updates", "loop", "phases", "memory", "dry_run", "sampling", "responses", "rewards", "report", "compare", "lengths",
     "reference_table", "data.__main__",
