@@ -4,16 +4,17 @@
 
 EVAL_DIR is what evaluate.py wrote, or a run whose eval/ it is; several of one name are seeds of one model. The first model
 is the baseline. Writes report.md, report.json and comparison.png: accuracies, calibration errors and personalisation gains;
-paired differences to the baseline, with intervals over users; and for each known user a paired test, adjusted for there
-being many users.
+paired differences to the baseline, with intervals over users; for each known user a paired test, adjusted for there being
+many users; and whose gain a rule explains that only remembers the users' own votes (own_record).
 """
 
 import argparse
 import json
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,7 @@ REPORTED = {  # of an evaluation's report.json: where, and the column's title
     "calibration_top": (("calibration", "top"), "calibration error, known users"),
     "calibration_generic": (("calibration", "generic"), "calibration error, unknown users"),
     "personalisation_gain": (("controls", "personalisation_gain", "accuracy"), "personalisation gain"),
+    "own_record": (("own_record", "accuracy"), "the rule own_record, known users"),
 }
 SHOWN = 10  # users in the table
 
@@ -74,22 +76,31 @@ def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
     return Comparisons(ids, users, texts, known_B), correct(margins_B)
 
 
-def read_reported(folder: str) -> dict[str, float | None]:
-    """The REPORTED numbers of an evaluation; None for what its report.json lacks. UserError where that is damaged."""
+class Reported(NamedTuple):
+    """Of an evaluation's report.json the REPORTED numbers, by name, and whether own_record explains the model's gain."""
+
+    numbers: dict[str, float | None]
+    explained: bool | None
+
+
+def read_reported(folder: str) -> Reported:
+    """What an evaluation reported; None for what its report.json lacks. UserError where that is damaged."""
     path = evaluation_folder(folder) / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
-    found = {}
-    for name, (keys, _) in REPORTED.items():
+
+    def read(keys: Sequence[str], kind: Callable[[Any], bool], expected: str) -> Any:
         value = report
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
-        if value is not None and not _is_finite(value):
-            raise UserError(f"{path}, {'.'.join(keys)}: expected a finite number or null, found {json.dumps(value)}")
-        found[name] = value
-    return found
+        if value is not None and not kind(value):
+            raise UserError(f"{path}, {'.'.join(keys)}: expected {expected} or null, found {json.dumps(value)}")
+        return value
+
+    numbers = {name: read(keys, _is_finite, "a finite number") for name, (keys, _) in REPORTED.items()}
+    return Reported(numbers, read(("own_record", "explains_gain"), lambda v: isinstance(v, bool), "true or false"))
 
 
 def read_models(named: dict[str, list[str]]) -> tuple[Comparisons, list[Model]]:
@@ -110,7 +121,9 @@ def read_models(named: dict[str, list[str]]) -> tuple[Comparisons, list[Model]]:
             first = first or (folder, comparisons)
             require_same(*first, folder, comparisons)
             right.append(right_B)
-        models.append(Model(name, folders, np.stack(right), [read_reported(folder) for folder in folders]))
+        reported = [read_reported(folder) for folder in folders]
+        numbers, explained = map(list, zip(*reported))
+        models.append(Model(name, folders, np.stack(right), numbers, explained))
     return first[1], models
 
 
@@ -163,6 +176,7 @@ def markdown(report: dict[str, Any]) -> str:
     per_user = report["per_user"] if counts["known_users"] else {}
     for name, users in per_user.items():
         lines += ["", *_users_table(name, baseline, users)]
+    lines += _explained(models)
     return "\n".join(lines) + "\n"
 
 
@@ -218,6 +232,19 @@ def main() -> None:
         print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
     print(markdown(report))
     print(f"written to {out}")
+
+
+def _explained(models: dict[str, Any]) -> list[str]:
+    """Whose gain the rule own_record explains, in a sentence; none where no evaluation says."""
+    seeds = {k: [s for s in model["own_record_explains_gain"] if s is not None] for k, model in models.items()}
+    silent = [name for name, found in seeds.items() if not found]
+    if len(silent) == len(models):
+        return []
+    parts = {name: "" if all(found) else f" ({sum(found)} of {len(found)} seeds)" for name, found in seeds.items()}
+    explained = [name + parts[name] for name, found in seeds.items() if any(found)]
+    who = f"The gain over the generic user of {', '.join(explained)}" if explained else "No model's gain over the generic user"
+    rule = "the rule own_record, which only remembers each user's own record of the responses in training"
+    return ["", f"{who} is explained by {rule}." + (f" Not known of {', '.join(silent)}." if silent else "")]
 
 
 def _title(comparison: tuple[str, str | None]) -> str:

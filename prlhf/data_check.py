@@ -200,14 +200,16 @@ def leaks_section(splits: Sequence[Split], rules: FittedRules) -> Section:
 
 def own_record_warnings(split: Split, rules: FittedRules) -> list[str]:
     """A warning where a user's own record in training says something of the responses of a held-out comparison."""
-    affected = [c for c in split.read if rules.judged(c)]
-    if not affected:
+    judged = np.array([bool(rules.judged(c)) for c in split.read])
+    if not judged.any():
         return []
-    right = rules.right(affected)["own_record"]
+    affected, known = [c for c, is_judged in zip(split.read, judged) if is_judged], np.array(split.known)
+    shares = percent(judged.mean()) + (f"; of known users' {percent(judged[known].mean())}" if known.any() else "")
+    right = float(np.mean(rules.right(affected)["own_record"]))
     return [
-        f"{split.path}: comparisons of {JUDGED}: {len(affected):,} ({percent(len(affected) / len(split.read))}), e.g. "
-        f"{affected[0].id}; a rule that only remembers each user's own record (own_record) is right on "
-        f"{percent(float(np.mean(right)))} of them. `python -m prlhf.data split --by response` divides without this"
+        f"{split.path}: comparisons of {JUDGED}: {len(affected):,} ({shares}), e.g. {affected[0].id}; a rule that only "
+        f"remembers each user's own record (own_record) is right on {percent(right)} of them. "
+        "`python -m prlhf.data split --by response` divides without this"
     ]
 
 

@@ -21,6 +21,7 @@ from prlhf.metrics import (
     UserCounts,
     accuracies,
     by_user,
+    correct,
     expected_calibration_error,
     mean_interval,
     pooled,
@@ -109,7 +110,8 @@ def summarize(
     rules: dict[str, Sequence[float]] | None = None,
     others: bool = True,
 ) -> dict[str, Any]:
-    """The numbers of report.json: accuracies, intervals, calibration, controls, rules and the table of known users.
+    """The numbers of report.json: accuracies, intervals, calibration, controls, rules, what the rule own_record explains
+    (see `own_record_summary`; None where it does not apply) and the table of known users.
 
     users: user numbers (0 unknown); names: the users' names in the data, by which unknown users are resampled; rules:
     what each trivial rule gets right of every comparison (1, 0, or 0.5); others: whether the model knows more than one
@@ -142,7 +144,41 @@ def summarize(
             report["controls"][name] = {"accuracy": None, "interval": None}
         for row in report["per_user"].values():
             row["shuffled_users"] = None
-    return report if rules is None else {**report, "rules": _rules(rules, known)}
+    if rules is None:
+        return report
+    own = np.asarray(rules["own_record"])[known] if "own_record" in rules and known.any() else None
+    explained = None if own is None else own_record_summary(own, labels[known], margins[:2, known], samples, rng)
+    return {**report, "rules": _rules(rules, known), "own_record": explained}
+
+
+def own_record_summary(
+    right_B: np.ndarray, users: Sequence[str], margins: np.ndarray, samples: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Whether what a model gains by knowing its users is no more than their own record of the very responses.
+
+    right_B: what the rule own_record gets right of known users' comparisons, 1/2 where it does not decide; margins:
+    (2, B), as the true and as the generic user. The gain, true less generic accuracy, is computed apart where the rule
+    decides and where it does not. The rule explains the gain where there is one, the rule is right on more than half, and
+    no gain is shown where it does not decide: the interval reaches 0, or there are too few users or comparisons for one.
+    """
+    labels, decides = np.asarray(users, dtype=object), right_B != 0.5
+
+    def gain(rows: np.ndarray) -> dict[str, Any]:
+        true, generic = (by_user(labels[rows], values[rows]) for values in margins)
+        return {
+            "accuracy": pooled(true) - pooled(generic) if true.users else None,
+            "interval": pooled_difference_interval(true, generic, samples, rng),
+            "comparisons": int(rows.sum()),
+        }
+
+    silent, overall = gain(~decides), (correct(margins[0]) - correct(margins[1])).mean()
+    not_shown = silent["interval"] is None or silent["interval"].low <= 0
+    return {
+        "decided": float(decides.mean()),
+        "accuracy": float(right_B.mean()),
+        "gain_over_generic": {"where_it_decides": gain(decides), "where_it_does_not": silent},
+        "explains_gain": bool(overall > 0 and decides.any() and right_B.mean() > 0.5 and not_shown),
+    }
 
 
 def _controls(

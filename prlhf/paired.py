@@ -42,13 +42,14 @@ class Comparisons(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model of one or more seeds: what each got `correct` (a known user as themselves), (seeds, B), and what else its
-    evaluation reported, by name."""
+    """A model of one or more seeds: what each got `correct` (a known user as themselves), (seeds, B), what else its
+    evaluation reported, by name, and whether it says that own_record explains the gain (None: it says nothing)."""
 
     name: str
     folders: list[str]
     right_SB: np.ndarray
     reported: list[dict[str, float | None]]
+    explained: list[bool | None]
 
 
 class Groups(NamedTuple):
@@ -76,6 +77,7 @@ def summary(comparisons: Comparisons, model: Model) -> dict[str, Any]:
         "std_over_seeds": accuracy.std,
         "reported": reported.mean,
         "reported_std_over_seeds": reported.std,
+        "own_record_explains_gain": model.explained,  # of each seed
         "interval": {
             "top": pooled_interval(both.known, SAMPLES, np.random.default_rng(SEED)),
             "average_mean": mean_interval(both.known, SAMPLES, np.random.default_rng(SEED)),

@@ -77,6 +77,7 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     controls = report["controls"].items()
     lines += INTERVALS + [interval_row(CONTROLS[k], c["accuracy"], c["interval"]) for k, c in controls]
+    lines += own_record_lines(report)
     if "rules" in report:
         lines += ["", "What trivial rules reach:", "", "| | known users | unknown users |", "|---|---|---|"]
         model = {"known_users": report["accuracy"]["top"], "unknown_users": report["accuracy"]["generic"]}
@@ -87,6 +88,43 @@ def markdown(report: dict[str, Any]) -> str:
         cells = [percent(row[k]) for k in ("accuracy", "generic_user", "shuffled_users")]
         lines.append(f"| {cell(user)} | {row['n']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def own_record_lines(report: dict[str, Any]) -> list[str]:
+    """A paragraph on whether a rule that only remembers each user's own record explains what the model gains."""
+    if "own_record" not in report or report["accuracy"]["top"] is None:
+        return []
+    found, rule = report["own_record"], "A rule that only remembers each user's own record of the two responses in training"
+    if found is None:
+        return ["", f"{rule} may explain the gain: not known, for the training comparisons are not there."]
+    if not found["decided"]:
+        return ["", f"{rule} decides nothing here: there is nothing to remember, and it does not explain the gain."]
+    gains, overall = found["gain_over_generic"], report["controls"]["gain_over_generic"]["accuracy"]
+    silent = gains["where_it_does_not"]
+    if overall <= 0:
+        verdict = "There is no gain to explain."
+    elif found["explains_gain"]:
+        verdict = "So the rule explains the gain: where it is silent, none is shown."
+    elif found["accuracy"] <= 0.5:
+        verdict = "So the rule does not explain the gain: it is right on no more than half."
+    else:
+        verdict = "So the rule does not explain all of the gain: there is one where it is silent."
+    return [
+        "",
+        f"{rule} (own_record) decides {percent(found['decided'])}% of known users' comparisons and reaches "
+        f"{percent(found['accuracy'])}%; this model reaches {percent(report['accuracy']['top'])}%. The gain of the true "
+        f"over the generic user is {_gain_text(gains['where_it_decides'])} where the rule decides, and "
+        f"{_gain_text(silent)} where it does not. {verdict}",
+    ]
+
+
+def _gain_text(gain: dict[str, Any]) -> str:
+    """A gain in percent, with its interval and the number of comparisons."""
+    count = f"{gain['comparisons']:,} comparison" + ("" if gain["comparisons"] == 1 else "s")
+    if not gain["comparisons"]:
+        return f"not known ({count})"
+    interval = "no interval" if gain["interval"] is None else f"interval {interval_text(gain['interval'])}"
+    return f"{percent(gain['accuracy'])} ({interval}, {count})"
 
 
 def optional_pyplot():

@@ -179,6 +179,7 @@ def test_what_evaluations_report_beside_margins(call, tmp_path):
     model = report["models"]["model"]
     assert model["reported"] == {
         "calibration_top": pytest.approx(0.03), "calibration_generic": None, "personalisation_gain": pytest.approx(0.15),
+        "own_record": None,
     }  # fmt: skip
     text = (tmp_path / "out" / "report.md").read_text()
     measures = "Accuracy-top | Accuracy-average | Accuracy-generic"
@@ -191,6 +192,36 @@ def test_what_evaluations_report_beside_margins(call, tmp_path):
     for damage in ('{"calibration"', '{"calibration": {"top": "much"}}'):
         (seeds[0] / "report.json").write_text(damage)
         refused(call(f"base={base}", f"model={seeds[0]}"), str(seeds[0] / "report.json"))
+
+
+def test_whose_gain_the_own_record_explains(call, tmp_path):
+    """Of two seeds of b the rule explains the first one's gain; c does not say, as evaluations of before did not."""
+    base = write(tmp_path / "base", BASE)
+    folders = {name: write(tmp_path / name, GOOD) for name in ("a", "b0", "b1", "c")}
+
+    def says(name, accuracy, explains):
+        own = {"own_record": {"accuracy": accuracy, "explains_gain": explains}}
+        (folders[name] / "report.json").write_text(json.dumps(own))
+
+    for name, explains in (("a", True), ("b0", True), ("b1", False)):
+        says(name, 0.9, explains)
+    models = f"a={folders['a']}", f"b={folders['b0']},{folders['b1']}", f"c={folders['c']}"
+    status, _, report = call(f"base={base}", *models)
+    assert status == 0 and report["models"]["b"]["own_record_explains_gain"] == [True, False]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| Accuracy-generic | the rule own_record, known users |\n" in text
+    assert "| b | 91.67 ± 0.00 | 87.50 ± 0.00 (over users ± 12.50) | 100.00 ± 0.00 | 90.00 ± 0.00 |" in text
+    rule = "explained by the rule own_record, which only remembers each user's own record of the responses in training."
+    names = "a, b (1 of 2 seeds)"
+    assert text.endswith(f"\nThe gain over the generic user of {names} is {rule} Not known of base, c.\n")
+    says("a", 0.5, False)
+    call(f"a={folders['a']}", f"b={folders['b1']}")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.endswith(f"\nNo model's gain over the generic user is {rule}\n")
+    call(f"base={base}", f"c={folders['c']}")
+    assert "own_record" not in (tmp_path / "out" / "report.md").read_text()
+    says("a", 0.5, 1)
+    refused(call(f"a={folders['a']}", f"base={base}"), "own_record.explains_gain: expected true or false or null, found 1")
 
 
 def test_a_run_stands_for_its_evaluation(call, tmp_path):

@@ -166,9 +166,9 @@ def test_warnings(check, train, valid):
     assert warnings(out) == [
         f"warning: {train}: known users with fewer than 5 comparisons: 2 of 2, e.g. 'ann'",
         f"warning: {train}: a user's votes for both responses of the same pair: 1, e.g. 'ann' in comparison t1",
-        f"warning: {valid}: comparisons of responses judged by the same user in training: 1 (25.00%), e.g. v1; a rule that "
-        "only remembers each user's own record (own_record) is right on 100.00% of them. `python -m prlhf.data split "
-        "--by response` divides without this",
+        f"warning: {valid}: comparisons of responses judged by the same user in training: 1 (25.00%; of known users' "
+        "100.00%), e.g. v1; a rule that only remembers each user's own record (own_record) is right on 100.00% of them. "
+        "`python -m prlhf.data split --by response` divides without this",
         f"warning: {valid}: comparisons of pairs that are also in the training file: 1 (25.00%), e.g. v1",
     ]
 
@@ -196,7 +196,7 @@ def test_pairs_of_the_same_votes_on_both_sides_are_warned_of(check, tmp_path):
     assert found["responses judged by the same user in training: one"] == ["1", "1", "12.50%", "v6"]
     assert ["valid.jsonl", "own_record", "93.75%", "100.00%", "50.00%", "7"] in rows(out)  # 7 right, cid's a tie
     (warning,) = [line for line in warnings(out) if "judged by the same user" in line]
-    assert "in training: 7 (87.50%), e.g. v0; " in warning and "is right on 100.00% of them" in warning
+    assert "in training: 7 (87.50%; of known users' 100.00%), e.g. v0; " in warning and "is right on 100.00% of them" in warning
 
 
 def test_a_file_with_nothing_to_warn_of_and_files_of_one_name(check, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from helpers import random_comparisons, tiny_config, tiny_model
 
 from prlhf.data import Comparison
+from prlhf.data.splits import Shares, judged, split_by_response
 from prlhf.evaluation import Scores, score_users, shuffled, summarize
 from prlhf.intervals import std_interval, worst_user_interval
 from prlhf.losses import ResponseLogProbs
@@ -24,6 +25,7 @@ from prlhf.metrics import (
 )
 from prlhf.paired import alike, exact_sign_flip_test
 from prlhf.report import accuracy_curve, markdown, write_margins, write_report
+from prlhf.rules import fit
 
 
 def test_a_tie_counts_one_half():
@@ -85,6 +87,118 @@ def test_report_by_hand():
     assert "| the response with more words wins | 41.67 | 33.33 |" in text
     without_rules = markdown({"checkpoint": "c", "data": "d", **summary(true, generic, other, users, names)})
     assert "trivial rules" not in without_rules
+
+
+def own_summary(own, true, generic, users, known=True):
+    """The report, and its text, where the rule own_record gets `own` right of the comparisons of these (known) users."""
+    numbers = [1 + sorted(set(users)).index(user) if known else 0 for user in users]
+    report = summary(true, generic, generic, numbers, users, {"own_record": own})
+    return report, markdown({"checkpoint": "c", "data": "d", **report})
+
+
+EIGHT = [f"u{i}" for i in range(8) for _ in range(3)]  # three comparisons each: the rule decides, decides, is silent
+
+
+def test_a_gain_only_where_the_rule_decides_is_explained_by_it():
+    """The gain is 1 where the rule decides and 0 elsewhere: 2/3 over all. Eight users without a difference in 8 comparisons:
+    +- t_7 sqrt(8 / 7 * 2) / 8 with t_7 = 2.365."""
+    report, text = own_summary([1, 1, 0.5] * 8, [1.0, 1.0, 1.0] * 8, [-1.0, -1.0, 1.0] * 8, EIGHT)
+    found = report["own_record"]
+    assert report["controls"]["gain_over_generic"]["accuracy"] == pytest.approx(2 / 3)
+    assert (found["decided"], found["accuracy"]) == (pytest.approx(2 / 3), pytest.approx(2.5 / 3))
+    gains = found["gain_over_generic"]
+    assert (gains["where_it_decides"]["accuracy"], gains["where_it_decides"]["comparisons"]) == (1, 16)
+    assert (gains["where_it_does_not"]["accuracy"], gains["where_it_does_not"]["comparisons"]) == (0, 8)
+    half = 2.365 * math.sqrt(8 / 7 * 2) / 8
+    assert gains["where_it_does_not"]["interval"] == pytest.approx((-half, half), abs=1e-4)
+    q = 0.025 ** (1 / 8)  # all alike, see `test_many_users_who_are_all_equal_by_hand`
+    assert gains["where_it_decides"]["interval"] == pytest.approx((2 * q - 1, 1))
+    assert found["explains_gain"] is True
+    lines = text.splitlines()
+    controls = next(i for i, line in enumerate(lines) if line.startswith("| Personalisation gain"))
+    assert lines[controls + 1] == "" and lines[controls + 2] == (
+        "A rule that only remembers each user's own record of the two responses in training (own_record) decides 66.67% of "
+        "known users' comparisons and reaches 83.33%; this model reaches 100.00%. The gain of the true over the generic user "
+        "is 100.00 (interval 26.12 to 100.00, 16 comparisons) where the rule decides, and 0.00 (interval -44.69 to 44.69, "
+        "8 comparisons) where it does not. So the rule explains the gain: where it is silent, none is shown."
+    )
+
+
+@pytest.mark.parametrize(
+    "own, true, generic, explains, said",
+    [
+        # Silent in the third comparison of each: the gain there is 1, from 2 * 0.025^(1/8) - 1 = 26% on.
+        ([1, 1, 0.5], [1, 1, 1], [-1, -1, -1], False, "does not explain all of the gain: there is one where it is silent."),
+        ([1, 1, 1], [1, 1, 1], [-1, -1, 1], True, "not known (0 comparisons) where it does not. So the rule explains the gain"),
+        ([0, 0, 1], [1, 1, 1], [-1, -1, 1], False, "does not explain the gain: it is right on no more than half."),
+        ([1, 1, 0.5], [1, 1, 1], [1, 1, 1], False, "There is no gain to explain."),
+        ([0.5, 0.5, 0.5], [1, 1, 1], [-1, -1, 1], False, "decides nothing here: there is nothing to remember, and it does not"),
+    ],
+)  # fmt: skip
+def test_when_the_own_record_explains_a_gain(own, true, generic, explains, said):
+    report, text = own_summary(own * 8, [float(m) for m in true] * 8, [float(m) for m in generic] * 8, EIGHT)
+    assert report["own_record"]["explains_gain"] is explains
+    assert said in text
+
+
+def test_a_silent_comparison_of_one_user_shows_no_gain():
+    users = ["a", "a", "b", "b"]
+    report, text = own_summary([1, 0.5, 1, 1], [1.0] * 4, [-1.0] * 4, users)
+    assert report["own_record"]["gain_over_generic"]["where_it_does_not"] == {
+        "accuracy": 1, "interval": None, "comparisons": 1
+    }  # fmt: skip
+    assert report["own_record"]["explains_gain"] is True
+    assert "and 100.00 (no interval, 1 comparison) where it does not. So the rule explains the gain" in text
+
+
+def test_the_own_record_where_nothing_is_known_of_it():
+    report, text = own_summary([1.0, 1.0], [1.0, 1.0], [1.0, 1.0], ["x", "y"], known=False)
+    assert report["own_record"] is None and "remembers" not in text  # no known users
+    report = summary([1.0], [1.0], [1.0], [1], ["a"], {"longer": [1.0]})
+    assert report["own_record"] is None
+    text = markdown({"checkpoint": "c", "data": "d", **report})
+    assert "may explain the gain: not known, for the training comparisons are not there." in text
+
+
+VOTERS = [f"voter{i}" for i in range(8)]
+
+
+def voters_pairs(likes="abcd", dislikes="wxyz"):
+    """Eight voters who agreed with the same four statements and disagreed with four: all sixteen pairs of each."""
+    pairs = [(voter, good, bad) for voter in VOTERS for good in likes for bad in dislikes]
+    return [Comparison("Agree?", good, bad, voter, None, f"{voter} {good}{bad}") for voter, good, bad in pairs]
+
+
+def told(train, held_out):
+    """The report on a model that knows everything of its known users, and nothing, a coin's worth, as the generic user."""
+    rules = fit(train).right(held_out)
+    true, generic = [1.0] * len(held_out), [1.0, -1.0] * (len(held_out) // 2)
+    users = [1 + VOTERS.index(c.user) for c in held_out]
+    report = summary(true, generic, generic, users, [c.user for c in held_out], rules)
+    return report, markdown({"checkpoint": "c", "data": "d", **report})
+
+
+def test_pairs_of_votes_that_are_divided_by_pair_are_remembered():
+    """Held out are aw, bx, cy and dz of each: each response has three pairs left in training, a record of +3 or -3."""
+    pairs = voters_pairs()
+    held_out = [c for c in pairs if c.chosen + c.rejected in ("aw", "bx", "cy", "dz")]
+    report, text = told([c for c in pairs if c not in held_out], held_out)
+    assert report["rules"]["own_record"]["known_users"] == 1
+    assert report["own_record"]["decided"] == 1 and report["own_record"]["explains_gain"] is True
+    assert "So the rule explains the gain" in text
+
+
+def test_the_same_votes_divided_by_response_cannot_be_remembered():
+    pairs = voters_pairs()
+    records = [{"id": c.id, "user": c.user} for c in pairs]
+    # 5 of a voter's 8 statements are trained on: 4 + 1, 3 + 2, 2 + 3 or 1 + 4 of either kind, and 4 or 6 of the pairs.
+    made = split_by_response(records, [judged(c) for c in pairs], Shares(1.0, 0.7), seed=0)
+    by_id = {c.id: c for c in pairs}
+    held_out = [by_id[record["id"]] for record in made.valid]
+    report, text = told([by_id[record["id"]] for record in made.train], held_out)
+    assert len(held_out) > 8 and report["rules"]["own_record"]["known_users"] == 0.5
+    assert report["own_record"]["decided"] == 0 and report["own_record"]["explains_gain"] is False
+    assert "there is nothing to remember" in text
 
 
 def test_one_known_user_has_nobody_to_be_shuffled_with(tmp_path):

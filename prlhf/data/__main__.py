@@ -2,7 +2,7 @@
 
     python -m prlhf.data fetch NAME [--out FOLDER]
     python -m prlhf.data prepare NAME [--raw FOLDER] [--out FOLDER] [--few-shot K] [--seed N] ...
-    python -m prlhf.data split FILE --out FOLDER [--by FIELD] [--few-shot K] [--seed N] ...
+    python -m prlhf.data split FILE --out FOLDER [--by prompt|response|FIELD] [--few-shot K] [--seed N] ...
     python -m prlhf.data check TRAIN [HELD_OUT ...] [--config NAME] [--set key=value ...]
 
 `fetch` downloads the raw files of a paper's data set (prlhf/data/fetch.py), `prepare` makes comparisons of them and `split`
@@ -51,11 +51,20 @@ def main() -> None:
     )  # fmt: skip
     command.add_argument("file", metavar="FILE", help="comparisons")
     command.add_argument("--out", metavar="FOLDER", required=True)
-    command.add_argument("--by", metavar="FIELD", help="names the dialogue, one user's own; by default: by prompt")
+    command.add_argument(
+        "--by", metavar="prompt|response|FIELD",
+        help="prompt: all of a prompt on one side; response: no held-out pair has a response that its user judged in "
+        "training; or the field that names the dialogue, one user's own (no field is called prompt or response here); by "
+        "default response where a user judged one response in two different pairs, else prompt",
+    )  # fmt: skip
     command.add_argument("--format", default="auto", choices=config_module.KEYS["data.format"].metadata["choices"])
     command.add_argument("--user-column", default="user", metavar="FIELD", help="names the user")
     command.add_argument("--users", type=float, default=0.9, metavar="SHARE", help="of the users who are known (0.9)")
-    command.add_argument("--groups", type=float, default=0.9, metavar="SHARE", help="of what is trained on (0.9)")
+    command.add_argument(
+        "--groups", type=float, metavar="SHARE",
+        help="of what is trained on (0.9): prompts, or each user's dialogues; by response of each user's responses (0.7: of "
+        "the pairs about 0.7^2 are trained on, 0.3^2 held out, the others left out)",
+    )  # fmt: skip
     _common(command)
     command.set_defaults(run=run_split)
 
@@ -98,11 +107,11 @@ def run_split(args: argparse.Namespace) -> None:
     """`split`: check the options and go."""
     _check_ranges(args)
     check_range("--users", args.users, low=0, high=1)
-    check_range("--groups", args.groups, low=0, high=1)
+    if args.groups is not None:
+        check_range("--groups", args.groups, low=0, high=1)
     options = Options(seed=args.seed, few_shot=args.few_shot)
     form = DataConfig(format=args.format, user_column=args.user_column)
-    shares = splits.Shares(args.users, args.groups)
-    prepare.split_file(args.file, args.out, args.by, form, shares, options, args.overwrite)
+    prepare.split_file(args.file, args.out, args.by, form, args.users, args.groups, options, args.overwrite)
 
 
 def _check_ranges(args: argparse.Namespace) -> None:

@@ -26,10 +26,21 @@ from prlhf.data import (
 from prlhf.data.files import read_records, sha256, write_json, write_json_lines
 from prlhf.data.reading import Count, Options, Reading, Record, raw_files, text_key
 from prlhf.data.sources import raw_folder, source_name
-from prlhf.data.splits import Shares, Split, split, with_few_shot
+from prlhf.data.splits import (
+    Judged,
+    Shares,
+    Split,
+    judged,
+    recurring,
+    split,
+    split_by_response,
+    with_few_shot,
+)
 from prlhf.errors import UserError
 
 PROMPTS = 50  # held-out prompts to generate answers to
+NOT_FIELDS = ("prompt", "response")  # what `split --by` takes that is no dialogue's field
+TRAINED = {"response": 0.7}  # of a user's responses, by default: 0.3^2 of the pairs are held out, about half trained on
 OUTPUTS = ("train.jsonl", "valid.jsonl", "few_shot.jsonl", "prompts.jsonl")
 
 
@@ -74,25 +85,59 @@ def prepare(name: str, raw: str | None, out: str | None, options: Options, overw
 
 
 def split_file(
-    file: str, out: str, by: str | None, form: DataConfig, shares: Shares, options: Options, overwrite: bool
-) -> None:
-    """Split a file of comparisons, by prompt, or by the dialogues of each user that the field `by` names."""
-    records = []
-    for place, record in read_records(file, form.format):
-        where, name = f"{file}, {place}", f"{Path(file).name}:{place.split()[-1]}"
-        record = split_conversations(named_user(record, form.user_column))
-        parse_comparison(record, where, name)
-        if by is not None and not isinstance(record.get(by), str | int):
-            raise UserError(f"{where}, {by}: expected text or a number, the dialogue's name")
-        group = json.dumps(record["prompt"] if by is None else record[by], ensure_ascii=False)
-        records.append({"id": name, **record, "user": record.get("user") or None, "split_group": text_key(group)})
+    file: str, out: str, by: str | None, form: DataConfig, users: float, groups: float | None, options: Options,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    """Split a file of comparisons by prompt, by response, or by the dialogues of each user that the field `by` names.
+
+    by: None is by response where a user judged one response in two different pairs, else by prompt. users, groups: the
+    `Shares`; groups None is the default.
+    """
+    records, comparisons = read_for_split(file, None if by in NOT_FIELDS else by, form)
+    if by is None:
+        by = choose_by(comparisons)
+    shares = Shares(users, TRAINED.get(by, Shares().groups) if groups is None else groups)
     settings = {"data": file, "seed": options.seed, "few_shot": options.few_shot, **shares._asdict(), "by": by,
                 "user_column": form.user_column, "raw": {file: sha256(Path(file).expanduser())}}  # fmt: skip
     target = Path(out).expanduser()
     if Path(file).expanduser().resolve().parent == target.resolve() and Path(file).name in OUTPUTS:
         raise UserError(f"--out {out}: {file} itself would be replaced, expected another folder")
-    if not is_there(target, settings, overwrite):
-        write(target, split(records, shares, options.seed, options.few_shot, by is not None), settings, [], {}, None)
+    if is_there(target, settings, overwrite):
+        return
+    if by == "response":
+        made = split_by_response(records, comparisons, shares, options.seed, options.few_shot)
+    else:
+        made = split(records, shares, options.seed, options.few_shot, dialogues=by not in NOT_FIELDS)
+    write(target, made, settings, [], {}, None)
+
+
+def read_for_split(file: str, dialogue: str | None, form: DataConfig) -> tuple[list[Record], list[Judged]]:
+    """A file's records, split_group being their prompt, or the dialogue that a field names; and what each of them says."""
+    records, comparisons = [], []
+    for place, record in read_records(file, form.format):
+        where, name = f"{file}, {place}", f"{Path(file).name}:{place.split()[-1]}"
+        record = split_conversations(named_user(record, form.user_column))
+        comparison = parse_comparison(record, where, name)
+        comparisons.append(judged(comparison))
+        if dialogue is not None and not isinstance(record.get(dialogue), str | int):
+            raise UserError(f"{where}, {dialogue}: expected text or a number, the dialogue's name")
+        group = json.dumps(record["prompt" if dialogue is None else dialogue], ensure_ascii=False)
+        user = None if comparison.user is None else record["user"]
+        records.append({"id": name, **record, "user": user, "split_group": text_key(group)})
+    return records, comparisons
+
+
+def choose_by(comparisons: Sequence[Judged]) -> str:
+    """What to divide by where nothing is said, said with the reason: `recurring` responses, or else prompts."""
+    user = recurring(comparisons)
+    if user is None:
+        print("divided by prompt: no user judged one response in two different pairs")
+        return "prompt"
+    print(
+        f"divided by response: users judged one response in two different pairs, {user!r} for one, and no user's "
+        "response may be on both sides (--by prompt keeps whole prompts on one side instead)"
+    )
+    return "response"
 
 
 def is_there(target: Path, settings: dict[str, Any], overwrite: bool) -> bool:
@@ -109,7 +154,8 @@ def is_there(target: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         return False
     try:
         record = json.loads(found.read_text(encoding="utf-8"))
-        saved, files = record["settings"], {name: entry["sha256"] for name, entry in record["files"].items()}
+        saved = {**record["settings"], "by": record["settings"].get("by") or "prompt"}  # null was by prompt, once
+        files = {name: entry["sha256"] for name, entry in record["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{found}: damaged; expected another --out or --overwrite") from None
     differing = [
@@ -154,6 +200,8 @@ def write(
         files[name] = {"records": len(records), "users": users, "sha256": sha256(target / name)}
         print(f"{target / name}: {len(records):,} {'prompts' if 'prompts' in name else 'comparisons'}, {users:,} users")
     dropped = {**dropped, "of unknown users, on what is trained on or in few_shot.jsonl": made.left_out}
+    if made.straddling is not None:
+        dropped["one response trained on (or in few_shot.jsonl) by its user, the other held out"] = made.straddling
     for reason, number in dropped.items():
         if number:
             print(f"left out, {reason}: {number:,}")
@@ -161,8 +209,10 @@ def write(
     trained = {r["split_group"] for r in made.train}
     leaking = sum(r["split_group"] in trained for r in made.valid)
     if leaking:  # an official split may
-        print(f"warning: held-out comparisons on prompts that are trained on: {leaking:,}")
-    known = sorted({r["user"] for r in made.train if r["user"] is not None})
+        warning = "warning: " if made.straddling is None else ""  # by response prompts are not what is divided
+        print(f"{warning}held-out comparisons on prompts that are trained on: {leaking:,}")
+    users = {r["user"] for r in made.train if r["user"] is not None}
+    known = sorted(users, key=lambda user: (isinstance(user, str), user))  # whole numbers are names too
     record = {
         "settings": settings,
         "files": files,
