@@ -242,9 +242,10 @@ def _explained(models: dict[str, Any]) -> list[str]:
         return []
     parts = {name: "" if all(found) else f" ({sum(found)} of {len(found)} seeds)" for name, found in seeds.items()}
     explained = [name + parts[name] for name, found in seeds.items() if any(found)]
-    who = f"The gain over the generic user of {', '.join(explained)}" if explained else "No model's gain over the generic user"
+    who = f"The gain of {', '.join(explained)}" if explained else "No model's gain"
+    unknown = f" Not known of {', '.join(silent)}." if silent else ""
     rule = "the rule own_record, which only remembers each user's own record of the responses in training"
-    return ["", f"{who} is explained by {rule}." + (f" Not known of {', '.join(silent)}." if silent else "")]
+    return ["", f"{who} over the generic user is explained by {rule}.{unknown}"]
 
 
 def _title(comparison: tuple[str, str | None]) -> str:

@@ -94,7 +94,8 @@ def own_record_lines(report: dict[str, Any]) -> list[str]:
     """A paragraph on whether a rule that only remembers each user's own record explains what the model gains."""
     if "own_record" not in report or report["accuracy"]["top"] is None:
         return []
-    found, rule = report["own_record"], "A rule that only remembers each user's own record of the two responses in training"
+    found = report["own_record"]
+    rule = "A rule that only remembers each user's own record of the two responses in training"
     if found is None:
         return ["", f"{rule} may explain the gain: not known, for the training comparisons are not there."]
     if not found["decided"]:

@@ -147,7 +147,7 @@ def test_what_trivial_rules_get_right(check, train, valid):
         ["own_length", "87.50%", "100.00%", "83.33%", "3"],  # the same
         ["pair_majority", "50.00%", "50.00%", "50.00%", "0"],  # {A, B} is even, the rest new
         ["response_share", "62.50%", "100.00%", "50.00%", "3"],  # 1, 1 .5 0
-        ["own_record", "62.50%", "100.00%", "50.00%", "1"],  # ann's A +1, B -1; cid judged nothing that counts, dee nothing
+        ["own_record", "62.50%", "100.00%", "50.00%", "1"],  # ann's A +1, B -1; the others judged nothing
     ]
     # In-sample: t1 t2 t5 t6 are the longer ones, t6 is nobody's.
     assert ["train.jsonl *", "longer", "66.67%", "60.00%", "100.00%", "6"] in rows(out)
@@ -192,11 +192,13 @@ def test_pairs_of_the_same_votes_on_both_sides_are_warned_of(check, tmp_path):
         (tmp_path / name).write_text("".join(lines))
     _, out, _ = check(tmp_path / "train.jsonl", tmp_path / "valid.jsonl")
     found = {row[2]: row[3:] for row in rows(out) if row[:2] == ["valid.jsonl", "train.jsonl"]}
-    assert found["responses judged by the same user in training: both"] == ["12", "6", "75.00%", "v0"]  # 2 x 6 responses
+    both = found["responses judged by the same user in training: both"]
+    assert both == ["12", "6", "75.00%", "v0"]  # two users' six responses
     assert found["responses judged by the same user in training: one"] == ["1", "1", "12.50%", "v6"]
     assert ["valid.jsonl", "own_record", "93.75%", "100.00%", "50.00%", "7"] in rows(out)  # 7 right, cid's a tie
     (warning,) = [line for line in warnings(out) if "judged by the same user" in line]
-    assert "in training: 7 (87.50%; of known users' 100.00%), e.g. v0; " in warning and "is right on 100.00% of them" in warning
+    assert "in training: 7 (87.50%; of known users' 100.00%), e.g. v0; " in warning
+    assert "is right on 100.00% of them" in warning
 
 
 def test_a_file_with_nothing_to_warn_of_and_files_of_one_name(check, tmp_path):

@@ -11,6 +11,7 @@ divides a file of your own (prlhf/data/prepare.py); `check` reports on files of 
 """
 
 import argparse
+from typing import Any
 
 from prlhf import config as config_module
 from prlhf import data_check
@@ -45,9 +46,24 @@ def main() -> None:
     _common(command)
     command.set_defaults(run=run_prepare)
 
+    _add_split(commands, formatter_class=raw)
+
+    command = commands.add_parser(
+        "check", help="what is in comparison files, what leaks between them, what trivial rules get right",
+        description=data_check.__doc__, formatter_class=raw,
+    )  # fmt: skip
+    command.add_argument("files", nargs="+", metavar="FILE", help="the training comparisons, then any held-out ones")
+    command.add_argument("--config", help="also tell what this config drops and cuts; a YAML file, or one in configs/")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    command.set_defaults(run=lambda args: data_check.run(args.files, args.config, args.set))
+    args = parser.parse_args()
+    args.run(args)
+
+
+def _add_split(commands: Any, formatter_class: type) -> None:
     command = commands.add_parser(
         "split", help="divide comparisons into training, held-out and few-shot ones", description=splits.__doc__,
-        formatter_class=raw,
+        formatter_class=formatter_class,
     )  # fmt: skip
     command.add_argument("file", metavar="FILE", help="comparisons")
     command.add_argument("--out", metavar="FOLDER", required=True)
@@ -67,17 +83,6 @@ def main() -> None:
     )  # fmt: skip
     _common(command)
     command.set_defaults(run=run_split)
-
-    command = commands.add_parser(
-        "check", help="what is in comparison files, what leaks between them, what trivial rules get right",
-        description=data_check.__doc__, formatter_class=raw,
-    )  # fmt: skip
-    command.add_argument("files", nargs="+", metavar="FILE", help="the training comparisons, then any held-out ones")
-    command.add_argument("--config", help="also tell what this config drops and cuts; a YAML file, or one in configs/")
-    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
-    command.set_defaults(run=lambda args: data_check.run(args.files, args.config, args.set))
-    args = parser.parse_args()
-    args.run(args)
 
 
 def _common(command: argparse.ArgumentParser) -> None:

@@ -199,9 +199,7 @@ def write(
         users = len({r["user"] for r in records if r.get("user") is not None})
         files[name] = {"records": len(records), "users": users, "sha256": sha256(target / name)}
         print(f"{target / name}: {len(records):,} {'prompts' if 'prompts' in name else 'comparisons'}, {users:,} users")
-    dropped = {**dropped, "of unknown users, on what is trained on or in few_shot.jsonl": made.left_out}
-    if made.straddling is not None:
-        dropped["one response trained on (or in few_shot.jsonl) by its user, the other held out"] = made.straddling
+    dropped = {**dropped, **left_out(made)}
     for reason, number in dropped.items():
         if number:
             print(f"left out, {reason}: {number:,}")
@@ -222,6 +220,14 @@ def write(
     }
     record["counts"] = [count._asdict() for count in counts]
     write_json(target / "split.json", record)
+
+
+def left_out(made: Split) -> dict[str, int]:
+    """Why comparisons are in no part of a split, and how many."""
+    found = {"of unknown users, on what is trained on or in few_shot.jsonl": made.left_out}
+    if made.straddling is not None:
+        found["one response trained on (or in few_shot.jsonl) by its user, the other held out"] = made.straddling
+    return found
 
 
 def tell(counts: Iterable[Count]) -> None:
