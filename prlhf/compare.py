@@ -245,7 +245,7 @@ def _explained(models: dict[str, Any]) -> list[str]:
     who = f"The gain of {', '.join(explained)}" if explained else "No model's gain"
     unknown = f" Not known of {', '.join(silent)}." if silent else ""
     rule = "the rule own_record, which only remembers each user's own record of the responses in training"
-    return ["", f"{who} over the generic user is explained by {rule}.{unknown}"]
+    return ["", f"{who} over the generic user can be explained by {rule}.{unknown}"]
 
 
 def _title(comparison: tuple[str, str | None]) -> str:

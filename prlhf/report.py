@@ -105,7 +105,7 @@ def own_record_lines(report: dict[str, Any]) -> list[str]:
     if overall <= 0:
         verdict = "There is no gain to explain."
     elif found["explains_gain"]:
-        verdict = "So the rule explains the gain: where it is silent, none is shown."
+        verdict = "So the rule can explain all of the gain: where it is silent, none is shown."
     elif found["accuracy"] <= 0.5:
         verdict = "So the rule does not explain the gain: it is right on no more than half."
     else:

@@ -213,11 +213,11 @@ def test_whose_gain_the_own_record_explains(call, tmp_path):
     assert "| b | 91.67 ± 0.00 | 87.50 ± 0.00 (over users ± 12.50) | 100.00 ± 0.00 | 90.00 ± 0.00 |" in text
     rule = "explained by the rule own_record, which only remembers each user's own record of the responses in training."
     names = "a, b (1 of 2 seeds)"
-    assert text.endswith(f"\nThe gain of {names} over the generic user is {rule} Not known of base, c.\n")
+    assert text.endswith(f"\nThe gain of {names} over the generic user can be {rule} Not known of base, c.\n")
     says("a", 0.5, False)
     call(f"a={folders['a']}", f"b={folders['b1']}")
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.endswith(f"\nNo model's gain over the generic user is {rule}\n")
+    assert text.endswith(f"\nNo model's gain over the generic user can be {rule}\n")
     call(f"base={base}", f"c={folders['c']}")
     assert "own_record" not in (tmp_path / "out" / "report.md").read_text()
     says("a", 0.5, 1)

@@ -120,7 +120,7 @@ def test_a_gain_only_where_the_rule_decides_is_explained_by_it():
         "A rule that only remembers each user's own record of the two responses in training (own_record) decides 66.67% of "
         "known users' comparisons and reaches 83.33%; this model reaches 100.00%. The gain of the true over the generic user "
         "is 100.00 (interval 26.12 to 100.00, 16 comparisons) where the rule decides, and 0.00 (interval -44.69 to 44.69, "
-        "8 comparisons) where it does not. So the rule explains the gain: where it is silent, none is shown."
+        "8 comparisons) where it does not. So the rule can explain all of the gain: where it is silent, none is shown."
     )
 
 
@@ -129,7 +129,7 @@ def test_a_gain_only_where_the_rule_decides_is_explained_by_it():
     [
         # Silent in the third comparison of each: the gain there is 1, from 2 * 0.025^(1/8) - 1 = 26% on.
         ([1, 1, 0.5], [1, 1, 1], [-1, -1, -1], False, "does not explain all of the gain: there is one where it is silent."),
-        ([1, 1, 1], [1, 1, 1], [-1, -1, 1], True, "not known (0 comparisons) where it does not. So the rule explains the gain"),
+        ([1, 1, 1], [1, 1, 1], [-1, -1, 1], True, "not known (0 comparisons) where it does not. So the rule can explain all of the gain"),
         ([0, 0, 1], [1, 1, 1], [-1, -1, 1], False, "does not explain the gain: it is right on no more than half."),
         ([1, 1, 0.5], [1, 1, 1], [1, 1, 1], False, "There is no gain to explain."),
         ([0.5, 0.5, 0.5], [1, 1, 1], [-1, -1, 1], False, "decides nothing here: there is nothing to remember, and it does not"),
@@ -148,7 +148,7 @@ def test_a_silent_comparison_of_one_user_shows_no_gain():
         "accuracy": 1, "interval": None, "comparisons": 1
     }  # fmt: skip
     assert report["own_record"]["explains_gain"] is True
-    assert "and 100.00 (no interval, 1 comparison) where it does not. So the rule explains the gain" in text
+    assert "and 100.00 (no interval, 1 comparison) where it does not. So the rule can explain all of the gain" in text
 
 
 def test_the_own_record_where_nothing_is_known_of_it():
@@ -185,7 +185,7 @@ def test_pairs_of_votes_that_are_divided_by_pair_are_remembered():
     report, text = told([c for c in pairs if c not in held_out], held_out)
     assert report["rules"]["own_record"]["known_users"] == 1
     assert report["own_record"]["decided"] == 1 and report["own_record"]["explains_gain"] is True
-    assert "So the rule explains the gain" in text
+    assert "So the rule can explain all of the gain" in text
 
 
 def test_the_same_votes_divided_by_response_cannot_be_remembered():
