@@ -160,7 +160,7 @@ def finish(job: Job) -> None:
     """Leave in the model the weights for final/, of the last update or of the best evaluation."""
     job.optimizer.catch_up()
     if job.stopped_early and rank() == 0:
-        best = f"; the best is that of update {best_step(job.progress)}" if job.progress.best else ""
+        best = f"; the best is that of update {job.progress.best_step}" if job.progress.best else ""
         print(
             f"stopped early, after update {job.progress.step} of {job.total}: evaluations without a new best: "
             f"{job.progress.since_best} (train.patience){best}",
@@ -169,7 +169,7 @@ def finish(job: Job) -> None:
     if job.config.train.final == "best":
         forget_best_if_gone(job.run, job.progress)
     if job.config.train.final == "best" and job.progress.best is not None:
-        path = job.run.checkpoints / f"step_{best_step(job.progress)}"
+        path = job.run.checkpoints / f"step_{job.progress.best_step}"
         checkpoint.read_state(path)  # whether it is whole
         checkpoint.load_step(path, job.model)
 
@@ -206,7 +206,7 @@ def forget_best_if_gone(run: Run, progress: Progress) -> None:
     """Let a best checkpoint that was removed (as one is told to that is damaged) no longer be the best."""
     if progress.best is None:
         return
-    name = f"step_{best_step(progress)}"
+    name = f"step_{progress.best_step}"
     if on_any(rank() == 0 and not (run.checkpoints / name).is_dir()):
         progress.best = None
         if rank() == 0:
@@ -262,20 +262,15 @@ def evaluate_and_judge(job: Job, valid: Split) -> bool:
         log.say(warning)
     improved = progress.judge(record, config.train.best_by)
     if job.stopped_early:
-        log.write({"step": progress.step, "stopped_early": True, "best_step": best_step(progress)})
+        log.write({"step": progress.step, "stopped_early": True, "best_step": progress.best_step})
     return improved
-
-
-def best_step(progress: Progress) -> int | None:
-    """The update of the best evaluation, if there is one."""
-    return int(progress.best["step"]) if progress.best else None
 
 
 def save(job: Job) -> None:
     """Write a checkpoint, and remove those that are not to be kept."""
     run, progress = job.run, job.progress
     checkpoint.save_step(run.checkpoints, job.model, job.optimizer, job.users, asdict(progress))
-    on_main(lambda: prune_checkpoints(run, job.config.train.keep_checkpoints, best_step(progress)))
+    on_main(lambda: prune_checkpoints(run, job.config.train.keep_checkpoints, progress.best_step))
 
 
 def evaluate(config: Config, model: PersonalizedModel, valid: Split, step: int) -> dict[str, Any]:

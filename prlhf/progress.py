@@ -36,6 +36,11 @@ class Progress:
         sums, since = Sums(**state["sums"]), Sums(**state.get("since_evaluation", {}))
         return cls(**{**state, "sums": sums, "since_evaluation": since})
 
+    @property
+    def best_step(self) -> int | None:
+        """The update of the best evaluation, if there is one."""
+        return int(self.best["step"]) if self.best else None
+
     def add(self, sums: Sums) -> None:
         """Count an update that was applied."""
         self.skipped = 0
