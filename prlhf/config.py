@@ -232,6 +232,18 @@ class TrainConfig:
     save_every: int | None = key(100, "Updates between checkpoints; null: only at the end.", low=1)
     keep_checkpoints: int = key(2, "Newest checkpoints to keep, beside the best.", low=1)
     final: str = key("last", "Which weights become RUN_DIR/final.", choices=("last", "best"))
+    best_by: str = key(
+        "loss",
+        "What makes an evaluation the best: the lower held-out loss, or known users' higher held-out accuracy (where equal, "
+        "the lower loss).",
+        choices=("loss", "accuracy"),
+    )
+    patience: int | None = key(
+        None,
+        "Early stopping: stop after this many evaluations in a row without a new best; null: never. The learning rate's "
+        "schedule stays that of all updates.",
+        low=1,
+    )
     tensorboard: bool = key(False, "Also write TensorBoard events to RUN_DIR/tensorboard.")
 
 
@@ -511,11 +523,22 @@ def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
     _method_faults(config, fault)
     if config.data.min_prompt_tokens > config.data.max_prompt_tokens:
         fault("data.min_prompt_tokens", "expected at most data.max_prompt_tokens")
-    if config.train.final == "best" and config.train.eval_every is None and not config.train.eval_last:
-        fault("train.final", "'best' needs evaluations: train.eval_every or train.eval_last")
-    if config.train.final == "best" and config.data.valid is None:
-        fault("train.final", "'best' needs data.valid")
+    _train_faults(config, fault)
     return faults
+
+
+def _train_faults(config: Config, fault: Callable[[str, str], None]) -> None:
+    """Faults of keys that need evaluations."""
+    train = config.train
+    for name, value, asked in (("final", "best", train.final), ("best_by", "accuracy", train.best_by)):
+        if asked == value and train.eval_every is None and not train.eval_last:
+            fault(f"train.{name}", f"{value!r} needs evaluations: train.eval_every or train.eval_last")
+        if asked == value and config.data.valid is None:
+            fault(f"train.{name}", f"{value!r} needs data.valid")
+    if train.patience is not None and train.eval_every is None:
+        fault("train.patience", f"found {train.patience}, which needs evaluations during training: train.eval_every")
+    if train.patience is not None and config.data.valid is None:
+        fault("train.patience", f"found {train.patience}, which needs data.valid")
 
 
 def _method_faults(config: Config, fault: Callable[[str, str], None]) -> None:

@@ -252,4 +252,10 @@ def encode_training_data(
     encoded = encode_file(train, encoder, users)
     if valid is None:
         return TrainingData(users, encoded, None)
-    return TrainingData(users, encoded, encode_file(valid.sample(config.data.valid_limit, config.seed), encoder, users))
+    held_out = encode_file(valid.sample(config.data.valid_limit, config.seed), encoder, users)
+    if config.train.best_by == "accuracy" and not any(c.user for c in held_out.comparisons):
+        raise UserError(
+            f"{config.data.valid}: found {len(held_out.comparisons)} comparisons, none by a user whom {config.data.train} "
+            "knows; train.best_by=accuracy is known users' accuracy: expected some of theirs, or train.best_by=loss"
+        )
+    return TrainingData(users, encoded, held_out)

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,17 +19,19 @@ from prlhf.config import Config
 from prlhf.data import UserIndex
 from prlhf.data.files import fingerprint_of
 from prlhf.distributed import on_any, on_main, rank, text_from_main
-from prlhf.encoding import Dataset
+from prlhf.encoding import Dataset, EncodedComparison
 from prlhf.errors import Stopped, TrainingError, UserError
 from prlhf.evaluation import mixed_loss, score_users, summarize
 from prlhf.heap import keep_freed_memory
 from prlhf.losses import needs_reference
 from prlhf.optim import Optimizers
 from prlhf.personalized import PersonalizedModel
+from prlhf.progress import Progress
 from prlhf.reference import computes_on, reference_log_probs, remember_states
 from prlhf.runs import Run, prune_checkpoints
 from prlhf.training_log import Sums, TrainingLog
 from prlhf.updates import Split, epoch_updates, make_optimizer, schedule, take_step
+from prlhf.user_models import is_personal
 
 
 def reproducible(config: Config, device: str) -> None:
@@ -76,14 +78,23 @@ def termination_noted() -> Iterator[threading.Event]:
 
 
 @dataclass
-class Progress:
-    """Where training is: what a checkpoint's state.json holds."""
+class Job:
+    """A run at work: what the functions of the loop share."""
 
-    started_from: str  # fingerprint of base weights, users and training data
-    step: int = 0
-    skipped: int = 0  # updates refused in a row
-    best: dict[str, float] | None = None  # step and loss
-    sums: Sums = field(default_factory=Sums)  # since the last record of metrics.jsonl
+    config: Config
+    run: Run
+    model: PersonalizedModel
+    users: UserIndex
+    valid: Split | None
+    optimizer: Optimizers
+    progress: Progress
+    total: int  # updates, if it is not stopped early
+    log: TrainingLog
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether updates are left, but the last evaluations say that they bring nothing."""
+        return self.progress.step < self.total and self.progress.out_of_patience(self.config.train.patience)
 
 
 def train(
@@ -101,49 +112,66 @@ def train(
     updates in a row whose loss or gradient is not finite; such an update never reaches the weights.
     """
     comparisons = training.data.comparisons
-    per_epoch, total = schedule(config.optim, len(comparisons))
+    total = schedule(config.optim, len(comparisons)).total
     optimizer = make_optimizer(config, model, total)
     progress = resume(run, model, optimizer, fingerprint_of(base, users.names, comparisons))
     log = TrainingLog(config, run, progress.step, total)
+    job = Job(config, run, model, users, valid, optimizer, progress, total, log)
     if model.device.type == "cpu":
         keep_freed_memory()
         optimizer.keep_gradients()
     model.train()
     with termination_noted() as told_to_stop:
-        while progress.step < total:
-            epoch, first = divmod(progress.step, per_epoch)
-            for update in epoch_updates(config, comparisons, epoch)[first : first + total - progress.step]:
-                sums, norm, applied = take_step(config, model, optimizer, training, update, progress.step, total)
-                progress.step += 1
-                log.bar.update()
-                if applied:
-                    progress.skipped = 0
-                    progress.sums.add(sums)
-                else:
-                    refuse(config, run, log, progress, sums.loss, norm)
-                if progress.step % config.train.log_every == 0 or progress.step == total:
-                    lr, user_lr = optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]
-                    where = {"step": progress.step, "epoch": epoch, "lr": lr, "user_lr": user_lr, "grad_norm": norm}
-                    log.write({**where, **progress.sums.record()})
-                    progress.sums = Sums()
-                saved = evaluate_and_save(
-                    config, run, log, model, users, optimizer, progress, valid, last=progress.step == total
-                )
-                if on_any(told_to_stop.is_set()) and progress.step < total:
-                    if not saved:
-                        save(config, run, model, users, optimizer, progress)
-                    log.close()
-                    raise Stopped(
-                        f"told to (SIGTERM), after update {progress.step}; it is saved, the same command goes on"
-                    )
+        for epoch, update in updates_left(config, comparisons, progress.step):
+            if job.stopped_early:
+                break
+            sums, norm, applied = take_step(config, model, optimizer, training, update, progress.step, total)
+            progress.step += 1
+            log.bar.update()
+            if applied:
+                progress.add(sums)
+            else:
+                refuse(job, sums.loss, norm)
+            if progress.step % config.train.log_every == 0 or progress.step == total:
+                lr, user_lr = optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]
+                where = {"step": progress.step, "epoch": epoch, "lr": lr, "user_lr": user_lr, "grad_norm": norm}
+                log.write({**where, **progress.sums.record()})
+                progress.sums = Sums()
+            saved = evaluate_and_save(job)
+            if on_any(told_to_stop.is_set()) and progress.step < total:
+                if not saved:
+                    save(job)
+                log.close()
+                raise Stopped(f"told to (SIGTERM), after update {progress.step}; it is saved, the same command goes on")
     log.close()
-    optimizer.catch_up()
-    if config.train.final == "best":
-        forget_best_if_gone(run, progress)
-    if config.train.final == "best" and progress.best is not None:
-        best = run.checkpoints / f"step_{progress.best['step']}"
-        checkpoint.read_state(best)  # whether it is whole
-        checkpoint.load_step(best, model)
+    finish(job)
+
+
+def updates_left(config: Config, comparisons: Sequence[EncodedComparison], step: int) -> Iterator[tuple[int, list[int]]]:
+    """The updates after the first `step`, each with its epoch, as indices of comparisons."""
+    per_epoch, total = schedule(config.optim, len(comparisons))
+    for epoch in range(step // per_epoch, math.ceil(total / per_epoch)):
+        first = epoch * per_epoch
+        for update in epoch_updates(config, comparisons, epoch)[max(0, step - first) : total - first]:
+            yield epoch, update
+
+
+def finish(job: Job) -> None:
+    """Leave in the model the weights for final/, of the last update or of the best evaluation."""
+    job.optimizer.catch_up()
+    if job.stopped_early and rank() == 0:
+        best = f"; the best is that of update {job.progress.best_step}" if job.progress.best else ""
+        print(
+            f"stopped early, after update {job.progress.step} of {job.total}: evaluations without a new best: "
+            f"{job.progress.since_best} (train.patience){best}",
+            file=sys.stderr,
+        )
+    if job.config.train.final == "best":
+        forget_best_if_gone(job.run, job.progress)
+    if job.config.train.final == "best" and job.progress.best is not None:
+        path = job.run.checkpoints / f"step_{job.progress.best_step}"
+        checkpoint.read_state(path)  # whether it is whole
+        checkpoint.load_step(path, job.model)
 
 
 def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_from: str) -> Progress:
@@ -158,7 +186,7 @@ def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_fr
     path = run.checkpoints / f"step_{newest}"
     state = checkpoint.read_state(path)
     try:
-        progress = Progress(**{**state, "sums": Sums(**state["sums"])})
+        progress = Progress.from_state(state)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / 'state.json'}: damaged checkpoint ({error}); remove {path.name}") from None
     if progress.started_from != started_from:
@@ -178,7 +206,7 @@ def forget_best_if_gone(run: Run, progress: Progress) -> None:
     """Let a best checkpoint that was removed (as one is told to that is damaged) no longer be the best."""
     if progress.best is None:
         return
-    name = f"step_{int(progress.best['step'])}"
+    name = f"step_{progress.best_step}"
     if on_any(rank() == 0 and not (run.checkpoints / name).is_dir()):
         progress.best = None
         if rank() == 0:
@@ -189,67 +217,65 @@ def forget_best_if_gone(run: Run, progress: Progress) -> None:
             )
 
 
-def refuse(config: Config, run: Run, log: TrainingLog, progress: Progress, loss: float, norm: float) -> None:
+def refuse(job: Job, loss: float, norm: float) -> None:
     """Record an update that was not applied; TrainingError when there were too many in a row."""
+    progress = job.progress
     progress.skipped += 1
-    log.write({"step": progress.step, "skipped": True, "loss": loss, "grad_norm": norm})
-    if progress.skipped >= config.optim.max_skipped_steps:
+    job.log.write({"step": progress.step, "skipped": True, "loss": loss, "grad_norm": norm})
+    if progress.skipped >= job.config.optim.max_skipped_steps:
         raise TrainingError(
             f"{progress.skipped} updates in a row were not finite (update {progress.step}: loss {loss}, gradient norm "
             f"{norm}); none of them was applied. Lower optim.lr or user_model.lr; the last checkpoint in "
-            f"{run.checkpoints} is good"
+            f"{job.run.checkpoints} is good"
         )
 
 
-def evaluate_and_save(
-    config: Config,
-    run: Run,
-    log: TrainingLog,
-    model: PersonalizedModel,
-    users: UserIndex,
-    optimizer: Optimizers,
-    progress: Progress,
-    valid: Split | None,
-    last: bool,
-) -> bool:
-    """After an update: evaluate where that is due, and save where that is due, or the evaluation is the best so far.
+def evaluate_and_save(job: Job) -> bool:
+    """After an update: evaluate where that is due, and save where that is due, or the evaluation is the best so far or
+    ends the run.
 
     Returns whether there is a checkpoint of this update now.
     """
+    keys, step, last = job.config.train, job.progress.step, job.progress.step == job.total
 
     def due(every: int | None, at_last: bool = True) -> bool:
-        return (last and at_last) or (every is not None and progress.step % every == 0)
+        return (last and at_last) or (every is not None and step % every == 0)
 
     improved = False
-    if valid is not None and due(config.train.eval_every, config.train.eval_last):
-        optimizer.catch_up()
-        record = evaluate(config, model, valid, progress.step)
-        log.write(record)
-        improved = math.isfinite(record["loss"]) and (progress.best is None or record["loss"] < progress.best["loss"])
-        if improved:
-            progress.best = {"step": progress.step, "loss": record["loss"]}
-    saving = improved or due(config.train.save_every)
+    if job.valid is not None and due(keys.eval_every, keys.eval_last):
+        improved = evaluate_and_judge(job, job.valid)
+    saving = improved or job.stopped_early or due(keys.save_every)
     if saving:
-        save(config, run, model, users, optimizer, progress)
+        save(job)
     return saving
 
 
-def save(
-    config: Config,
-    run: Run,
-    model: PersonalizedModel,
-    users: UserIndex,
-    optimizer: Optimizers,
-    progress: Progress,
-) -> None:
+def evaluate_and_judge(job: Job, valid: Split) -> bool:
+    """Log an evaluation, and what it says of overfitting and of stopping early; whether it is the best so far."""
+    config, log, progress = job.config, job.log, job.progress
+    job.optimizer.catch_up()
+    record = evaluate(config, job.model, valid, progress.step)
+    branch = "user" if is_personal(job.model.user_model, config.loss.alpha) else "generic"
+    record |= progress.generalisation(record, branch)
+    log.write(record)
+    if warning := progress.overfitting_warning(record):
+        log.say(warning)
+    improved = progress.judge(record, config.train.best_by)
+    if job.stopped_early:
+        log.write({"step": progress.step, "stopped_early": True, "best_step": progress.best_step})
+    return improved
+
+
+def save(job: Job) -> None:
     """Write a checkpoint, and remove those that are not to be kept."""
-    checkpoint.save_step(run.checkpoints, model, optimizer, users, asdict(progress))
-    best = int(progress.best["step"]) if progress.best else None
-    on_main(lambda: prune_checkpoints(run, config.train.keep_checkpoints, best))
+    run, progress = job.run, job.progress
+    checkpoint.save_step(run.checkpoints, job.model, job.optimizer, job.users, asdict(progress))
+    on_main(lambda: prune_checkpoints(run, job.config.train.keep_checkpoints, progress.best_step))
 
 
 def evaluate(config: Config, model: PersonalizedModel, valid: Split, step: int) -> dict[str, Any]:
-    """The eval record of metrics.jsonl: the training loss and the accuracies on held-out comparisons."""
+    """The eval record of metrics.jsonl, but for what `Progress.generalisation` adds: the training loss and the accuracies
+    on held-out comparisons."""
     comparisons = valid.data.comparisons
     users = [c.user for c in comparisons]
     scores = score_users(config, model, comparisons, controls=False)

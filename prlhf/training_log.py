@@ -57,20 +57,24 @@ class Sums:
             for name in counts:
                 counts[name] = type(counts[name])(rest.pop(0))
 
+    def accuracy(self, branch: str) -> float | None:
+        """The share of a branch's comparisons whose margin was positive; None where there were none."""
+        return _per(self.right[branch], self.seen[branch])
+
     def record(self) -> dict[str, Any]:
         """Means over the updates and over each branch's comparisons; null where nothing was counted."""
-
-        def per(total: float, count: float) -> float | None:
-            return total / count if count else None
-
         return {
-            "loss": per(self.loss, self.updates),
-            **{f"{name}_margin": per(self.margin[name], self.seen[name]) for name in self.seen},
-            **{f"{name}_accuracy": per(self.right[name], self.seen[name]) for name in self.seen},
-            "comparisons_per_s": per(self.comparisons, self.seconds),
-            "tokens_per_s": per(self.tokens, self.seconds),
+            "loss": _per(self.loss, self.updates),
+            **{f"{name}_margin": _per(self.margin[name], self.seen[name]) for name in self.seen},
+            **{f"{name}_accuracy": self.accuracy(name) for name in self.seen},
+            "comparisons_per_s": _per(self.comparisons, self.seconds),
+            "tokens_per_s": _per(self.tokens, self.seconds),
             "peak_memory_gb": peak_memory_gb(),
         }
+
+
+def _per(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def peak_memory_gb() -> float:
@@ -114,7 +118,13 @@ class TrainingLog:
             for name, value in numbers.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, record["step"])
         text = ", ".join(f"{name} {numbers[name]:.3f}" for name in SHOWN if name in numbers)
-        self.bar.write(f"{kind:5} {record['step']:>6}: {text}", file=sys.stderr)
+        if text:
+            self.say(f"{kind:5} {record['step']:>6}: {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr, above the progress bar."""
+        if self.speaks:
+            self.bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
         """End the progress bar and flush TensorBoard."""

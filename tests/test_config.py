@@ -72,6 +72,9 @@ def test_numbers(value, good):
         (["model.family=llama", "user_model.tokens=0"], "expected at least 1 for user_model.kind 'individual'"),
         (["model.family=llama", "loss.kind=ipo", "loss.label_smoothing=0.1"], "loss.label_smoothing"),
         (["model.family=llama", "train.final=best"], "'best' needs data.valid"),
+        (["model.family=llama", "train.best_by=accuracy"], "train.best_by=accuracy: 'accuracy' needs data.valid"),
+        (["model.family=llama", "train.best_by=f1"], "found 'f1', expected loss | accuracy"),
+        (["model.family=llama", "train.patience=0"], "found 0, expected at least 1"),
         (
             ["model.family=llama", "model.compile=true", "model.recompute=elementwise"],
             "expected 'blocks' with model.compile",
@@ -83,6 +86,25 @@ def test_numbers(value, good):
 def test_faults_between_keys(overrides, expected):
     with pytest.raises(UserError, match=expected):
         load(None, overrides)
+
+
+def test_early_stopping_needs_evaluations_and_says_all_that_is_missing(tmp_path):
+    path = write(
+        tmp_path,
+        "model: {family: llama}\ntrain:\n  patience: 2\n  eval_last: false\n  best_by: accuracy\n  final: best\n",
+    )
+    text = message(path)
+    for part in (
+        f"{path}, line 3, train.patience: found 2, which needs evaluations during training: train.eval_every",
+        f"{path}, line 3, train.patience: found 2, which needs data.valid",
+        f"{path}, line 5, train.best_by: 'accuracy' needs evaluations: train.eval_every or train.eval_last",
+        f"{path}, line 5, train.best_by: 'accuracy' needs data.valid",
+        f"{path}, line 6, train.final: 'best' needs evaluations: train.eval_every or train.eval_last",
+        f"{path}, line 6, train.final: 'best' needs data.valid",
+    ):
+        assert part in text
+    assert text.startswith("6 faults")
+    load(path, ["train.eval_every=5", "data.valid=held_out.jsonl"])
 
 
 @pytest.mark.parametrize(

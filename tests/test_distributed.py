@@ -110,7 +110,7 @@ def assert_alike(one, other, tolerance, updates=20):
     assert len(records(one)) == len(records(other)) >= updates
     for a, b in zip(records(one), records(other)):
         assert a.keys() == b.keys() and a["step"] == b["step"]
-        assert a["loss"] == pytest.approx(b["loss"], abs=tolerance)
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,19 @@ def test_training_is_the_same_whatever_the_number_of_processes(alone, tmp_path, 
     train_all(processes, tmp_path, {name: CASES[name] for name in names})
     for name in names:
         assert_alike(alone(*names) / name, tmp_path / name, 1e-5)
+
+
+def test_processes_stop_early_together(tmp_path):
+    """Where one process does, with the same accuracies; an evaluation after each third update, and a user model that
+    learns fast enough to get worse."""
+    keys = (LLAMA, "train.eval_every=3", "train.patience=2", "train.final=best", "user_model.lr=1e-2")
+    for processes in (1, 2):
+        train_all(processes, tmp_path / str(processes), {"early": keys})
+    one, two = tmp_path / "1" / "early", tmp_path / "2" / "early"
+    assert_alike(one, two, 1e-5, updates=6)
+    assert records(one)[-1] == records(two)[-1] and records(one)[-1]["stopped_early"]
+    for a, b in zip(records(one), records(two)):
+        assert a.get("overfitting") == pytest.approx(b.get("overfitting"))
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(4, marks=pytest.mark.slow)])

@@ -14,7 +14,7 @@ ORDER = [
     "errors", "heap", "allocations", "config", "data.sources", "data.files", "data", "rules", "leaks", "simulate", "data.download", "data.fetch", "data.reading", "data.splits", "data.tldr", "data.prism",
     "data.psoups", "data.persona", "data.multipref", "data.prepare", "encoding", "batching", "backbones", "loading", "data_check", "user_models", "logprobs",
     "logprobs_triton", "lora", "losses", "personalized", "distributed", "optim", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
-    "runs", "training_log", "updates", "loop", "phases", "memory", "dry_run", "sampling", "responses", "rewards", "report", "compare", "lengths",
+    "runs", "training_log", "progress", "updates", "loop", "phases", "memory", "dry_run", "sampling", "responses", "rewards", "report", "compare", "lengths",
     "reference_table", "data.__main__",
 ]  # fmt: skip
 

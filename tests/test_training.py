@@ -26,8 +26,10 @@ from prlhf import checkpoint, config, loop, updates
 from prlhf.data import Comparison, UserIndex, read_comparisons
 from prlhf.encoding import Dataset, EncodingReport
 from prlhf.errors import TrainingError, UserError
+from prlhf.progress import Progress
 from prlhf.runs import open_run
 from prlhf.scoring import score
+from prlhf.training_log import Sums
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
@@ -91,7 +93,8 @@ def test_a_loss_that_is_not_finite_is_not_the_best(monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "evaluate", lambda *args: {**evaluate(*args), "loss": next(losses)})
     run(monkeypatch, tmp_path / "a", "train.final=best")
     state = json.loads((tmp_path / "a" / "checkpoints" / "step_12" / "state.json").read_text())
-    assert state["best"] == {"step": 10, "loss": 0.5}
+    best = state["best"]
+    assert (best["step"], best["loss"]) == (10, 0.5)
 
 
 def test_a_run_whose_best_checkpoint_is_damaged_can_be_finished(monkeypatch, tmp_path, capsys):
@@ -183,9 +186,10 @@ def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_
         "lora": (),
         "full": ("lora.rank=0",),
         "mixed": ("model.gradient_checkpointing=true", "user_model.kind=cluster", "user_model.aggregator=linear",
-                  "model.family=gptj", "train.final=best", "model.dtype=bfloat16"),
+                  "model.family=gptj", "train.final=best", "train.best_by=accuracy", "model.dtype=bfloat16"),
     }[mode]  # fmt: skip
     run(monkeypatch, tmp_path / "whole", *more)
+    assert [-1 <= r["overfitting"] <= 1 for r in records(tmp_path / "whole") if r.get("eval")] == [True] * 3
     save = checkpoint.save_step
     for stop in (2, 6, 10):
 
@@ -202,6 +206,164 @@ def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_
         run(monkeypatch, tmp_path / f"cut{stop}", *more)
         assert same(weights(tmp_path / f"cut{stop}"), weights(tmp_path / "whole"))
         assert records(tmp_path / f"cut{stop}") == records(tmp_path / "whole")
+
+
+def patch_evaluations(monkeypatch, **fields):
+    """Evaluations say, of these fields, what is given for their step: loss={2: 0.5, 4: 0.4}."""
+    evaluate = loop.evaluate
+
+    def patched(config, model, valid, step):
+        return {**evaluate(config, model, valid, step), **{name: by_step[step] for name, by_step in fields.items()}}
+
+    monkeypatch.setattr(loop, "evaluate", patched)
+
+
+WORSENING = {2: 0.5, 4: 0.4, 6: 0.6, 8: 0.45}  # of updates: the second is best, and two more end the run
+EARLY = ("train.eval_every=2", "train.save_every=null", "train.final=best", "optim.schedule=constant")
+
+
+def test_a_run_that_no_longer_improves_stops_early_with_its_best_weights(monkeypatch, tmp_path, capsys):
+    patch_evaluations(monkeypatch, loss=WORSENING)
+    run(monkeypatch, tmp_path / "a", *EARLY, "train.patience=2")
+    expected = "stopped early, after update 8 of 12: evaluations without a new best: 2 (train.patience); the best is that of"
+    assert capsys.readouterr().err.count(f"{expected} update 4\n") == 1
+    log = records(tmp_path / "a")
+    assert [r["step"] for r in log if r.get("eval")] == [2, 4, 6, 8]
+    assert log[-1] == {"step": 8, "stopped_early": True, "best_step": 4}
+    assert set(checkpoint.steps(tmp_path / "a" / "checkpoints")) == {4, 8}
+    run(monkeypatch, tmp_path / "short", *EARLY, "optim.max_steps=4")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "short"))
+    run(monkeypatch, tmp_path / "a", *EARLY, "train.patience=2")
+    assert "is finished" in capsys.readouterr().out and records(tmp_path / "a") == log
+
+
+@pytest.mark.parametrize("moment", ["best saved", "stop not saved", "stop saved"])
+def test_a_run_that_stops_early_is_resumed_bit_for_bit(monkeypatch, tmp_path, moment):
+    patch_evaluations(monkeypatch, loss=WORSENING)
+    keys = (*EARLY, "train.patience=2", "train.log_every=1")
+    run(monkeypatch, tmp_path / "whole", *keys)
+    save, take_step, steps = checkpoint.save_step, loop.take_step, []
+
+    def cut_short(folder, model, optimizer, users, state):
+        if (moment, state["step"]) == ("stop not saved", 8):
+            raise KeyboardInterrupt
+        save(folder, model, optimizer, users, state)
+        if (moment, state["step"]) in (("best saved", 4), ("stop saved", 8)):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_step", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path / "cut", *keys)
+    monkeypatch.setattr(checkpoint, "save_step", save)
+    monkeypatch.setattr(loop, "take_step", lambda *args: steps.append(args[-2]) or take_step(*args))
+    run(monkeypatch, tmp_path / "cut", *keys)
+    assert steps == ([] if moment == "stop saved" else [4, 5, 6, 7])
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+
+def test_patience_that_ends_with_the_last_update_is_no_early_stop(monkeypatch, tmp_path):
+    patch_evaluations(monkeypatch, loss=WORSENING)
+    run(monkeypatch, tmp_path / "a", *EARLY, "train.patience=2", "optim.max_steps=8")
+    assert not any("stopped_early" in r for r in records(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_the_best_by_accuracy_has_the_highest_accuracy_and_of_equals_the_lowest_loss(monkeypatch, tmp_path, patched):
+    if patched:
+        accuracies, losses = (0.5, 0.75, 0.625, 0.75, 0.75, 0.625), (0.5, 0.6, 0.4, 0.5, 0.55, 0.1)
+        steps = range(2, 14, 2)
+        patch_evaluations(monkeypatch, accuracy_top=dict(zip(steps, accuracies)), loss=dict(zip(steps, losses)))
+    run(monkeypatch, tmp_path / "a", *EARLY, "train.best_by=accuracy", "train.keep_checkpoints=1")
+    evals = [r for r in records(tmp_path / "a") if r.get("eval")]
+    highest = max(r["accuracy_top"] for r in evals)
+    best = min((r for r in evals if r["accuracy_top"] == highest), key=lambda r: r["loss"])["step"]
+    assert best == 8 or not patched
+    assert set(checkpoint.steps(tmp_path / "a" / "checkpoints")) == {best, 12}
+    kept = step_tensors(tmp_path / "a" / "checkpoints" / f"step_{best}")["model.user_model.e_UD"]
+    assert torch.equal(kept, load_file(tmp_path / "a/final/users.safetensors")["user_model.e_UD"])
+
+
+def test_best_by_accuracy_is_refused_where_nobody_held_out_is_known(monkeypatch, tmp_path):
+    strangers = tmp_path / "strangers.jsonl"
+    lines = [json.loads(line) for line in (ROOT / "examples/tiny/valid.jsonl").read_text().splitlines()]
+    strangers.write_text("".join(json.dumps({**line, "user": "nobody we know"}) + "\n" for line in lines))
+    monkeypatch.setattr(train_script, "training_model", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(UserError, match=r"strangers.jsonl: found 8 comparisons, none by a user whom .*best_by=loss"):
+        run(monkeypatch, tmp_path / "a", f"data.valid={strangers}", "train.best_by=accuracy")
+
+
+@pytest.mark.parametrize("kind, branch", [("individual", "user"), ("uniform", "generic")])
+def test_training_accuracy_is_that_of_the_updates_since_the_last_evaluation(monkeypatch, tmp_path, kind, branch):
+    take_step, counts = loop.take_step, []
+
+    def counted(config, model, optimizer, training, update, *rest):
+        users = [training.data.comparisons[i].user for i in update]
+        counts.append(sum(user > 0 for user in users) if branch == "user" else len(users))
+        return take_step(config, model, optimizer, training, update, *rest)
+
+    monkeypatch.setattr(loop, "take_step", counted)
+    run(monkeypatch, tmp_path / "a", "train.log_every=1", f"user_model.kind={kind}")
+    log = records(tmp_path / "a")
+    accuracy = {r["step"]: r[f"{branch}_accuracy"] for r in log if not r.get("eval")}
+    evals = [r for r in log if r.get("eval")]
+    assert [r["step"] for r in evals] == [5, 10, 12]
+    assert branch == "generic" or len(set(counts)) > 1  # so that a mean of the records would be another number
+    for r, steps in zip(evals, (range(1, 6), range(6, 11), range(11, 13))):
+        expected = sum(accuracy[n] * counts[n - 1] for n in steps) / sum(counts[n - 1] for n in steps)
+        assert r["training_accuracy"] == pytest.approx(expected)
+        assert r["overfitting"] == pytest.approx(expected - r["accuracy_top"])
+
+
+def test_overfitting_that_grows_is_said_once_an_evaluation(monkeypatch, tmp_path, capsys):
+    patch_evaluations(monkeypatch, accuracy_top={5: 1.0, 10: 0.0, 12: 0.5})  # behind only at 10; risen at 12
+    run(monkeypatch, tmp_path / "a")
+    said = [line for line in capsys.readouterr().err.splitlines() if "overfitting" in line]
+    (reached,) = [r["training_accuracy"] for r in records(tmp_path / "a") if r.get("eval") and r["step"] == 10]
+    assert len(said) == 1 and f"at update 10: training accuracy {reached:.3f}, held-out accuracy 0.000" in said[0]
+    for key in ("train.final=best", "train.patience", "user_model.prior"):
+        assert key in said[0]
+
+
+def test_when_overfitting_is_worth_a_sentence():
+    def said(*evaluations):
+        """Of (training, known users' held-out, unknown users' held-out accuracy), whether the last one was."""
+        progress = Progress("base")
+        for training, top, generic in evaluations:
+            if training is not None:
+                sums = Sums(seen={"user": 100, "generic": 0}, right={"user": 100 * training, "generic": 0.0})
+                progress.add(sums)
+            record = {"step": 1, "accuracy_top": top, "accuracy_generic": generic}
+            record |= progress.generalisation(record, "user")
+            text = progress.overfitting_warning(record)
+        return text is not None
+
+    assert said((0.75, 0.75, 0.5), (0.875, 0.75, 0.5))  # the gap grew from 0 to 0.125, held-out accuracy stayed
+    assert not said((0.875, 0.5, 0.5))  # nothing to compare with
+    assert not said((0.75, 0.75, 0.5), (0.8, 0.75, 0.5))  # a small gap
+    assert not said((0.75, 0.5, 0.5), (0.875, 0.625, 0.5))  # both rise
+    assert not said((0.875, 0.5, 0.5), (0.875, 0.5, 0.5))  # the gap stays
+    assert said((0.75, None, 0.75), (0.875, None, 0.5))  # of unknown users, where nobody is known
+    assert not said((None, 0.75, 0.5), (0.875, 0.5, 0.5)) and not said((0.75, 0.75, 0.5), (None, 0.5, 0.5))
+    assert not said((0.75, None, None), (0.875, None, None))
+
+
+def test_a_checkpoint_of_the_form_before_early_stopping_is_resumed(monkeypatch, tmp_path):
+    run(monkeypatch, tmp_path / "a")
+    log, before = records(tmp_path / "a"), weights(tmp_path / "a")
+    for gone in ("final", "checkpoints/step_12"):
+        shutil.rmtree(tmp_path / "a" / gone)
+    step = tmp_path / "a" / "checkpoints" / "step_10"
+    state = json.loads((step / "state.json").read_text())
+    for name in ("since_best", "latest", "since_evaluation"):
+        del state[name]
+    del state["best"]["accuracy"]
+    (step / "state.json").write_text(json.dumps(state))
+    (checksums,) = step.glob("checksums-*.json")
+    listed = json.loads(checksums.read_text())
+    checksums.write_text(json.dumps({**listed, "state.json": checkpoint._checksum(step / "state.json")}))
+    run(monkeypatch, tmp_path / "a")
+    assert records(tmp_path / "a") == log and same(weights(tmp_path / "a"), before)
 
 
 def test_killed_at_random_moments_a_run_ends_bit_for_bit_alike(monkeypatch, tmp_path):
