@@ -16,8 +16,9 @@ from prlhf.distributed import process_group, say, started_processes, started_ran
 from prlhf.dry_run import available_memory, predict, render
 from prlhf.encoding import encode_training_data
 from prlhf.errors import UserError, check_range, run_command
+from prlhf.exact import set_prior, solves_exactly
 from prlhf.loading import choose_device, load_tokenizer
-from prlhf.loop import out_of_memory_explained, reproducible, train, with_reference
+from prlhf.loop import log_solution, out_of_memory_explained, reproducible, train, with_reference
 from prlhf.reference import weights_fingerprint
 from prlhf.runs import Run, open_run
 
@@ -82,8 +83,12 @@ def run_training(
     valid = with_reference(config, model, valid_data, base) if valid_data is not None else None
 
     # Training, and the model for use. Until here nothing of an earlier run was touched.
+    prior = set_prior(config, model, train_data.comparisons, base)
     run.begin(config, overwrite)
-    train(config, run, model, users, base, training, valid)
+    if solves_exactly(config):
+        log_solution(config, run, model, valid, prior)
+    else:
+        train(config, run, model, users, base, training, valid, prior)
     save_final(run.final, model, config, tokenizer, users, base)
     say(f"{run.final} is finished; evaluate it with: python evaluate.py --checkpoint {run.path}")
 

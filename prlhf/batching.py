@@ -69,6 +69,7 @@ class PreferenceBatch:
     predicted_at_N: Tensor  # flat position whose hidden state predicts response token n
     targets_N: Tensor  # that token's id
     reading_N: Tensor  # its reading
+    response_at_N: Tensor  # flat position of response token n itself
     last_at_M: Tensor  # flat position of each reading's last token (EOS)
     users_M: Tensor | None  # who reads; None: the reference, which knows no user
     readings: list[Reading]
@@ -183,6 +184,7 @@ def lay_out(
         torch.tensor([at for places in predicted_at for at in places[:-1]]),
         torch.tensor([token for reading in readings for token in reading.response]),
         torch.tensor([m for m, reading in enumerate(readings) for _ in reading.response]),
+        torch.tensor([at for places in predicted_at for at in places[1:]]),
         torch.tensor([places[-1] for places in predicted_at]),
         torch.tensor([reading.user for reading in readings]) if know_users else None,
         list(readings),

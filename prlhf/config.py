@@ -82,6 +82,12 @@ class ModelConfig:
     )
     compile: bool = key(False, "torch.compile each block (needs a C++ compiler on a CPU; the first steps are slow).")
     frozen: bool = key(False, "Leave the backbone as it is: the user model and the reward head alone are trained.")
+    pooling: str = key(
+        "last",
+        "What a reward model reads of a response's hidden states: the last token's (the paper), the mean over the response's "
+        "tokens, or both side by side.",
+        choices=("last", "mean", "both"),
+    )
 
 
 @dataclass(frozen=True)
@@ -96,11 +102,19 @@ class UserModelConfig:
     tokens: int = key(10, "T_u, vectors per user; 0 only with `uniform` (plain DPO).", low=0)
     clusters: int = key(5, "K, for `cluster`.", low=1)
     softmax: bool = key(False, "For `cluster`: use softmax(w_i) as the weights.")
-    shared: bool = key(True, "For `individual`: f(i) = e_0 + o_i; false: f(i) = o_i, without a shared component.")
+    rank: int | None = key(
+        None, "For `individual`: f(i) = e_0 + B z_i with z_i in R^rank; null: full offsets o_i (the paper).", low=1
+    )
+    shared: bool | None = key(
+        None,
+        "Whether f(i) has a shared component e_0: `individual` e_0 + o_i or o_i, `cluster` e_0 + V w_i or V w_i. null: true "
+        "for individual, false for cluster (the paper).",
+    )
     init: str = key(
         "vocabulary",
-        "Start from sampled word embeddings (paper, A.3), from no differences between users, or from noise.",
-        choices=("vocabulary", "zero", "random"),
+        "Start from sampled word embeddings (paper, A.3), from no differences between users, from noise, or (linear reward "
+        "head, with a prior) from the exact solution for the backbone as it is before training.",
+        choices=("vocabulary", "zero", "random", "solved"),
     )
     aggregator: str = key(
         "soft_prompt",
@@ -112,6 +126,18 @@ class UserModelConfig:
         1e-3, "Learning rate of the user model, of a linear aggregator and of a scalar reward head.", above=0
     )
     weight_decay: float = key(0.0, "AdamW's decay of what user_model.lr trains.", low=0)
+    prior: float | str | None = key(
+        None,
+        "Gaussian prior on how users differ: by how much (a standard deviation) a user's reward margins lie from the generic "
+        "user's; for soft prompts and pdpo in units of the word embeddings' standard deviation. auto: by cross-validation "
+        "within the training data for a linear reward head, else 1. null: none (the paper).",
+        choices=("auto",), above=0,
+    )  # fmt: skip
+    shared_prior: float | str | None = key(
+        "auto",
+        "The same for what users share, e_0, where there is a `prior`; auto: chosen with it for a linear reward head, else none.",
+        choices=("auto",), above=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -178,6 +204,12 @@ class LossConfig:
 class OptimConfig:
     """Updates: how many, of how many comparisons, how large."""
 
+    solver: str = key(
+        "auto",
+        "exact: the optimum by L-BFGS, without a learning rate (frozen backbone and linear reward head, which need a prior); "
+        "adamw; auto: exact where it can be.",
+        choices=("auto", "adamw", "exact"),
+    )
     lr: float = key(1e-6, "Learning rate of the backbone or its LoRA.", above=0)
     batch_size: int = key(32, "Comparisons per update, over all ranks.", low=1)
     micro_batch_size: int = key(
@@ -451,7 +483,7 @@ def _checked(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     limits = declared.metadata
-    if limits["choices"] and value not in limits["choices"]:
+    if limits["choices"] and isinstance(value, str) and value not in limits["choices"]:
         raise ValueError(f"found {value!r}, expected {expected}{did_you_mean(str(value), limits['choices'])}")
     if isinstance(value, (int, float)):
         if not abs(value) < float("inf"):
@@ -521,6 +553,7 @@ def _cross_faults(config: Config, where: dict[str, str]) -> list[str]:
     if config.model.frozen and config.method != "prm" and config.user_model.tokens == 0:
         fault("user_model.tokens", "found 0, with which a frozen model has nothing to train; expected at least 1")
     _method_faults(config, fault)
+    _user_faults(config, fault)
     if config.data.min_prompt_tokens > config.data.max_prompt_tokens:
         fault("data.min_prompt_tokens", "expected at most data.max_prompt_tokens")
     _train_faults(config, fault)
@@ -559,3 +592,28 @@ def _method_faults(config: Config, fault: Callable[[str, str], None]) -> None:
         fault("user_model.tokens", f"found {user_model.tokens}, expected 1: the linear reward head is one vector e_u")
     if method == "pairwise" and user_model.aggregator == "linear":
         fault("user_model.aggregator", "found 'linear', expected 'soft_prompt' for method pairwise")
+
+
+def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
+    """Faults of user models, their prior, and the exact solver."""
+    users, linear = config.user_model, config.method == "prm" and config.user_model.aggregator == "linear"
+    if users.rank is not None and users.kind != "individual":
+        fault("user_model.rank", f"found {users.rank}, expected null for user_model.kind {users.kind!r} (user_model.clusters)")
+    if users.rank is not None and users.shared is False:
+        fault("user_model.shared", "found false, expected true or null with user_model.rank: what users share is e_0")
+    if config.model.pooling != "last" and config.method != "prm":
+        fault("model.pooling", f"found {config.model.pooling!r}, expected 'last' for method {config.method}")
+    without = [f"user_model.{name}" for name in ("prior", "shared_prior") if getattr(users, name) is None]
+    if users.init == "solved" and not linear:
+        fault("user_model.init", "found 'solved', expected another: only a linear reward head (method prm) is solved")
+    elif users.init == "solved" and without:
+        fault("user_model.init", f"found 'solved', which needs a prior; expected {' and '.join(without)}")
+    exact = linear and config.model.frozen and not without and config.optim.solver != "adamw"
+    if config.optim.solver == "exact" and not exact:
+        needs = [] if linear else ["method prm with user_model.aggregator linear"]
+        needs += [] if config.model.frozen else ["model.frozen"]
+        fault("optim.solver", f"found 'exact', which needs {', '.join([*needs, *without])}; expected these, or adamw")
+    if exact and config.train.final == "best":
+        fault("train.final", "found 'best', expected 'last': an exact solution has no updates to choose from")
+    if exact and users.weight_decay:
+        fault("user_model.weight_decay", f"found {users.weight_decay:g}, expected 0: an exact solution has the prior")

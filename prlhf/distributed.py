@@ -31,7 +31,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedTokenizerBase
 
 from prlhf.backbones import blocks
@@ -257,6 +257,8 @@ def shard(model: PersonalizedModel, config: Config, device: str) -> None:
     fully_shard(model, **options, ignored_params=unsharded)
     if isinstance(model, PersonalizedRewardModel):
         register_fsdp_forward_method(model, "states_of")  # which computes without `forward`
+    if isinstance(model.user_model, FSDPModule):
+        register_fsdp_forward_method(model.user_model, "parts")  # so does the prior
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
@@ -385,6 +387,15 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if rank() == 0:
             found[name] = values.cpu().contiguous()
     return found
+
+
+@torch.no_grad()
+def put(parameter: nn.Parameter, values: Tensor) -> None:
+    """Set a parameter, sharded or not, to whole values that every rank has."""
+    values = values.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from prlhf.heap import keep_freed_memory
 from prlhf.losses import needs_reference
 from prlhf.optim import Optimizers
 from prlhf.personalized import PersonalizedModel
-from prlhf.progress import Progress
+from prlhf.progress import Progress, held_out_accuracy
 from prlhf.reference import computes_on, reference_log_probs, remember_states
 from prlhf.runs import Run, prune_checkpoints
 from prlhf.training_log import Sums, TrainingLog
@@ -105,10 +105,11 @@ def train(
     base: str,
     training: Split,
     valid: Split | None,
+    prior: dict[str, Any] | None = None,
 ) -> None:
     """Train `model` in place, from the newest checkpoint of the run or from the start, to the weights for final/.
 
-    base: the fingerprint of the weights that training starts from. TrainingError after config.optim.max_skipped_steps
+    base: the fingerprint of the weights that training starts from; prior: what to log of the prior. TrainingError after config.optim.max_skipped_steps
     updates in a row whose loss or gradient is not finite; such an update never reaches the weights.
     """
     comparisons = training.data.comparisons
@@ -117,6 +118,8 @@ def train(
     progress = resume(run, model, optimizer, fingerprint_of(base, users.names, comparisons))
     log = TrainingLog(config, run, progress.step, total)
     job = Job(config, run, model, users, valid, optimizer, progress, total, log)
+    if prior is not None and progress.step == 0:
+        log.write({"step": 0, **prior})
     if model.device.type == "cpu":
         keep_freed_memory()
         optimizer.keep_gradients()
@@ -145,6 +148,23 @@ def train(
                 raise Stopped(f"told to (SIGTERM), after update {progress.step}; it is saved, the same command goes on")
     log.close()
     finish(job)
+
+
+def log_solution(
+    config: Config, run: Run, model: PersonalizedModel, valid: Split | None, solution: dict[str, Any]
+) -> None:
+    """The records of a run without updates (`exact`): the solution, and its evaluation."""
+    on_main(lambda: run.forget_after(-1))
+    log = TrainingLog(config, run, 0, 1)
+    log.write({"step": 1, "solver": "exact", **solution})
+    log.bar.update()
+    if valid is not None and config.train.eval_last:
+        record = evaluate(config, model, valid, 1)
+        training = solution["generic_accuracy" if solution["user_accuracy"] is None else "user_accuracy"]
+        held_out = held_out_accuracy(record)
+        gap = None if held_out is None else training - held_out
+        log.write({**record, "training_accuracy": training, "overfitting": gap})
+    log.close()
 
 
 def updates_left(config: Config, comparisons: Sequence[EncodedComparison], step: int) -> Iterator[tuple[int, list[int]]]:
@@ -181,7 +201,7 @@ def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_fr
     """
     newest = int(text_from_main(lambda: str(max(checkpoint.steps(run.checkpoints), default=0))))
     if not newest:
-        on_main(lambda: run.forget_after(0))
+        on_main(lambda: run.forget_after(-1))
         return Progress(started_from)
     path = run.checkpoints / f"step_{newest}"
     state = checkpoint.read_state(path)

@@ -133,7 +133,7 @@ def known_states(fake: FakeTraining) -> int:
     comparisons = [c for dataset in fake.datasets for c in dataset]
     readings = readings_of(comparisons)
     tokens = sum(len(c.prefix) for c in comparisons) + sum(len(reading.response) for reading in readings)
-    return len(readings) * (weight_VD.shape[1] * weight_VD.element_size() + READING) + 8 * tokens
+    return len(readings) * (fake.model.state_width * weight_VD.element_size() + READING) + 8 * tokens
 
 
 def resident_after_a_toy_update(config: Config) -> int:

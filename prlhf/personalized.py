@@ -4,8 +4,9 @@ PersonalizedLM, pi_P(y | x, u) (paper, section 4.2). The soft-prompt aggregator 
 prompt's embeddings (after BOS); the linear one computes h' = W [h; e_u] + b and lets the head read h'. Within
 `as_reference`, on a batch without users, it is the reference pi_SFT: no e_u, no aggregator, adapters off.
 
-PersonalizedRewardModel, r_P(x, y, u), reads the last hidden state h of the response's last token (EOS). Soft prompt:
-r = v . h, and the backbone has seen e_u; linear head: r = e_u . h, and the backbone knows nothing of the user.
+PersonalizedRewardModel, r_P(x, y, u), reads h, the last hidden state of the response's last token (EOS), or by
+model.pooling the mean over its tokens, or both. Soft prompt: r = v . h, and the backbone has seen e_u; linear head:
+r = e_u . h, and the backbone knows nothing of the user.
 
 PairwisePreferenceModel, P_P(y1 over y2 | x, u), reads both responses and answers A or B, in both orders.
 
@@ -13,7 +14,7 @@ A batch knows who reads what (`batching`), and each response is computed once fo
 Behind the backbone there is one log-prob or reward a reading, from which each comparison takes its two.
 
 Shape suffixes: B comparisons, M readings (a response as one user reads it), S trees, R rows, T positions, U user vectors,
-D width, N response tokens.
+D width, N response tokens, W pooled width.
 """
 
 import contextlib
@@ -41,6 +42,7 @@ from prlhf.loading import load_backbone
 from prlhf.logprobs import log_probs
 from prlhf.lora import adapters_off, add_lora
 from prlhf.losses import Answers, ResponseLogProbs, Rewards
+from prlhf.prior import Prior
 from prlhf.user_models import build_user_model
 
 
@@ -73,6 +75,7 @@ class PersonalizedModel(nn.Module):
         self.user_slot = user_slot  # where in a tree the user vectors go: behind BOS, or 0
         self.backbone = backbone
         self.user_model = user_model
+        self.prior: Prior | None = None  # on the user model, in training
         self._device: torch.device | None = None
 
     @property
@@ -219,23 +222,41 @@ class PersonalizedRewardModel(PersonalizedModel):
         """True for the soft prompt."""
         return self.value_head is not None
 
+    @property
+    def state_width(self) -> int:
+        """W, of a pooled hidden state."""
+        return self.backbone.get_input_embeddings().weight.shape[1] * (2 if self.config.pooling == "both" else 1)
+
     def user_parameters(self) -> list[nn.Parameter]:
         """The weights with the user model's learning rate: the user model and the scalar head."""
         value_head = [] if self.value_head is None else list(self.value_head.parameters())
         return super().user_parameters() + value_head
 
+    def pooled_states(self, batch: PreferenceBatch) -> Tensor:
+        """h (M, W) of each reading: the last token's state, the mean over the response's tokens (EOS included), or both."""
+        pooling = self.config.pooling
+        if pooling == "last":
+            return self.states_at(batch, batch.last_at_M)
+        states_ND = self.states_at(batch, batch.response_at_N)
+        states_ND = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
+        counts_M = torch.bincount(batch.reading_N, minlength=len(batch.readings))
+        sums_MD = states_ND.new_zeros(len(counts_M), states_ND.shape[1]).index_add(0, batch.reading_N, states_ND)
+        mean_MD = sums_MD / counts_M[:, None]
+        if pooling == "mean":
+            return mean_MD
+        return torch.cat([states_ND.index_select(0, counts_M.cumsum(0) - 1), mean_MD], dim=1)
+
     @torch.no_grad()
     def states_of(self, readings: Sequence[Reading]) -> Tensor:
-        """Last hidden states (M, D), on the CPU, of responses that nobody in particular reads, in eval mode."""
+        """Pooled hidden states (M, W), on the CPU, of responses that nobody in particular reads, in eval mode."""
         training = self.training
         self.eval()
-        batch = lay_out(readings, self.layout).to(self.device)
-        states_MD = self.states_at(batch, batch.last_at_M).cpu()
+        states_MW = self.pooled_states(lay_out(readings, self.layout).to(self.device)).cpu()
         self.train(training)
-        return states_MD
+        return states_MW
 
     def known_states_of(self, readings: Sequence[Reading]) -> Tensor:
-        """Last hidden states (M, D) of a frozen backbone, from what is known where it is."""
+        """Pooled hidden states (M, W) of a frozen backbone, from what is known where it is."""
         readings = [reading._replace(user=0) for reading in readings]
         missing = [reading for reading in dict.fromkeys(readings) if reading not in self.known_states]
         if missing:
@@ -244,14 +265,11 @@ class PersonalizedRewardModel(PersonalizedModel):
 
     def read_rewards(self, batch: PreferenceBatch) -> Tensor:
         """r_P(x, y, u) of each reading, (M,): v . h for the soft prompt, e_u . h for the linear head (U = 1)."""
-        if self.keeps_states:
-            states_MD = self.known_states_of(batch.readings)
-        else:
-            states_MD = self.states_at(batch, batch.last_at_M)
+        states_MW = self.known_states_of(batch.readings) if self.keeps_states else self.pooled_states(batch)
         if self.value_head is not None:
-            return self.value_head(states_MD.to(self.value_head.weight.dtype))[:, 0]
-        user_MD = self.user_model(batch.users_M)[:, 0]
-        return (states_MD.to(user_MD.dtype) * user_MD).sum(dim=-1)
+            return self.value_head(states_MW.to(self.value_head.weight.dtype))[:, 0]
+        user_MW = self.user_model(batch.users_M)[:, 0]
+        return (states_MW.to(user_MW.dtype) * user_MW).sum(dim=-1)
 
     def forward(self, batch: PreferenceBatch) -> Rewards:
         """r_P(x, y, u) of both responses of each comparison."""
@@ -341,9 +359,10 @@ def build_model(
     embeddings_VD = backbone.get_input_embeddings().weight
     width, linear = embeddings_VD.shape[1], config.user_model.aggregator == "linear"
     dtype = torch.promote_types(embeddings_VD.dtype, torch.float32)
+    pooled = 2 if config.model.pooling == "both" else 1
     user_model = build_user_model(
         config.user_model, users, embeddings_VD if vocabulary_VD is None else vocabulary_VD, torch.Generator().manual_seed(config.seed),
-        reward_head=config.method == "prm" and linear, read_as=embeddings_VD.dtype,
+        reward_head=pooled if config.method == "prm" and linear else 0, read_as=embeddings_VD.dtype,
     )  # fmt: skip
     if config.model.frozen:
         backbone.requires_grad_(False)
@@ -356,7 +375,7 @@ def build_model(
     if config.method == "pairwise":
         return PairwisePreferenceModel(backbone, user_model, pair_question(tokenizer), users, slot, config.model)
     if config.method == "prm":
-        value_head = None if linear else nn.Linear(width, 1, bias=False, dtype=dtype)
+        value_head = None if linear else nn.Linear(pooled * width, 1, bias=False, dtype=dtype)
         if value_head is not None:
             nn.init.zeros_(value_head.weight)  # every reward starts at 0
         return PersonalizedRewardModel(backbone, user_model, value_head, users, slot, config.model)

@@ -93,17 +93,28 @@ def reference_log_probs(
     return ResponseLogProbs(cached[0], cached[1], lengths[0], lengths[1])
 
 
+def response_states(
+    model: PersonalizedRewardModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
+) -> tuple[list[Reading], Tensor]:
+    """All responses, each once, and their pooled hidden states (M, W) on the CPU, from the cache where it holds exactly these.
+
+    Of a backbone that does not read the user, as it is now. Arguments as of `reference_log_probs`.
+    """
+    readings = readings_of(comparisons)
+    pooling = model.config.pooling
+    parts = (weights, model.device.type, readings, *([] if pooling == "last" else [pooling]))
+    path = cache_dir() / "states" / f"{fingerprint_of(*parts)}.safetensors"
+    states = _cached(path, len(readings), lambda: _states(model, readings, batch_size).T)
+    return readings, states.T.contiguous()
+
+
 def remember_states(
     model: PersonalizedModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
 ) -> None:
-    """Give a reward model with a frozen backbone and a linear head the hidden states of all responses, from the cache
-    where it holds exactly these. Other models need none. Arguments as of `reference_log_probs`."""
-    if not remembers_states(model):
-        return
-    readings = readings_of(comparisons)
-    path = cache_dir() / "states" / f"{fingerprint_of(weights, model.device.type, readings)}.safetensors"
-    states = _cached(path, len(readings), lambda: _states(model, readings, batch_size).T)
-    model.known_states.update(zip(readings, states.T.contiguous().to(model.device).unbind()))
+    """Give a reward model with a frozen backbone and a linear head the hidden states of all responses; others need none."""
+    if remembers_states(model):
+        readings, states = response_states(model, comparisons, batch_size, weights)
+        model.known_states.update(zip(readings, states.to(model.device).unbind()))
 
 
 def remembers_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:

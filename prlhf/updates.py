@@ -1,8 +1,9 @@
 """One update: every comparison is seen by the user branch and the generic branch, in the same step.
 
-    gradient = d/dtheta  1/|update| sum_c [ alpha loss(h_c(u_t, u_p)) + (1 - alpha) loss(h_c(u_t, 0)) ]
+    gradient = d/dtheta  1/|update| ( sum_c [ alpha loss(h_c(u_t, u_p)) + (1 - alpha) loss(h_c(u_t, 0)) ]  +  prior of c's user )
 
-accumulated over micro-batches, which therefore change memory and speed but never the update; clipped; and AdamW.
+accumulated over micro-batches, which therefore change memory and speed but never the update; clipped; and AdamW. The prior on
+the user model, if there is one, is charged by the comparison (`prior.Prior.penalty`).
 """
 
 import math
@@ -117,6 +118,10 @@ def accumulate_gradients(
         if counts:
             losses.append(loss)
             margins.append(([item.branch for item in items], margins_B))
+    if model.prior is not None:
+        users = torch.tensor([comparisons[i].user for i in update], device=model.device)
+        for _, counts in share([users]):  # ranks compute it alike, one of them counts
+            (model.prior.penalty(model.user_model, users) * (counts / len(update))).backward()
     for table in model.user_model.tables:
         sum_rows(table)
     sums.loss = sum(loss.item() for loss in losses)  # read here: a GPU need not wait for it in between

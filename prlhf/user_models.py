@@ -4,13 +4,20 @@
     individual   f(0) = e_0,  f(i) = e_0 + o_i           (without a shared component: f(i) = o_i)
     cluster      f(u) = V w_u,  V of shape (K, T_u, D), w_u in R^K or, with softmax, on the simplex
 
-What users do not share lies in `tables`, one row a user. A batch reads a few rows, and its gradient is one of these rows.
+and two forms that the paper does not have:
 
-Shape suffixes: B users asked for, M users known, U = T_u vectors a user, D width, K clusters, V vocabulary, R rows.
+    individual of rank K          f(0) = e_0,  f(i) = e_0 + B z_i,  B of shape (K, T_u, D), z_i in R^K
+    cluster, shared               f(0) = e_0,  f(i) = e_0 + V w_i
+
+What users do not share lies in `tables`, one row a user. A batch reads a few rows, and its gradient is one of these rows.
+What the prior (`prior`) needs of each form is `parts`: the shared vectors, the directions in which users differ, and how far
+each user lies along them.
+
+Shape suffixes: B users asked for, M users known, U = T_u vectors a user, D width, K clusters or rank, V vocabulary, R rows.
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +47,15 @@ def read_rows(table: Tensor, rows_B: Tensor) -> Tensor:
     return _ReadRows.apply(table, rows_B)
 
 
+class Parts(NamedTuple):
+    """A user model as f(i) = shared + basis . coordinates_i: what all share, and how each of some users differs from it."""
+
+    shared_UD: Tensor
+    basis_KUD: Tensor | None  # directions in which users differ; None: coordinates are vectors themselves, or nobody differs
+    coordinates_B: Tensor | None  # (B, K), without a basis (B, U, D); zero for user 0; None: nobody differs
+    origin_K: Tensor | None = None  # shared_UD = basis . origin, where that is what it is made of
+
+
 class UniformUsers(nn.Module):
     """f(u) = e for every user."""
 
@@ -57,6 +73,11 @@ class UniformUsers(nn.Module):
         """None: nothing differs between users."""
         return []
 
+    @property
+    def vectors(self) -> list[nn.Parameter]:
+        """Parameters in the space of user vectors (..., D); others are coordinates."""
+        return [self.e_UD]
+
     def rows_of(self, users: Iterable[int]) -> Tensor:
         """The rows of `tables` that these users read: none, (0,)."""
         return torch.zeros(0, dtype=torch.long)
@@ -64,6 +85,10 @@ class UniformUsers(nn.Module):
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers -> (B, U, D)."""
         return self.e_UD.expand(len(users_B), -1, -1)
+
+    def parts(self, users_B: Tensor) -> Parts:
+        """e, and no differences."""
+        return Parts(self.e_UD, None, None)
 
 
 class IndividualUsers(nn.Module):
@@ -85,19 +110,81 @@ class IndividualUsers(nn.Module):
         """Parameters with one row a user: the offsets."""
         return [self.offsets_MUD]
 
+    @property
+    def vectors(self) -> list[nn.Parameter]:
+        """Parameters in the space of user vectors (..., D): all."""
+        return [self.e_UD, self.offsets_MUD]
+
     def rows_of(self, users: Iterable[int]) -> Tensor:
         """The rows of `tables` that known ones of these users read, (R,), each once: i - 1 of user i."""
         return torch.tensor(sorted({user - 1 for user in users if user}), dtype=torch.long)
+
+    def stored(self, users_B: Tensor) -> Tensor:
+        """o_u (B, U, D); zero for user 0."""
+        if len(self.offsets_MUD) == 0:
+            return self.offsets_MUD.new_zeros(len(users_B), *self.e_UD.shape)
+        offsets_BUD = read_rows(self.offsets_MUD, (users_B - 1).clamp(min=0))
+        return torch.where((users_B > 0)[:, None, None], offsets_BUD, 0.0)
 
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers, 0 for unknown -> (B, U, D)."""
         if len(self.offsets_MUD) == 0:
             return self.e_UD.expand(len(users_B), -1, -1)
-        known_B = (users_B > 0)[:, None, None]
-        offsets_BUD = read_rows(self.offsets_MUD, (users_B - 1).clamp(min=0))
         if not self.shared:
-            return torch.where(known_B, offsets_BUD, self.e_UD)
-        return self.e_UD + torch.where(known_B, offsets_BUD, 0.0)
+            return torch.where((users_B > 0)[:, None, None], self.stored(users_B), self.e_UD)
+        return self.e_UD + self.stored(users_B)
+
+    def parts(self, users_B: Tensor) -> Parts:
+        """e_0 and the offsets f(u) - e_0."""
+        return Parts(self.e_UD, None, self.stored(users_B) if self.shared else self(users_B) - self.e_UD)
+
+
+class LowRankUsers(nn.Module):
+    """f(0) = e_0 and f(i) = e_0 + B z_i: what users share, and how far each one goes in each of K common directions.
+
+    With softmax f(i) = e_0 + B softmax(z_i). Individual users of a rank, and clusters with a shared component.
+    """
+
+    def __init__(self, e_UD: Tensor, B_KUD: Tensor, z_MK: Tensor, softmax: bool = False):
+        super().__init__()
+        self.e_UD = nn.Parameter(e_UD)
+        self.B_KUD = nn.Parameter(B_KUD)
+        self.z_MK = nn.Parameter(z_MK)
+        self.softmax = softmax
+
+    @property
+    def tokens(self) -> int:
+        """T_u."""
+        return self.e_UD.shape[0]
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """Parameters with one row a user: the coordinates."""
+        return [self.z_MK]
+
+    @property
+    def vectors(self) -> list[nn.Parameter]:
+        """Parameters in the space of user vectors (..., D): all but the coordinates."""
+        return [self.e_UD, self.B_KUD]
+
+    def rows_of(self, users: Iterable[int]) -> Tensor:
+        """The rows of `tables` that known ones of these users read, (R,), each once: i - 1 of user i."""
+        return torch.tensor(sorted({user - 1 for user in users if user}), dtype=torch.long)
+
+    def coordinates(self, users_B: Tensor) -> Tensor:
+        """z_u (B, K), or softmax(z_u); zero for user 0."""
+        if len(self.z_MK) == 0:
+            return self.z_MK.new_zeros(len(users_B), self.z_MK.shape[1])
+        z_BK = read_rows(self.z_MK, (users_B - 1).clamp(min=0))
+        return torch.where((users_B > 0)[:, None], z_BK.softmax(dim=-1) if self.softmax else z_BK, 0.0)
+
+    def forward(self, users_B: Tensor) -> Tensor:
+        """(B,) user numbers, 0 for unknown -> (B, U, D)."""
+        return self.e_UD + torch.einsum("bk,kud->bud", self.coordinates(users_B), self.B_KUD)
+
+    def parts(self, users_B: Tensor) -> Parts:
+        """e_0, B and z_u."""
+        return Parts(self.e_UD, self.B_KUD, self.coordinates(users_B))
 
 
 class ClusterUsers(nn.Module):
@@ -119,6 +206,11 @@ class ClusterUsers(nn.Module):
         """Parameters with one row a user: the weights."""
         return [self.w_MK]
 
+    @property
+    def vectors(self) -> list[nn.Parameter]:
+        """Parameters in the space of user vectors (..., D): the archetypes."""
+        return [self.V_KUD]
+
     def rows_of(self, users: Iterable[int]) -> Tensor:
         """The rows of `tables` that these users read, (R,), each once: u of user u."""
         return torch.tensor(sorted(set(users)), dtype=torch.long)
@@ -129,6 +221,17 @@ class ClusterUsers(nn.Module):
         if self.softmax:
             w_BK = w_BK.softmax(dim=-1)
         return torch.einsum("bk,kud->bud", w_BK, self.V_KUD)
+
+    def parts(self, users_B: Tensor) -> Parts:
+        """f(0) = V w_0, V (with softmax as it differs from f(0)), and w_u - w_0: a user like user 0 does not differ."""
+        everyone = torch.cat([users_B.new_zeros(1), users_B])
+        w_BK = read_rows(self.w_MK, everyone)
+        if self.softmax:
+            w_BK = w_BK.softmax(dim=-1)
+        shared_UD = torch.einsum("k,kud->ud", w_BK[0], self.V_KUD)
+        if self.softmax:
+            return Parts(shared_UD, self.V_KUD - shared_UD, w_BK[1:] - w_BK[0])
+        return Parts(shared_UD, self.V_KUD, w_BK[1:] - w_BK[0], w_BK[0])
 
 
 def is_personal(user_model: nn.Module, alpha: float) -> bool:
@@ -141,42 +244,58 @@ def build_user_model(
     users: int,
     vocabulary_VD: Tensor,
     generator: torch.Generator,
-    reward_head: bool = False,
+    reward_head: int = 0,
     read_as: torch.dtype | None = None,
 ) -> nn.Module:
     """The user model for `users` known users, in float32 at least, initialised by config.init:
 
     vocabulary: every vector is a word embedding drawn at random (paper, A.3); zero: the shared vectors are, and the
     differences between users start at zero; random: Gaussian noise of the embeddings' standard deviation.
-    Cluster weights start at 1/K, with noise of that size unless init is zero. As a `reward_head` (e_u is what hidden
-    states are multiplied with) zero is all zero, so that every reward starts at 0, and cluster weights are noisy.
+    Cluster weights start at 1/K, with noise of that size unless init is zero; coordinates in place of offsets likewise, around
+    zero.
+
+    reward_head: with a linear reward head (e_u is what pooled hidden states are multiplied with) how many hidden states lie
+    side by side, else 0. There zero is all zero, so that every reward starts at 0, but for what differences are made of:
+    cluster weights are noisy, and so are the directions of low-rank users. So is `solved`, which is put in later.
 
     read_as: the type that the word embeddings have in the model, where the file at hand holds them in another.
     """
     V, D = vocabulary_VD.shape
     read_as = read_as or vocabulary_VD.dtype
     dtype = torch.promote_types(read_as, torch.float32)
+    from_zero = config.init in ("zero", "solved")
+
+    def noise(*shape: int) -> Tensor:
+        width = D * max(1, reward_head)
+        values = torch.randn(*shape, width, generator=generator, dtype=dtype)
+        return values * vocabulary_VD.detach().to(read_as).std().cpu()
 
     def vectors(*shape: int) -> Tensor:
         if config.init == "random":
-            return (
-                torch.randn(*shape, D, generator=generator, dtype=dtype)
-                * vocabulary_VD.detach().to(read_as).std().cpu()
-            )
-        if config.init == "zero" and reward_head:
-            return torch.zeros(*shape, D, dtype=dtype)
-        drawn = torch.randint(V, shape, generator=generator)
-        return vocabulary_VD.detach()[drawn.to(vocabulary_VD.device)].to("cpu", read_as).to(dtype)
+            return noise(*shape)
+        if from_zero and reward_head:
+            return torch.zeros(*shape, D * reward_head, dtype=dtype)
+        drawn = torch.randint(V, (*shape, max(1, reward_head)), generator=generator)
+        return vocabulary_VD.detach()[drawn.to(vocabulary_VD.device)].to("cpu", read_as).to(dtype).flatten(-2)
 
-    U = config.tokens
+    def weights(rows: int, K: int, around: float) -> Tensor:
+        values = torch.full((rows, K), around, dtype=dtype)
+        if not from_zero or (reward_head and around):
+            values += torch.randn(rows, K, generator=generator, dtype=dtype) / K
+        return values
+
+    U, K = config.tokens, config.clusters
     if config.kind == "uniform":
         return UniformUsers(vectors(U))
-    if config.kind == "individual":
+    if config.kind == "individual" and config.rank is None:
         e_UD = vectors(U)
-        offsets = torch.zeros(users, U, D, dtype=dtype) if config.init == "zero" else vectors(users, U)
-        return IndividualUsers(e_UD, offsets, config.shared)
-    K = config.clusters
-    w_MK = torch.full((users + 1, K), 1.0 / K, dtype=dtype)
-    if config.init != "zero" or reward_head:
-        w_MK += torch.randn(users + 1, K, generator=generator, dtype=dtype) / K
+        offsets = torch.zeros(users, *e_UD.shape, dtype=dtype) if from_zero else vectors(users, U)
+        return IndividualUsers(e_UD, offsets, shared=config.shared is not False)
+    if config.kind == "individual":
+        e_UD, B_KUD = vectors(U), noise(config.rank, U) if from_zero else vectors(config.rank, U)
+        return LowRankUsers(e_UD, B_KUD, weights(users, config.rank, 0.0))
+    if config.shared:
+        e_UD = vectors(U)
+        return LowRankUsers(e_UD, vectors(K, U), weights(users, K, 1 / K), config.softmax)
+    w_MK = weights(users + 1, K, 1 / K)
     return ClusterUsers(vectors(K, U), w_MK, config.softmax)

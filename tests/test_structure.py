@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Data flows one way: each module imports only from those above it.
 ORDER = [
     "errors", "heap", "allocations", "config", "data.sources", "data.files", "data", "rules", "leaks", "simulate", "data.download", "data.fetch", "data.reading", "data.splits", "data.tldr", "data.prism",
-    "data.psoups", "data.persona", "data.multipref", "data.prepare", "encoding", "batching", "backbones", "loading", "data_check", "user_models", "logprobs",
-    "logprobs_triton", "lora", "losses", "personalized", "distributed", "optim", "scoring", "reference", "intervals", "metrics", "paired", "evaluation", "checkpoint",
+    "data.psoups", "data.persona", "data.multipref", "data.prepare", "encoding", "batching", "backbones", "loading", "data_check", "user_models", "prior", "logprobs",
+    "logprobs_triton", "lora", "losses", "personalized", "distributed", "optim", "scoring", "reference", "solve", "strength", "exact", "intervals", "metrics", "paired", "evaluation", "checkpoint",
     "runs", "training_log", "progress", "updates", "loop", "phases", "memory", "dry_run", "sampling", "responses", "rewards", "report", "compare", "lengths",
     "reference_table", "data.__main__",
 ]  # fmt: skip

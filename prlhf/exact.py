@@ -1,0 +1,104 @@
+"""A prior in a run: its strength is chosen, and where the reward is linear in the user's vector, the model is solved.
+
+For a linear reward head (r = e_u . h) the hidden states of all training responses are taken as the backbone has them before
+training. On them the strength of the prior is chosen (`strength`) and the user model solved (`solve`): that is all of the
+training of a frozen backbone, and with user_model.init=solved where the training of another one begins (a linear probe, then
+fine-tuning; Kumar et al. 2022, arXiv 2202.10054). Other models have the strength that the config states.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prlhf.config import Config
+from prlhf.distributed import from_main, full, named_parameters, on_main, put, say, text_from_main
+from prlhf.encoding import EncodedComparison
+from prlhf.errors import UserError
+from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel
+from prlhf.prior import Prior, Strength, counts_of, embedding_scale, stated_strength
+from prlhf.reference import response_states
+from prlhf.solve import LinearProblem, blank_copy, linear_problem, solve, unscaled, vectors_of_all
+from prlhf.strength import choose
+
+LARGEST = 10**8  # rewards, of each user for each response, that are computed at once
+
+
+def is_linear(config: Config) -> bool:
+    """Whether the reward is linear in the user's vector."""
+    return config.method == "prm" and config.user_model.aggregator == "linear"
+
+
+def solves_exactly(config: Config) -> bool:
+    """Whether a run of this config is an exact solution, without updates."""
+    can = is_linear(config) and config.model.frozen and None not in (config.user_model.prior, config.user_model.shared_prior)
+    return can and config.optim.solver != "adamw"
+
+
+class Solution(NamedTuple):
+    """What `set_prior` found: a record for metrics.jsonl, and the user model's values where it was solved."""
+
+    record: dict[str, Any]
+    values: dict[str, Tensor]
+
+
+def set_prior(
+    config: Config, model: PersonalizedModel, comparisons: Sequence[EncodedComparison], base: str
+) -> dict[str, Any] | None:
+    """Give a model its prior, if the config has one, and the solution where that is asked for; returns what to log of it.
+
+    base: the fingerprint of the backbone's weights. UserError where the strength cannot be chosen, or the problem is too large.
+    """
+    if config.user_model.prior is None:
+        return None
+    counts = counts_of([c.user for c in comparisons], model.users)
+    if not is_linear(config):
+        strength = stated_strength(config.user_model)
+        scale_W = embedding_scale(full(model.backbone.get_input_embeddings().weight))
+        model.prior = Prior(strength, scale_W, len(comparisons), counts)
+        return {"prior": strength.users, "shared_prior": strength.shared}
+    assert isinstance(model, PersonalizedRewardModel)
+    readings, states_SW = response_states(model, comparisons, config.evaluate.batch_size, base)
+    if (model.users + 1) * len(readings) > LARGEST:
+        raise UserError(
+            f"user_model.prior: {model.users:,} users and {len(readings):,} responses are too many to be solved at once; "
+            "expected fewer (data.limit, data.known_users), or null"
+        )
+    states_SW = states_SW.to(model.device)
+    problem = linear_problem(config, model.user_model, comparisons, readings, states_SW, model.users)
+    names = {p: name.removeprefix("user_model.") for name, p in named_parameters(model).items()}
+    values = {names[p]: full(p.detach()) for p in model.user_model.parameters()}
+    found = on_main(lambda: solution(config, model, problem, values))
+    record = json.loads(text_from_main(lambda: json.dumps(found.record)))
+    model.prior = Prior(Strength(record["prior"], record["shared_prior"]), problem.scale_W.cpu(), len(comparisons), counts)
+    if solves_exactly(config) or config.user_model.init == "solved":
+        for p in model.user_model.parameters():
+            put(p, from_main(found.values[names[p]] if found else None))
+    return record
+
+
+def solution(
+    config: Config, model: PersonalizedRewardModel, problem: LinearProblem, values: dict[str, Tensor]
+) -> Solution:
+    """Choose the strength, and solve. values: of the user model's parameters, whole."""
+    start = blank_copy(model.user_model, values, problem.scale_W)
+    say("user_model.prior: " + ("choosing its strength by cross-validation" if config.user_model.prior == "auto" else "given"))
+    choice = choose(problem, start, config.user_model, config.seed)
+    least = solve(problem, start, choice.strength)
+    return Solution({**choice.record(), "objective": least, **fit_record(problem, start)}, unscaled(start, problem.scale_W))
+
+
+@torch.no_grad()
+def fit_record(problem: LinearProblem, user_model: nn.Module) -> dict[str, float | None]:
+    """The mean training loss, and both branches' accuracy on the training comparisons."""
+    vectors_MW = vectors_of_all(user_model, problem.known)
+    right = [((r.chosen > r.rejected) + 0.5 * (r.chosen == r.rejected)).double() for r in problem.rewards(vectors_MW)]
+    own_N = problem.own_N > 0
+    accuracy = right[0][own_N].mean().item() if own_N.any() else None
+    return {
+        "loss": problem.loss_sum(vectors_MW).item() / len(problem.users_N),
+        "user_accuracy": accuracy,
+        "generic_accuracy": right[1].mean().item(),
+    }

@@ -1,0 +1,152 @@
+"""How strong the prior on users is: chosen by cross-validation within the training data.
+
+What must be predicted is how a known user judges responses that this user has not judged. So it is each user's *responses*
+that are divided into folds, not the pairs, which share them: a fold is trained on the pairs of which neither response is the
+user's held-out one, and scored on those of which both are; pairs that straddle are left out of it. The score is the training's
+own loss, alpha loss(user) + (1 - alpha) loss(generic). First s_0 is chosen where nobody differs, then s with that s_0. s = 0 is
+among the candidates: where the data do not show that users differ, nobody does.
+"""
+
+import copy
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prlhf.config import UserModelConfig
+from prlhf.errors import UserError
+from prlhf.prior import Strength
+from prlhf.solve import LinearProblem, solve, vectors_of_all
+from prlhf.user_models import UniformUsers
+
+FOLDS = 5
+SHARED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # candidates for s_0
+USERS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # candidates for s
+
+
+class Fold(NamedTuple):
+    """Which comparisons are trained on and which are scored, both (N,) boolean; the others straddle."""
+
+    train_N: Tensor
+    held_out_N: Tensor
+
+
+class Choice(NamedTuple):
+    """The strength, and the held-out loss of each candidate that was tried."""
+
+    strength: Strength
+    shared_losses: dict[float, float]
+    users_losses: dict[float, float]
+
+    def record(self) -> dict[str, Any]:
+        """As metrics.jsonl has it."""
+        return {
+            "prior": self.strength.users,
+            "shared_prior": self.strength.shared,
+            "held_out_loss_by_prior": {f"{s:g}": loss for s, loss in self.users_losses.items()},
+            "held_out_loss_by_shared_prior": {f"{s:g}": loss for s, loss in self.shared_losses.items()},
+        }
+
+
+def choose(problem: LinearProblem, user_model: nn.Module, config: UserModelConfig, seed: int) -> Choice:
+    """The strength of config.prior and config.shared_prior, `auto` chosen by cross-validation.
+
+    user_model: in float64, in the problem's coordinates; it is not changed. UserError where no pair can be held out.
+    """
+    s, s_0 = config.prior, config.shared_prior
+    found = folds(problem, seed) if "auto" in (s, s_0) else []
+    shared_losses: dict[float, float] = {}
+    users_losses: dict[float, float] = {}
+    if s_0 == "auto":
+        generic = UniformUsers(torch.zeros(1, len(problem.scale_W), dtype=torch.float64, device=problem.users_N.device))
+        shared_losses = losses_along(problem, generic, [Strength(0.0, each) for each in SHARED], found, "shared")
+        s_0 = least(shared_losses)
+    if s == "auto":
+        if isinstance(user_model, UniformUsers) or not (problem.own_N > 0).any():
+            s = 0.0
+        else:
+            users_losses = losses_along(problem, user_model, [Strength(each, s_0) for each in USERS], found, "users")
+            s = least(users_losses)
+    return Choice(Strength(s, s_0), shared_losses, users_losses)
+
+
+def least(losses: dict[float, float]) -> float:
+    """The candidate with the least loss; of equals the first."""
+    return min(losses, key=losses.__getitem__)
+
+
+def folds(problem: LinearProblem, seed: int) -> list[Fold]:
+    """FOLDS divisions of each user's responses, dealt out in an order of the seed. User 0's comparisons are nobody's votes:
+    each is dealt out by itself. UserError where there is not one pair to score."""
+    rng = random.Random(seed)
+    pairs = list(zip(problem.users_N.tolist(), problem.chosen_N.tolist(), problem.rejected_N.tolist()))
+    keys = [((u or -n - 1, y1), (u or -n - 1, y2)) for n, (u, y1, y2) in enumerate(pairs)]
+    of_user: dict[int, dict[int, None]] = {}
+    for (user, y1), (_, y2) in keys:
+        of_user.setdefault(user, {}).update({y1: None, y2: None})
+    fold_of: dict[tuple[int, int], int] = {}
+    for user, responses in of_user.items():
+        order = list(responses)
+        rng.shuffle(order)
+        first = rng.randrange(FOLDS)
+        fold_of.update({(user, y): (first + (i if user >= 0 else 0)) % FOLDS for i, y in enumerate(order)})
+    y1_N, y2_N = (torch.tensor([fold_of[pair[side]] for pair in keys]) for side in (0, 1))
+    device = problem.users_N.device
+    found = [Fold(((y1_N != k) & (y2_N != k)).to(device), ((y1_N == k) & (y2_N == k)).to(device)) for k in range(FOLDS)]
+    if not any(fold.held_out_N.any() for fold in found):
+        raise UserError(
+            f"user_model.prior: found 'auto', but of {len(keys)} comparisons no user has two among each {FOLDS}th of their "
+            "responses to choose it by; expected more comparisons, or a number"
+        )
+    return [fold for fold in found if fold.train_N.any() and fold.held_out_N.any()]
+
+
+def losses_along(
+    problem: LinearProblem, user_model: nn.Module, strengths: Sequence[Strength], folds: Sequence[Fold], name: str
+) -> dict[float, float]:
+    """The mean held-out loss of each strength, by its part `name`; each fit starts where the one before it ended.
+
+    Ends early where two strengths in a row are worse than the best one before them.
+    """
+    starts = [Path(user_model) for _ in folds]
+    losses: dict[float, float] = {}
+    for strength in strengths:
+        total = count = 0.0
+        for fold, start in zip(folds, starts):
+            start.solve(problem.of(fold.train_N), strength)
+            held_out = problem.of(fold.held_out_N)
+            total += held_out_loss(held_out, start.user_model)
+            count += len(held_out.users_N)
+        losses[getattr(strength, name)] = total / count
+        if len(losses) > 2 and min(list(losses.values())[-2:]) > min(losses.values()):
+            break
+    return losses
+
+
+class Path:
+    """A user model that is fitted again and again, with growing s."""
+
+    def __init__(self, user_model: nn.Module):
+        self.user_model = copy.deepcopy(user_model)
+        self.untouched = copy.deepcopy(user_model.state_dict())
+        self.warm = False
+
+    def solve(self, problem: LinearProblem, strength: Strength) -> None:
+        """Fit it. What has made all users alike says nothing of how they differ: the next fit starts afresh."""
+        if not self.warm:
+            self.user_model.load_state_dict(self.untouched)
+        solve(problem, self.user_model, strength, self.warm)
+        self.warm = bool(strength.users) and differs(vectors_of_all(self.user_model, problem.known))
+
+
+def differs(vectors_MW: Tensor) -> bool:
+    """Whether any user's vector is another than the generic one's."""
+    return bool((vectors_MW != vectors_MW[:1]).any())
+
+
+@torch.no_grad()
+def held_out_loss(problem: LinearProblem, user_model: nn.Module) -> float:
+    """The sum over comparisons of alpha loss(user) + (1 - alpha) loss(generic)."""
+    return problem.loss_sum(vectors_of_all(user_model, problem.known)).item()
