@@ -169,16 +169,16 @@ def test_an_interrupted_grid_is_completed(call, finished, data, tmp_path):
 
 def test_part_of_the_table(call, tmp_path, data):
     """P-DPO, given before its vanilla arm, which is the baseline nevertheless; then an arm alone."""
-    arms, common = ("pdpo_cluster5", "vanilla_dpo"), ("--data", data, "--out", tmp_path, "--seeds", "0")
+    arms, common = ("pdpo_cluster5_a1", "vanilla_dpo"), ("--data", data, "--out", tmp_path, "--seeds", "0")
     status, _, err = call(table1.main, *common, "--arms", *arms, "--set", *TINY)
     assert status == 0, err
     table, gains = rows(tmp_path)
-    assert list(table) == [table1.PAPER["vanilla_dpo"].title, table1.PAPER["pdpo_cluster5"].title]
-    assert gains[table1.PAPER["pdpo_cluster5"].title][1::2] == ["-1.24", "-0.37", "-1.41"]
+    assert list(table) == [table1.PAPER["vanilla_dpo"].title, table1.PAPER["pdpo_cluster5_a1"].title]
+    assert gains[table1.PAPER["pdpo_cluster5_a1"].title][1::2] == ["-1.24", "-0.37", "-1.41"]
     assert "over them" not in (tmp_path / "table1.md").read_text()  # one seed has no standard deviation
     assert call(table1.main, *common, "--arms", arms[0], "--set", *TINY)[0] == 0
     (table,) = rows(tmp_path)
-    assert list(table) == [table1.PAPER["pdpo_cluster5"].title]
+    assert list(table) == [table1.PAPER["pdpo_cluster5_a1"].title]
 
 
 def test_the_papers_numbers(finished):
