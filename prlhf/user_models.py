@@ -295,7 +295,9 @@ def build_user_model(
         e_UD, B_KUD = vectors(U), noise(config.rank, U) if from_zero else vectors(config.rank, U)
         return LowRankUsers(e_UD, B_KUD, weights(users, config.rank, 0.0))
     if config.shared:
-        e_UD = vectors(U)
-        return LowRankUsers(e_UD, vectors(K, U), weights(users, K, 1 / K), config.softmax)
+        e_UD, V_KUD = vectors(U), vectors(K, U)
+        if from_zero:
+            V_KUD -= V_KUD.mean(dim=0)  # of which weights of 1/K make nothing
+        return LowRankUsers(e_UD, V_KUD, weights(users, K, 1 / K), config.softmax)
     w_MK = weights(users + 1, K, 1 / K)
     return ClusterUsers(vectors(K, U), w_MK, config.softmax)
