@@ -15,13 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 LATER = {"model": ["pooling"], "user_model": ["rank", "prior", "shared_prior"], "optim": ["solver"], "train": ["best_by", "patience"]}
 SMALL = (
     "model.width=32", "model.heads=2", "optim.max_steps=4", "train.save_every=2", "method=prm", "data.limit=16",
-    "data.valid_limit=8", "evaluate.bootstrap=10", "user_model.kind=cluster",
+    "data.valid_limit=8", "evaluate.bootstrap=100", "user_model.kind=cluster",
 )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def from_the_root(monkeypatch):
+def from_the_root_by_one_thread(monkeypatch):
+    """Passes are tiny: where cores are busy, two threads mostly wait for each other."""
     monkeypatch.chdir(ROOT)
+    torch.set_num_threads(1)
 
 
 def as_it_was(path):
