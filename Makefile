@@ -49,18 +49,20 @@ demo: install model length-data
 	@echo "The report, the tables and the figures are in $(DEMO)/eval"
 
 # The full experiments of docs/results.md, for a GPU: length preferences, and UKPConvArg1 against its vanilla arm, whose
-# comparisons (docs/results.md) are train.jsonl.gz and valid.jsonl.gz in the folder UKP.
-UKP ?= runs/data/ukpconvarg1
-UKP_DATA := data.train=$(UKP)/train.jsonl.gz data.valid=$(UKP)/valid.jsonl.gz
+# comparisons (docs/results.md) lie in one file, UKP; they are divided so that no worker's held-out vote is on an argument that
+# this worker judged in training.
+UKP ?= runs/data/ukpconvarg1.jsonl
+UKP_DATA := runs/data/ukp_by_response
 experiments: install model length-data
-	@test -f $(UKP)/train.jsonl.gz || { echo "error: no $(UKP)/train.jsonl.gz; say UKP=FOLDER" >&2; exit 2; }
+	@test -f $(UKP) || { echo "error: no $(UKP); say UKP=FILE" >&2; exit 2; }
+	$(PY) -m prlhf.data split $(UKP) --out $(UKP_DATA) --by response --users 1.0
 	$(PY) train.py --config length_pdpo.yaml --set model.name=$(MODEL)
 	$(PY) evaluate.py --checkpoint runs/length_pdpo
 	$(PY) generate.py --checkpoint runs/length_pdpo --prompts examples/length/valid_prompts.jsonl --users $(WORKERS),generic --out runs/length_pdpo/responses.jsonl
 	$(PY) -m prlhf.lengths runs/length_pdpo/responses.jsonl --out runs/length_pdpo/eval
-	$(PY) train.py --config ukp_pdpo.yaml --set model.name=$(MODEL) $(UKP_DATA)
+	$(PY) train.py --config ukp_pdpo.yaml --set model.name=$(MODEL)
 	$(PY) evaluate.py --checkpoint runs/ukp_pdpo
-	$(PY) train.py --config ukp_pdpo.yaml --set model.name=$(MODEL) $(UKP_DATA) loss.alpha=0 run_dir=runs/ukp_vanilla
+	$(PY) train.py --config ukp_pdpo.yaml --set model.name=$(MODEL) loss.alpha=0 run_dir=runs/ukp_vanilla
 	$(PY) evaluate.py --checkpoint runs/ukp_vanilla
 
 # The paper's Table 1: the raw files of DATA (as `python -m prlhf.data fetch tldr` leaves them), then every arm and seed.

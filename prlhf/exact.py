@@ -37,8 +37,13 @@ def solves_exactly(config: Config) -> bool:
     return can and config.optim.solver != "adamw"
 
 
+def starts_solved(config: Config) -> bool:
+    """Whether the user model is solved before any update, or in place of them."""
+    return solves_exactly(config) or config.user_model.init == "solved"
+
+
 class Solution(NamedTuple):
-    """What `set_prior` found: a record for metrics.jsonl, and the user model's values where it was solved."""
+    """What `set_prior` found: a record for metrics.jsonl, and the user model's values where it is solved."""
 
     record: dict[str, Any]
     values: dict[str, Tensor]
@@ -73,7 +78,7 @@ def set_prior(
     found = on_main(lambda: solution(config, model, problem, values))
     record = json.loads(text_from_main(lambda: json.dumps(found.record)))
     model.prior = Prior(Strength(record["prior"], record["shared_prior"]), problem.scale_W.cpu(), len(comparisons), counts)
-    if solves_exactly(config) or config.user_model.init == "solved":
+    if starts_solved(config):
         for p in model.user_model.parameters():
             put(p, from_main(found.values[names[p]] if found else None))
     return record
@@ -82,10 +87,12 @@ def set_prior(
 def solution(
     config: Config, model: PersonalizedRewardModel, problem: LinearProblem, values: dict[str, Tensor]
 ) -> Solution:
-    """Choose the strength, and solve. values: of the user model's parameters, whole."""
+    """Choose the strength, and solve where that is asked for. values: of the user model's parameters, whole."""
     start = blank_copy(model.user_model, values, problem.scale_W)
     say("user_model.prior: " + ("choosing its strength by cross-validation" if config.user_model.prior == "auto" else "given"))
     choice = choose(problem, start, config.user_model, config.seed)
+    if not starts_solved(config):
+        return Solution(choice.record(), {})
     least = solve(problem, start, choice.strength)
     return Solution({**choice.record(), "objective": least, **fit_record(problem, start)}, unscaled(start, problem.scale_W))
 

@@ -51,7 +51,7 @@ def data(tmp_path_factory):
     """A folder of comparisons as table1 and polis read them."""
     folder = tmp_path_factory.mktemp("data")
     shutil.copy(ROOT / "examples/tiny/train.jsonl", folder)
-    for name in ("valid", *(f"valid_{split}" for split in polis.HELD_OUT)):
+    for name in ("valid", *polis.HELD_OUT):
         shutil.copy(ROOT / "examples/tiny/valid.jsonl", folder / f"{name}.jsonl")
     return folder
 
@@ -240,10 +240,10 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
 
     monkeypatch.setattr(grid, "call", recorded)
     common = ("--out", tmp_path, "--seeds", "0", "1")
-    assert call(polis.main, *common, "--data", data, "--arms", "vanilla", "cluster5_a1", "--set", "optim.lr=1")[0] == 0
+    assert call(polis.main, *common, "--data", data, "--arms", "vanilla", "cluster5", "--set", "optim.lr=1")[0] == 0
     trained = [given for module, given in calls if module == "train"]
     assert [f"run_dir={tmp_path}/{arm}_seed{s}" in given for (s, arm), given in zip(
-        [(0, "vanilla"), (0, "cluster5_a1"), (1, "vanilla"), (1, "cluster5_a1")], trained)] == [True] * 4  # fmt: skip
+        [(0, "vanilla"), (0, "cluster5"), (1, "vanilla"), (1, "cluster5")], trained)] == [True] * 4  # fmt: skip
     last = trained[-1]
     expected = {
         "polis_prm.yaml",
@@ -251,16 +251,16 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
         "data.valid=null",
         "seed=1",
         "optim.lr=1",
-        "loss.alpha=1",
+        "user_model.clusters=5",
     }
     assert expected < set(last)
     evaluated = [given for module, given in calls if module == "evaluate"]
-    run, held_out = f"{tmp_path}/cluster5_a1_seed1", f"{data}/valid_unseen_users.jsonl"
+    run, held_out = f"{tmp_path}/cluster5_seed1", f"{data}/unseen_users_test.jsonl"
     assert len(evaluated) == 12
-    assert evaluated[-1] == ("--checkpoint", run, "--data", held_out, "--out", f"{run}/eval/unseen_users")
+    assert evaluated[-1] == ("--checkpoint", run, "--data", held_out, "--out", f"{run}/eval/unseen_users_test")
     compared = [given for module, given in calls if module == "prlhf.compare"]
-    seeds = ",".join(f"{tmp_path}/vanilla_seed{s}/eval/seen_statements" for s in (0, 1))
-    assert compared[0][0] == f"vanilla={seeds}" and compared[0][-1] == f"{tmp_path}/comparison_seen_statements"
+    seeds = ",".join(f"{tmp_path}/vanilla_seed{s}/eval/valid_seen_statements" for s in (0, 1))
+    assert compared[0][0] == f"vanilla={seeds}" and compared[0][-1] == f"{tmp_path}/comparison_valid_seen_statements"
 
     calls.clear()
     keys = ("--set", "data.valid=examples/tiny/valid.jsonl")
@@ -271,49 +271,6 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     assert {"vanilla(uniform)_seed1", "individual_alpha0.5_notshared_seed0", "cluster_K10_seed1"} < folders
     calls.clear()
     assert call(ablation.main, *common, *keys)[0] == 0 and {module for module, _ in calls} == {"train"}
-
-
-def test_less_of_polis_is_what_comes_first_and_what_is_compared_most(tmp_path):
-    """By hand: voters a to d and w to z; statements P to S, of which P and Q are in most of the training comparisons."""
-
-    def write(name, records):
-        lines = (dict(zip(("user", "chosen", "rejected"), record), id=i) for i, record in enumerate(records.split()))
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    write("train", "aPQ bQP cPR aPQ aQP bQS cPQ bPQ")
-    write("valid_seen_statements", "cPQ bPR bQP aPQ")
-    write("valid_new_statements", "aTU aUT bTU bUT")
-    write("valid_unseen_users", "xPQ yQP xPR zPQ yPQ")
-
-    def kept(*sizes):
-        out = polis.smaller(tmp_path, tmp_path / "out", *sizes)
-        order = ("train", *(f"valid_{split}" for split in polis.HELD_OUT))
-        return [[json.loads(line)["id"] for line in (out / f"{name}.jsonl").open()] for name in order]
-
-    assert kept(None, 2, 2, 1) == [[0, 1, 3, 5], [1, 3], [0, 2], [0, 1]]
-    assert kept(None, 2, None, None) == [[0, 1, 3, 4, 5, 7], [1, 2, 3], [0, 1, 2, 3], [0, 1, 2, 4]]
-    assert kept(2, None, None, None) == [[0, 1, 3, 4, 6, 7], [0, 2, 3], [0, 1, 2, 3], [0, 1, 3, 4]]
-
-
-def test_other_sizes_of_polis_are_other_data(monkeypatch, call, tmp_path):
-    """So that a finished run on less of it is not taken for one on more: train.py refuses another data.train."""
-    trained_on = []
-
-    def recorded(main, *given):
-        if main is train.main:
-            trained_on.append(next(key for key in given if key.startswith("data.train=")))
-
-    monkeypatch.setattr(grid, "call", recorded)
-    for name in ("train", *(f"valid_{split}" for split in polis.HELD_OUT)):
-        lines = ({"user": "a", "chosen": "P", "rejected": "Q", "id": i} for i in range(3))
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = ("--data", tmp_path, "--out", tmp_path / "out", "--arms", "vanilla", "--seeds", "0")
-    for sizes in (("--comparisons", 2), ("--comparisons", 3), ("--voters", 1, "--comparisons", 3)):
-        assert call(polis.main, *common, *sizes)[0] == 0
-    folders = [Path(key.partition("=")[2]).parent for key in trained_on]
-    assert len(set(folders)) == 3 and [len((f / "train.jsonl").read_text().splitlines()) for f in folders] == [2, 3, 3]
-    status, _, err = call(polis.main, *common, "--voters", 0)
-    assert status == 2 and "--voters: found 0, expected at least 1" in err and len(trained_on) == 3
 
 
 def test_conformity_of_several_seeds_and_bad_groups(call, tmp_path):
