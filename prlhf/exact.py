@@ -81,6 +81,8 @@ def set_prior(
     if starts_solved(config):
         for p in model.user_model.parameters():
             put(p, from_main(found.values[names[p]] if found else None))
+    if record["prior"] == 0 and not solves_exactly(config):
+        model.user_model.make_alike()  # and updates leave it so (`updates.hold_alike`)
     return record
 
 
