@@ -72,7 +72,7 @@ def changed_keys(evaluations: dict[str, list[Path]], arms: dict[str, Arm]) -> li
     found: dict[str, None] = {}
     for name, (folder, *_) in evaluations.items():
         expected = config_module.load(config_module.find(arms[name].config), arms[name].keys)
-        differing = config_module.differing_keys(expected, config_module.load(folder.parent / "config.yaml"))
+        differing = config_module.differing_keys(expected, config_module.load_resolved(folder.parent / "config.yaml"))
         found |= dict.fromkeys(text for text in differing if not text.startswith(tuple(f"{k}:" for k in RUN_KEYS)))
     return list(found)
 

@@ -269,8 +269,8 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
     """Load what `save_final` wrote, in eval mode, in the type that it computed in. UserError where it is damaged or the
     base model has changed."""
     path = find_final(checkpoint)
-    config = config_module.load(path / "config.yaml", overrides)
-    differing = config_module.differing_keys(config_module.load(path / "config.yaml"), config)
+    config = config_module.load_resolved(path / "config.yaml", overrides)
+    differing = config_module.differing_keys(config_module.load_resolved(path / "config.yaml"), config)
     fixed = [line for line in differing if line.startswith(FIXED) and not line.startswith(FREE)]
     if fixed:
         raise UserError(f"{path}: --set would make it another model than was trained: {', '.join(fixed)}")

@@ -398,6 +398,16 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def load_resolved(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A config.yaml that a run wrote, with every key that there was.
+
+    Before there was user_model.rank, shared: true stood in each of them, and counted for `individual` alone: null, now.
+    """
+    said = {name: value for name, (value, _) in _read_yaml(Path(path), []).items()}
+    early = "user_model.rank" not in said and said.get("user_model.shared") is True
+    return load(path, [*(["user_model.shared=null"] if early else []), *overrides])
+
+
 def _flatten(nested: dict[str, Any]) -> dict[str, Any]:
     flat = {}
     for name, value in nested.items():

@@ -115,7 +115,7 @@ def _held(path: Path, config: Config, overwrite: bool) -> IO[str]:
         )
     begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
     if begun and not overwrite:
-        differing = config_module.differing_keys(config_module.load(path / "config.yaml"), config)
+        differing = config_module.differing_keys(config_module.load_resolved(path / "config.yaml"), config)
         differing = [line for line in differing if not line.startswith(FREE)]
         if differing:
             raise UserError(
@@ -128,7 +128,7 @@ def _held(path: Path, config: Config, overwrite: bool) -> IO[str]:
 
 def _is_run(path: Path) -> bool:
     try:
-        config_module.load(path / "config.yaml")
+        config_module.load_resolved(path / "config.yaml")
     except UserError:
         return False
     return True

@@ -48,7 +48,10 @@ def read_rows(table: Tensor, rows_B: Tensor) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """A user model as f(i) = shared + basis . coordinates_i: what all share, and how each of some users differs from it."""
+    """A user model as f(i) = shared + basis . coordinates_i: what all share, and how each of some users differs from it.
+
+    Parameters are in it as copies: FSDP frees what it has gathered of a module as soon as its method returns.
+    """
 
     shared_UD: Tensor
     basis_KUD: Tensor | None  # directions in which users differ; None: coordinates are vectors themselves, or nobody differs
@@ -83,12 +86,12 @@ class UniformUsers(nn.Module):
         return torch.zeros(0, dtype=torch.long)
 
     def forward(self, users_B: Tensor) -> Tensor:
-        """(B,) user numbers -> (B, U, D)."""
-        return self.e_UD.expand(len(users_B), -1, -1)
+        """(B,) user numbers -> (B, U, D), in memory of its own (see `Parts`)."""
+        return self.e_UD.expand(len(users_B), -1, -1).clone()
 
     def parts(self, users_B: Tensor) -> Parts:
         """e, and no differences."""
-        return Parts(self.e_UD, None, None)
+        return Parts(self.e_UD.clone(), None, None)
 
 
 class IndividualUsers(nn.Module):
@@ -128,15 +131,16 @@ class IndividualUsers(nn.Module):
 
     def forward(self, users_B: Tensor) -> Tensor:
         """(B,) user numbers, 0 for unknown -> (B, U, D)."""
-        if len(self.offsets_MUD) == 0:
-            return self.e_UD.expand(len(users_B), -1, -1)
         if not self.shared:
             return torch.where((users_B > 0)[:, None, None], self.stored(users_B), self.e_UD)
         return self.e_UD + self.stored(users_B)
 
     def parts(self, users_B: Tensor) -> Parts:
         """e_0 and the offsets f(u) - e_0."""
-        return Parts(self.e_UD, None, self.stored(users_B) if self.shared else self(users_B) - self.e_UD)
+        offsets_BUD = self.stored(users_B)
+        if not self.shared:
+            offsets_BUD = torch.where((users_B > 0)[:, None, None], offsets_BUD - self.e_UD, 0.0)
+        return Parts(self.e_UD.clone(), None, offsets_BUD)
 
 
 class LowRankUsers(nn.Module):
@@ -184,7 +188,7 @@ class LowRankUsers(nn.Module):
 
     def parts(self, users_B: Tensor) -> Parts:
         """e_0, B and z_u."""
-        return Parts(self.e_UD, self.B_KUD, self.coordinates(users_B))
+        return Parts(self.e_UD.clone(), self.B_KUD.clone(), self.coordinates(users_B))
 
 
 class ClusterUsers(nn.Module):
@@ -231,7 +235,7 @@ class ClusterUsers(nn.Module):
         shared_UD = torch.einsum("k,kud->ud", w_BK[0], self.V_KUD)
         if self.softmax:
             return Parts(shared_UD, self.V_KUD - shared_UD, w_BK[1:] - w_BK[0])
-        return Parts(shared_UD, self.V_KUD, w_BK[1:] - w_BK[0], w_BK[0])
+        return Parts(shared_UD, self.V_KUD.clone(), w_BK[1:] - w_BK[0], w_BK[0])
 
 
 def is_personal(user_model: nn.Module, alpha: float) -> bool:
@@ -295,7 +299,9 @@ def build_user_model(
         e_UD, B_KUD = vectors(U), noise(config.rank, U) if from_zero else vectors(config.rank, U)
         return LowRankUsers(e_UD, B_KUD, weights(users, config.rank, 0.0))
     if config.shared:
-        e_UD = vectors(U)
-        return LowRankUsers(e_UD, vectors(K, U), weights(users, K, 1 / K), config.softmax)
+        e_UD, V_KUD = vectors(U), vectors(K, U)
+        if from_zero:
+            V_KUD -= V_KUD.mean(dim=0)  # of which weights of 1/K make nothing
+        return LowRankUsers(e_UD, V_KUD, weights(users, K, 1 / K), config.softmax)
     w_MK = weights(users + 1, K, 1 / K)
     return ClusterUsers(vectors(K, U), w_MK, config.softmax)

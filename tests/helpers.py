@@ -17,7 +17,7 @@ from prlhf.losses import ResponseLogProbs
 from prlhf.personalized import PersonalizedModel, build_model
 from prlhf.scoring import score
 from prlhf.updates import accumulate_gradients
-from prlhf.user_models import IndividualUsers, UniformUsers
+from prlhf.user_models import IndividualUsers, LowRankUsers, UniformUsers
 
 TOKENIZER = byte_tokenizer()
 VOCABULARY = len(TOKENIZER)
@@ -28,6 +28,8 @@ KINDS = {
     "individual": ("user_model.kind=individual",),
     "cluster": ("user_model.kind=cluster",),
     "softmax": ("user_model.kind=cluster", "user_model.softmax=true"),
+    "low rank": ("user_model.kind=individual", "user_model.rank=2"),
+    "shared softmax": ("user_model.kind=cluster", "user_model.shared=true", "user_model.softmax=true"),
 }
 
 
@@ -105,15 +107,19 @@ def swapped(c: EncodedComparison) -> EncodedComparison:
 
 
 def plain_user(user_model, user: int) -> torch.Tensor:
-    """f(u), written out: e; e_0 or e_0 + o_i; sum_k w_uk V_k, with softmax of exp(w_uk) / sum_j exp(w_uj)."""
+    """f(u), written out: e; e_0 or e_0 + o_i; e_0 or e_0 + sum_k z_ik B_k; sum_k w_uk V_k; softmax is exp(w_uk) / sum_j exp(w_uj)."""
     if isinstance(user_model, UniformUsers):
         return user_model.e_UD
     if isinstance(user_model, IndividualUsers):
         return user_model.e_UD + user_model.offsets_MUD[user - 1] if user else user_model.e_UD
-    w_K = user_model.w_MK[user]
+    low_rank = isinstance(user_model, LowRankUsers)
+    if low_rank and not user:
+        return user_model.e_UD
+    w_K = user_model.z_MK[user - 1] if low_rank else user_model.w_MK[user]
     if user_model.softmax:
         w_K = torch.exp(w_K) / torch.exp(w_K).sum()
-    return sum(w * V_UD for w, V_UD in zip(w_K, user_model.V_KUD))
+    mixed_UD = sum(w * V_UD for w, V_UD in zip(w_K, user_model.B_KUD if low_rank else user_model.V_KUD))
+    return user_model.e_UD + mixed_UD if low_rank else mixed_UD
 
 
 def plain_embeddings(

@@ -107,6 +107,102 @@ def test_early_stopping_needs_evaluations_and_says_all_that_is_missing(tmp_path)
     load(path, ["train.eval_every=5", "data.valid=held_out.jsonl"])
 
 
+FROZEN_HEAD = "method: prm\nmodel: {family: llama, frozen: true}\nuser_model:\n  tokens: 1\n  aggregator: linear\n"
+
+
+def test_faults_of_user_models_are_told_at_once(tmp_path):
+    path = write(
+        tmp_path,
+        "model: {family: llama, pooling: mean}\n"
+        "user_model:\n  kind: cluster\n  rank: 3\n  shared: false\n  init: solved\n"
+        "optim:\n  solver: exact\n",
+    )
+    text = message(path)
+    for part in (
+        f"{path}, line 4, user_model.rank: found 3, expected null for user_model.kind 'cluster' (user_model.clusters)",
+        f"{path}, line 5, user_model.shared: found false, expected true or null with user_model.rank: what users share is e_0",
+        f"{path}, line 1, model.pooling: found 'mean', expected 'last' for method pdpo",
+        f"{path}, line 6, user_model.init: found 'solved', expected another: only a linear reward head (method prm) is solved",
+        f"{path}, line 8, optim.solver: found 'exact', which needs method prm with user_model.aggregator linear, "
+        "model.frozen, user_model.prior; expected these, or adamw",
+    ):
+        assert part in text
+    assert text.startswith("5 faults")
+
+
+def test_faults_of_an_exact_solution_are_told_at_once(tmp_path):
+    path = write(
+        tmp_path,
+        FROZEN_HEAD + "  prior: auto\n  weight_decay: 0.1\n"
+        "data: {valid: held_out.jsonl}\ntrain:\n  final: best\n",
+    )
+    text = message(path)
+    for part in (
+        f"{path}, line 7, user_model.weight_decay: found 0.1, expected 0: an exact solution has the prior",
+        f"{path}, line 10, train.final: found 'best', expected 'last': an exact solution has no updates to choose from",
+    ):
+        assert part in text
+    assert text.startswith("2 faults")
+    load(path, ["optim.solver=adamw"])
+    load(path, ["user_model.weight_decay=0", "train.final=last"])
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        (["optim.solver=exact"], "optim.solver=exact: found 'exact', which needs user_model.prior; expected these, or adamw"),
+        (["optim.solver=exact", "user_model.prior=1", "model.frozen=false"], "which needs model.frozen; expected"),
+        (["optim.solver=exact", "user_model.prior=1", "user_model.shared_prior=null"], "which needs user_model.shared_prior;"),
+        (["user_model.init=solved"], "found 'solved', which needs a prior; expected user_model.prior"),
+        (["user_model.init=solved", "user_model.shared_prior=null"], "expected user_model.prior and user_model.shared_prior"),
+        (
+            ["user_model.shared=false", "user_model.prior=auto", "model.frozen=false"],
+            "found false, expected true or null with user_model.prior auto, which may find that nobody differs",
+        ),
+        (["user_model.rank=2", "user_model.kind=uniform"], "found 2, expected null for user_model.kind 'uniform'"),
+    ],
+)
+def test_faults_of_what_a_solution_needs(tmp_path, overrides, expected):
+    text = message(write(tmp_path, FROZEN_HEAD), *overrides)
+    assert expected in text and text.startswith("1 fault in")
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("Auto", "found 'Auto', expected number or auto or null (did you mean 'auto'?)"),
+        ("strong", "found 'strong', expected number or auto or null"),
+        ("0", "found 0.0, expected more than 0"),
+        ("-1", "found -1.0, expected more than 0"),
+        (".inf", "found inf, expected a finite number"),
+        (".nan", "found nan, expected a finite number"),
+        ("true", "found True, expected number or auto or null"),
+        ("[1]", "found [1], expected number or auto or null"),
+        ("'1.0'", 1.0),  # as every number that YAML takes for a string
+        ("2", 2.0),
+        ("auto", "auto"),
+        ("null", None),
+    ],
+)
+@pytest.mark.parametrize("name", ["prior", "shared_prior"])
+def test_the_priors_values(name, value, expected):
+    overrides = ["model.family=llama", f"user_model.{name}={value}"]
+    if isinstance(expected, str) and expected != "auto":
+        assert f"--set user_model.{name}={value}: {expected}" in message(None, *overrides)
+    else:
+        assert getattr(load(None, overrides).user_model, name) == expected
+
+
+def test_a_config_that_a_run_wrote_before_there_were_shared_clusters(tmp_path):
+    path = write(tmp_path, "model: {family: llama}\nuser_model: {kind: cluster, shared: true}\n")
+    assert load(path).user_model.shared is True
+    assert config_module.load_resolved(path).user_model.shared is None
+    path = write(tmp_path, "model: {family: llama}\nuser_model: {kind: cluster, rank: null, shared: true}\n")
+    assert config_module.load_resolved(path).user_model.shared is True
+    path = write(tmp_path, "model: {family: llama}\nuser_model: {shared: false}\n")
+    assert config_module.load_resolved(path).user_model.shared is False
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
