@@ -67,7 +67,8 @@ def set_prior(
         return {"prior": strength.users, "shared_prior": strength.shared}
     assert isinstance(model, PersonalizedRewardModel)
     readings, states_SW = response_states(model, comparisons, config.evaluate.batch_size, base)
-    if (model.users + 1) * len(readings) > LARGEST:
+    computed = starts_solved(config) or "auto" in (config.user_model.prior, config.user_model.shared_prior)
+    if computed and (model.users + 1) * len(readings) > LARGEST:
         raise UserError(
             f"user_model.prior: {model.users:,} users and {len(readings):,} responses are too many to be solved at once; "
             "expected fewer (data.limit, data.known_users), or null"
