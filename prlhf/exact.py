@@ -19,7 +19,7 @@ from prlhf.encoding import EncodedComparison
 from prlhf.errors import UserError
 from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel
 from prlhf.prior import Prior, Strength, counts_of, embedding_scale, stated_strength
-from prlhf.reference import response_states
+from prlhf.reference import readings_of, response_states
 from prlhf.solve import LinearProblem, blank_copy, linear_problem, solve, unscaled, vectors_of_all
 from prlhf.strength import choose
 
@@ -65,12 +65,8 @@ def set_prior(
         model.prior = Prior(strength, scale_W, len(comparisons), counts)
         return {"prior": strength.users, "shared_prior": strength.shared}
     assert isinstance(model, PersonalizedRewardModel)
+    check_size(model.users, len(readings_of(comparisons)))
     readings, states_SW = response_states(model, comparisons, config.evaluate.batch_size, base)
-    if (model.users + 1) * len(readings) > LARGEST:
-        raise UserError(
-            f"user_model.prior: {model.users:,} users and {len(readings):,} responses are too many to be solved at once; "
-            "expected fewer (data.limit, data.known_users), or null"
-        )
     states_SW = states_SW.to(model.device)
     problem = linear_problem(config, model.user_model, comparisons, readings, states_SW, model.users)
     names = {p: name.removeprefix("user_model.") for name, p in named_parameters(model).items()}
@@ -84,6 +80,15 @@ def set_prior(
     if record["prior"] == 0 and not solves_exactly(config):
         model.user_model.make_alike()  # and updates leave it so (`updates.hold_alike`)
     return record
+
+
+def check_size(users: int, responses: int) -> None:
+    """UserError where all rewards of so many are too many to be computed at once."""
+    if (users + 1) * responses > LARGEST:
+        raise UserError(
+            f"user_model.prior: {users:,} users and {responses:,} responses are too many to be solved at once; "
+            "expected fewer (data.limit, data.known_users), or null"
+        )
 
 
 def solution(
