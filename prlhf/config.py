@@ -608,7 +608,10 @@ def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
     """Faults of user models, their prior, and the exact solver."""
     users, linear = config.user_model, config.method == "prm" and config.user_model.aggregator == "linear"
     if users.rank is not None and users.kind != "individual":
-        fault("user_model.rank", f"found {users.rank}, expected null for user_model.kind {users.kind!r} (user_model.clusters)")
+        fault(
+            "user_model.rank",
+            f"found {users.rank}, expected null for user_model.kind {users.kind!r} (user_model.clusters)",
+        )
     if users.rank is not None and users.shared is False:
         fault("user_model.shared", "found false, expected true or null with user_model.rank: what users share is e_0")
     if config.model.pooling != "last" and config.method != "prm":
@@ -624,7 +627,10 @@ def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
         needs += [] if config.model.frozen else ["model.frozen"]
         fault("optim.solver", f"found 'exact', which needs {', '.join([*needs, *without])}; expected these, or adamw")
     if linear and not exact and users.prior == "auto" and users.kind == "individual" and users.shared is False:
-        fault("user_model.shared", "found false, expected true or null with user_model.prior auto, which may find that nobody differs")
+        fault(
+            "user_model.shared",
+            "found false, expected true or null with user_model.prior auto, which may find that nobody differs",
+        )
     if exact and config.train.final == "best":
         fault("train.final", "found 'best', expected 'last': an exact solution has no updates to choose from")
     if exact and users.weight_decay:

@@ -33,8 +33,8 @@ def is_linear(config: Config) -> bool:
 
 def solves_exactly(config: Config) -> bool:
     """Whether a run of this config is an exact solution, without updates."""
-    can = is_linear(config) and config.model.frozen and None not in (config.user_model.prior, config.user_model.shared_prior)
-    return can and config.optim.solver != "adamw"
+    has_priors = None not in (config.user_model.prior, config.user_model.shared_prior)
+    return is_linear(config) and config.model.frozen and has_priors and config.optim.solver != "adamw"
 
 
 def starts_solved(config: Config) -> bool:
@@ -73,7 +73,9 @@ def set_prior(
     values = {names[p]: full(p.detach()) for p in model.user_model.parameters()}
     found = on_main(lambda: solution(config, model, problem, values))
     record = json.loads(text_from_main(lambda: json.dumps(found.record)))
-    model.prior = Prior(Strength(record["prior"], record["shared_prior"]), problem.scale_W.cpu(), len(comparisons), counts)
+    model.prior = Prior(
+        Strength(record["prior"], record["shared_prior"]), problem.scale_W.cpu(), len(comparisons), counts
+    )
     if starts_solved(config):
         for p in model.user_model.parameters():
             put(p, from_main(found.values[names[p]] if found else None))
@@ -96,12 +98,15 @@ def solution(
 ) -> Solution:
     """Choose the strength, and solve where that is asked for. values: of the user model's parameters, whole."""
     start = blank_copy(model.user_model, values, problem.scale_W)
-    say("user_model.prior: " + ("choosing its strength by cross-validation" if config.user_model.prior == "auto" else "given"))
+    if "auto" in (config.user_model.prior, config.user_model.shared_prior):
+        say("user_model.prior: choosing its strength by cross-validation")
     choice = choose(problem, start, config.user_model, config.seed)
     if not starts_solved(config):
         return Solution(choice.record(), {})
     least = solve(problem, start, choice.strength)
-    return Solution({**choice.record(), "objective": least, **fit_record(problem, start)}, unscaled(start, problem.scale_W))
+    return Solution(
+        {**choice.record(), "objective": least, **fit_record(problem, start)}, unscaled(start, problem.scale_W)
+    )
 
 
 @torch.no_grad()

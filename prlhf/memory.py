@@ -133,7 +133,8 @@ def solver_bytes(fake: FakeTraining) -> int:
     """
     model, N = fake.model, len(fake.comparisons)
     assert isinstance(model, PersonalizedRewardModel)
-    S, W, P = len(readings_of(fake.comparisons)), model.state_width, sum(p.numel() for p in model.user_model.parameters())
+    S, W = len(readings_of(fake.comparisons)), model.state_width
+    P = sum(p.numel() for p in model.user_model.parameters())
     return 8 * max(4 * N * W, 2 * S * W + 4 * (model.users + 1) * S + (2 * MEMORY + 10) * P)
 
 

@@ -244,7 +244,7 @@ class PersonalizedRewardModel(PersonalizedModel):
         if pooling == "last":
             return self.states_at(batch, batch.last_at_M)
         states_ND = self.states_at(batch, batch.response_at_N)
-        states_ND = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))  # a half type loses a mean's digits
+        states_ND = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
         counts_M = torch.tensor([len(reading.response) for reading in batch.readings], device=states_ND.device)
         sums_MD = states_ND.new_zeros(len(counts_M), states_ND.shape[1]).index_add(0, batch.reading_N, states_ND)
         mean_MD = sums_MD / counts_M[:, None]

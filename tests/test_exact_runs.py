@@ -26,7 +26,15 @@ HEAD = (
 )  # fmt: skip
 GIVEN = (*HEAD, "user_model.prior=2", "user_model.shared_prior=1")
 EXACT = (*GIVEN, "model.frozen=true")
-SOLVED = (*GIVEN, "user_model.init=solved", "lora.rank=2", "lora.dropout=0.2", "optim.max_steps=4", "train.save_every=2", "train.log_every=1")
+SOLVED = (
+    *GIVEN,
+    "user_model.init=solved",
+    "lora.rank=2",
+    "lora.dropout=0.2",
+    "optim.max_steps=4",
+    "train.save_every=2",
+    "train.log_every=1",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,14 +71,19 @@ def test_an_exact_run_through_all_commands(call, tmp_path, monkeypatch):
     report = json.loads((run / "eval" / "report.json").read_text())
     assert held_out["accuracy_top"] == report["accuracy"]["top"]
     # What is logged of the training data is what the saved model says of them, in float32.
-    assert call(evaluate.main, "--checkpoint", run, "--data", "examples/tiny/train.jsonl", "--out", tmp_path / "train")[0] == 0
+    assert (
+        call(evaluate.main, "--checkpoint", run, "--data", "examples/tiny/train.jsonl", "--out", tmp_path / "train")[0]
+        == 0
+    )
     margins = [json.loads(line) for line in (tmp_path / "train" / "margins.jsonl").read_text().splitlines()]
     own = [m["true"] for m in margins if m["known"]]
     assert sum(m > 0 for m in own) / len(own) == pytest.approx(solved["user_accuracy"])
 
     responses, out = tmp_path / "responses.jsonl", tmp_path / "rewards.jsonl"
     lines = [json.loads(line) for line in Path("examples/tiny/train.jsonl").read_text().splitlines()][:4]
-    rows = [{**r, "id": f"{i} {side}", "response": r[side]} for i, r in enumerate(lines) for side in ("chosen", "rejected")]
+    rows = [
+        {**r, "id": f"{i} {side}", "response": r[side]} for i, r in enumerate(lines) for side in ("chosen", "rejected")
+    ]
     responses.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert call(generate.main, "--checkpoint", run, "--score", responses, "--out", out)[0] == 0
     rewards = {r["id"]: r["reward"] for r in map(json.loads, out.read_text().splitlines())}
@@ -86,7 +99,9 @@ def test_an_exact_run_through_all_commands(call, tmp_path, monkeypatch):
 def test_an_exact_run_that_is_killed_starts_anew(call, tmp_path, monkeypatch, moment):
     run, whole = tmp_path / "run", tmp_path / "whole"
     assert call(train.main, *command(whole, *EXACT))[0] == 0
-    module, name = {"solving": (train, "set_prior"), "evaluating": (loop, "evaluate"), "saving": (train, "save_final")}[moment]
+    module, name = {"solving": (train, "set_prior"), "evaluating": (loop, "evaluate"), "saving": (train, "save_final")}[
+        moment
+    ]
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -152,7 +167,9 @@ def test_a_training_that_starts_solved_is_resumed_bit_for_bit(call, tmp_path, mo
 
 
 def prediction_of(*overrides):
-    config = tiny_config("data.train=examples/tiny/train.jsonl", "data.valid=examples/tiny/valid.jsonl", *HEAD, *overrides)
+    config = tiny_config(
+        "data.train=examples/tiny/train.jsonl", "data.valid=examples/tiny/valid.jsonl", *HEAD, *overrides
+    )
     files = (read_comparisons(path, config.data) for path in (config.data.train, config.data.valid))
     data = encode_training_data(config, TOKENIZER, *files)
     return config, data, predict(config, TOKENIZER, data, "cpu", available=10**12)
@@ -162,7 +179,10 @@ def test_a_dry_run_of_an_exact_solution_as_counted_by_hand(tmp_path, call):
     _, data, prediction = prediction_of("user_model.prior=auto", "model.frozen=true", "model.dtype=bfloat16")
     memory, M = prediction.memory, len(data.users)
     both = [*data.train.comparisons, *data.valid.comparisons]
-    S, all_S = (len({(tuple(c.prefix), tuple(y)) for c in some for y in (c.chosen, c.rejected)}) for some in (data.train.comparisons, both))
+    S, all_S = (
+        len({(tuple(c.prefix), tuple(y)) for c in some for y in (c.chosen, c.rejected)})
+        for some in (data.train.comparisons, both)
+    )
     W, P, N = 64, 64 + 2 * 64 + M * 2, len(data.train.comparisons)
     assert memory.temporaries == 8 * max(4 * N * W, 2 * S * W + 4 * (M + 1) * S + 70 * P)
     tokens = sum(len(c.prefix) for c in both)
@@ -190,5 +210,7 @@ def test_a_dry_run_of_a_training_that_chooses_its_prior_counts_that():
 
 def test_more_rewards_than_can_be_solved_at_once_are_refused():
     check_size(9, LARGEST // 10)
-    with pytest.raises(UserError, match=r"user_model.prior: 10 users and .* are too many to be solved at once.*data.limit"):
+    with pytest.raises(
+        UserError, match=r"user_model.prior: 10 users and .* are too many to be solved at once.*data.limit"
+    ):
         check_size(10, LARGEST // 10)
