@@ -626,11 +626,6 @@ def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
         needs = [] if linear else ["method prm with user_model.aggregator linear"]
         needs += [] if config.model.frozen else ["model.frozen"]
         fault("optim.solver", f"found 'exact', which needs {', '.join([*needs, *without])}; expected these, or adamw")
-    if linear and not exact and users.prior == "auto" and users.kind == "individual" and users.shared is False:
-        fault(
-            "user_model.shared",
-            "found false, expected true or null with user_model.prior auto, which may find that nobody differs",
-        )
     if exact and config.train.final == "best":
         fault("train.final", "found 'best', expected 'last': an exact solution has no updates to choose from")
     if exact and users.weight_decay:

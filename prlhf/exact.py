@@ -21,9 +21,10 @@ from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel
 from prlhf.prior import Prior, Strength, counts_of, embedding_scale, stated_strength
 from prlhf.reference import readings_of, response_states
 from prlhf.solve import LinearProblem, blank_copy, linear_problem, solve, unscaled, vectors_of_all
-from prlhf.strength import choose
+from prlhf.strength import USERS, choose
 
 LARGEST = 10**8  # rewards, of each user for each response, that are computed at once
+NARROW = min(s for s in USERS if s)  # the prior of updates where the chosen one is that nobody differs
 
 
 def is_linear(config: Config) -> bool:
@@ -73,14 +74,11 @@ def set_prior(
     values = {names[p]: full(p.detach()) for p in model.user_model.parameters()}
     found = on_main(lambda: solution(config, model, problem, values))
     record = json.loads(text_from_main(lambda: json.dumps(found.record)))
-    model.prior = Prior(
-        Strength(record["prior"], record["shared_prior"]), problem.scale_W.cpu(), len(comparisons), counts
-    )
+    s = record["prior"] or (0.0 if solves_exactly(config) else NARROW)
+    model.prior = Prior(Strength(s, record["shared_prior"]), problem.scale_W.cpu(), len(comparisons), counts)
     if starts_solved(config):
         for p in model.user_model.parameters():
             put(p, from_main(found.values[names[p]] if found else None))
-    if record["prior"] == 0 and not solves_exactly(config):
-        model.user_model.make_alike()  # and updates leave it so (`updates.hold_alike`)
     return record
 
 

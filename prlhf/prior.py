@@ -45,7 +45,7 @@ class Prior(NamedTuple):
 
         sum over b of |z_u(b)|^2 / (2 n_u(b))  +  B / N (|e_0|^2 / (2 s_0^2) + K |B|^2 / (2 s^2)), n_u the user's comparisons.
         """
-        share_B = 1.0 / self.counts.to(users_B.device)[users_B].clamp(min=1).double()
+        share_B = 1 / self.counts.to(users_B.device)[users_B].clamp(min=1).double()
         return self.negative_log_density(user_model, users_B, share_B, len(users_B) / self.comparisons)
 
     def negative_log_density(self, user_model: nn.Module, users_B: Tensor, share_B: Tensor, part: float) -> Tensor:

@@ -151,7 +151,7 @@ def start_clusters(problem: LinearProblem, user_model: ClusterUsers, prior: Prio
             return False
     else:
         users.e_UD.data.copy_(alike(problem, prior).e_UD.data)
-    c = max(1e-3, (s**4 / (K * (s_0 or s) ** 2 * float(users.e_UD.square().sum()))) ** 0.25)
+    c = max(1e-3, (s**4 / (K * (s_0 or s) ** 2 * float(users.e_UD.detach().square().sum()))) ** 0.25)
     with torch.no_grad():
         user_model.V_KUD.copy_(torch.cat([c * users.e_UD[None], users.B_KUD]))
         user_model.w_MK.zero_()

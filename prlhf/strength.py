@@ -19,7 +19,7 @@ from prlhf.config import UserModelConfig
 from prlhf.errors import UserError
 from prlhf.prior import Strength
 from prlhf.solve import LinearProblem, solve, vectors_of_all
-from prlhf.user_models import UniformUsers
+from prlhf.user_models import IndividualUsers, UniformUsers
 
 FOLDS = 5
 SHARED = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # candidates for s_0
@@ -106,44 +106,28 @@ def folds(problem: LinearProblem, seed: int) -> list[Fold]:
 def losses_along(
     problem: LinearProblem, user_model: nn.Module, strengths: Sequence[Strength], folds: Sequence[Fold], name: str
 ) -> dict[float, float]:
-    """The mean held-out loss of each strength, by its part `name`; each fit starts where the one before it ended.
+    """The mean held-out loss of each strength, by its part `name`.
 
-    Ends early where two strengths in a row are worse than the best one before them.
+    Convex fits start where the one before them ended. Others start afresh: a direction that has vanished stays a saddle point
+    when s grows, where a warm start would remain. Ends early where two strengths in a row are worse than the best before them.
     """
-    starts = [Path(user_model) for _ in folds]
+    convex = isinstance(user_model, (UniformUsers, IndividualUsers))
+    fits: dict[int, nn.Module] = {}
     losses: dict[float, float] = {}
     for strength in strengths:
         total = count = 0.0
-        for fold, start in zip(folds, starts):
-            start.solve(problem.of(fold.train_N), strength)
+        for k, fold in enumerate(folds):
+            warm = convex and bool(losses)
+            if not warm:
+                fits[k] = copy.deepcopy(user_model)
+            solve(problem.of(fold.train_N), fits[k], strength, warm)
             held_out = problem.of(fold.held_out_N)
-            total += held_out_loss(held_out, start.user_model)
+            total += held_out_loss(held_out, fits[k])
             count += len(held_out.users_N)
         losses[getattr(strength, name)] = total / count
         if len(losses) > 2 and min(list(losses.values())[-2:]) > min(losses.values()):
             break
     return losses
-
-
-class Path:
-    """A user model that is fitted again and again, with growing s."""
-
-    def __init__(self, user_model: nn.Module):
-        self.user_model = copy.deepcopy(user_model)
-        self.untouched = copy.deepcopy(user_model.state_dict())
-        self.warm = False
-
-    def solve(self, problem: LinearProblem, strength: Strength) -> None:
-        """Fit it. What has made all users alike says nothing of how they differ: the next fit starts afresh."""
-        if not self.warm:
-            self.user_model.load_state_dict(self.untouched)
-        solve(problem, self.user_model, strength, self.warm)
-        self.warm = bool(strength.users) and differs(vectors_of_all(self.user_model, problem.known))
-
-
-def differs(vectors_MW: Tensor) -> bool:
-    """Whether any user's vector is another than the generic one's."""
-    return bool((vectors_MW != vectors_MW[:1]).any())
 
 
 @torch.no_grad()

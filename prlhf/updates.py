@@ -122,8 +122,6 @@ def accumulate_gradients(
         users = torch.tensor([comparisons[i].user for i in update], device=model.device)
         for _, counts in share([users]):  # ranks compute it alike, one of them counts
             (model.prior.penalty(model.user_model, users) * (counts / len(update))).backward()
-        if model.prior.strength.users == 0:
-            hold_alike(model)
     for table in model.user_model.tables:
         sum_rows(table)
     sums.loss = sum(loss.item() for loss in losses)  # read here: a GPU need not wait for it in between
@@ -131,16 +129,6 @@ def accumulate_gradients(
         sums.add_margins(names, margins_B)
     sums.over_ranks()
     return sums
-
-
-def hold_alike(model: PersonalizedModel) -> None:
-    """Take back the gradients of how users differ."""
-    tables = {id(p) for p in model.user_model.tables}
-    for p in model.user_model.differences:
-        if id(p) in tables:
-            p.grad = None
-        elif p.grad is not None:
-            p.grad.zero_()  # it may be kept (`optim.Optimizers.keep_gradients`)
 
 
 class Schedule(NamedTuple):

@@ -81,14 +81,6 @@ class UniformUsers(nn.Module):
         """Parameters in the space of user vectors (..., D); others are coordinates."""
         return [self.e_UD]
 
-    @property
-    def differences(self) -> list[nn.Parameter]:
-        """Parameters that are how users differ: none."""
-        return []
-
-    def make_alike(self) -> None:
-        """Let nobody differ from user 0."""
-
     def rows_of(self, users: Iterable[int]) -> Tensor:
         """The rows of `tables` that these users read: none, (0,)."""
         return torch.zeros(0, dtype=torch.long)
@@ -125,15 +117,6 @@ class IndividualUsers(nn.Module):
     def vectors(self) -> list[nn.Parameter]:
         """Parameters in the space of user vectors (..., D): all."""
         return [self.e_UD, self.offsets_MUD]
-
-    @property
-    def differences(self) -> list[nn.Parameter]:
-        """Parameters that are how users differ: the offsets."""
-        return [self.offsets_MUD]
-
-    def make_alike(self) -> None:
-        """Let nobody differ from user 0, whatever e_0 becomes: o_i = 0."""
-        self.offsets_MUD.data.zero_()
 
     def rows_of(self, users: Iterable[int]) -> Tensor:
         """The rows of `tables` that known ones of these users read, (R,), each once: i - 1 of user i."""
@@ -188,15 +171,6 @@ class LowRankUsers(nn.Module):
         """Parameters in the space of user vectors (..., D): all but the coordinates."""
         return [self.e_UD, self.B_KUD]
 
-    @property
-    def differences(self) -> list[nn.Parameter]:
-        """Parameters that are how users differ: directions and coordinates."""
-        return [self.B_KUD, self.z_MK]
-
-    def make_alike(self) -> None:
-        """Let nobody differ from user 0, whatever e_0 becomes: B = 0."""
-        self.B_KUD.data.zero_()
-
     def rows_of(self, users: Iterable[int]) -> Tensor:
         """The rows of `tables` that known ones of these users read, (R,), each once: i - 1 of user i."""
         return torch.tensor(sorted({user - 1 for user in users if user}), dtype=torch.long)
@@ -240,15 +214,6 @@ class ClusterUsers(nn.Module):
     def vectors(self) -> list[nn.Parameter]:
         """Parameters in the space of user vectors (..., D): the archetypes."""
         return [self.V_KUD]
-
-    @property
-    def differences(self) -> list[nn.Parameter]:
-        """Parameters that are how users differ: the weights."""
-        return [self.w_MK]
-
-    def make_alike(self) -> None:
-        """Let nobody differ from user 0, whatever V becomes: w_i = w_0."""
-        self.w_MK.data.copy_(self.w_MK.data[:1].clone())
 
     def rows_of(self, users: Iterable[int]) -> Tensor:
         """The rows of `tables` that these users read, (R,), each once: u of user u."""

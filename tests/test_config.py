@@ -159,14 +159,7 @@ def test_faults_of_an_exact_solution_are_told_at_once(tmp_path):
             "which needs user_model.shared_prior;",
         ),
         (["user_model.init=solved"], "found 'solved', which needs a prior; expected user_model.prior"),
-        (
-            ["user_model.init=solved", "user_model.shared_prior=null"],
-            "expected user_model.prior and user_model.shared_prior",
-        ),
-        (
-            ["user_model.shared=false", "user_model.prior=auto", "model.frozen=false"],
-            "found false, expected true or null with user_model.prior auto, which may find that nobody differs",
-        ),
+        (["user_model.init=solved", "user_model.shared_prior=null"], "expected user_model.prior and user_model.shared_prior"),
         (["user_model.rank=2", "user_model.kind=uniform"], "found 2, expected null for user_model.kind 'uniform'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the prior adds to an update, against its objective written out; and a prior by which nobody differs."""
+"""What the prior adds to an update, against its objective written out; and what updates have where nobody differs."""
 
 import random
 from collections import Counter
@@ -16,11 +16,10 @@ from helpers import (
 )
 
 from prlhf import strength as strength_module
-from prlhf.encoding import Dataset, EncodingReport
 from prlhf.exact import set_prior
 from prlhf.prior import Prior, Strength, counts_of
 from prlhf.reference import weights_fingerprint
-from prlhf.updates import Split, accumulate_gradients, make_optimizer, take_step
+from prlhf.updates import accumulate_gradients
 
 SOFT = ("method=prm",)
 LINEAR = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")
@@ -153,33 +152,17 @@ def test_without_a_prior_a_model_has_none():
     assert set_prior(config, model, random_comparisons(3), "") is None and model.prior is None
 
 
-@pytest.mark.parametrize("form", ["individual", "low rank", "cluster", "softmax", "shared softmax"])
 @pytest.mark.parametrize("init", ["vocabulary", "solved"])
-def test_where_nobody_is_found_to_differ_nobody_learns_to(form, init, monkeypatch):
-    """Of candidates 0 is chosen: three updates of a backbone with LoRA move what users share alone."""
+def test_where_nobody_is_found_to_differ_updates_have_a_narrow_prior(init, monkeypatch):
+    """Of candidates 0 is chosen; solved users then are all alike, and a standard deviation of 0 could not be charged."""
     monkeypatch.setattr(strength_module, "USERS", (0.0,))
-    keys = (*LINEAR, *FORMS[form], "user_model.prior=auto", "lora.rank=2", "optim.batch_size=30", "optim.lr=1e-2")
-    config = tiny_config(*keys, "user_model.lr=1e-2", f"user_model.init={init}")
+    keys = (*LINEAR, "user_model.rank=2", "user_model.prior=auto", "lora.rank=2", f"user_model.init={init}")
+    config = tiny_config(*keys)
     comparisons = [c._replace(user=1 + i % 2) for i, c in enumerate(random_comparisons(30))]
     comparisons = comparisons + [c._replace(rejected=other.chosen) for c, other in zip(comparisons, comparisons[2:])]
     model = tiny_model(config)
     record = set_prior(config, model, comparisons, weights_fingerprint(model.backbone))
-    assert record["prior"] == 0
-    everyone = torch.arange(USERS + 1)
-
-    def vectors():
-        with torch.no_grad():
-            return model.user_model(everyone)
-
-    before = vectors()
-    assert torch.allclose(before, before[:1].expand_as(before), atol=1e-12)
-    optimizer = make_optimizer(config, model, 3)
-    optimizer.keep_gradients()
-    split = Split(Dataset(comparisons, [None] * len(comparisons), EncodingReport()), None)
-    for step in range(3):
-        optimizer.catch_up(model.user_model.rows_of(range(USERS + 1)))
-        assert take_step(config, model, optimizer, split, range(step, 50, 3), step, 3).applied
-    optimizer.catch_up()
-    after = vectors()
-    assert torch.allclose(after, after[:1].expand_as(after), atol=1e-12)
-    assert (after - before).abs().max() > 1e-3
+    assert record["prior"] == 0 and model.prior.strength.users == 0.25
+    with torch.no_grad():
+        vectors = model.user_model(torch.arange(USERS + 1))
+    assert init == "vocabulary" or torch.equal(vectors, vectors[:1].expand_as(vectors))
