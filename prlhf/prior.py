@@ -79,10 +79,10 @@ def difference_scale(differences_NW: Tensor) -> Tensor:
     """scale_W of a linear reward head: sqrt(W) times the root mean square of h(y1) - h(y2) in each dimension.
 
     With x = e * scale_W and x_w ~ N(0, s^2) the margin e . (h(y1) - h(y2)) has variance s^2 over typical pairs. A dimension in
-    which responses never differ says nothing, and is given the scale of the mean of the others.
+    which responses never differ says nothing, and is given the scale of the mean of the others (1 if there is none).
     """
     rms_W = differences_NW.square().mean(dim=0).sqrt()
-    typical = differences_NW.square().mean().sqrt().clamp(min=torch.finfo(rms_W.dtype).tiny)
+    typical = differences_NW.square().mean().sqrt() if rms_W.any() else torch.ones_like(rms_W)
     return torch.where(rms_W > 0, rms_W, typical) * differences_NW.shape[1] ** 0.5
 
 

@@ -80,7 +80,12 @@ def linear_problem(
     states_SW: Tensor,
     known: int,
 ) -> LinearProblem:
-    """The problem of these comparisons, whose responses are `readings` with pooled hidden states `states_SW`."""
+    """The problem of these comparisons, whose responses are `readings` with pooled hidden states `states_SW`.
+
+    TrainingError where these are not finite.
+    """
+    if not states_SW.isfinite().all():
+        raise TrainingError("user_model.prior: a response's hidden state is not finite; expected finite ones (model.dtype)")
     at = {(reading.prefix, reading.response): s for s, reading in enumerate(readings)}
     device, states = states_SW.device, states_SW.double()
 

@@ -7,7 +7,6 @@ Shape suffixes: N comparisons, M known users, S responses, W width, K rank.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -22,7 +21,7 @@ from prlhf.encoding import EncodedComparison
 from prlhf.errors import TrainingError, UserError
 from prlhf.prior import Prior, Strength, counts_of, difference_scale
 from prlhf.solve import LinearProblem, blank_copy, linear_problem, solve, unscaled
-from prlhf.strength import FOLDS, Choice, choose, folds
+from prlhf.strength import FOLDS, Choice, Fold, choose, folds, losses_along
 from prlhf.user_models import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
 
 AUTO = ("user_model.prior=auto", "user_model.shared_prior=auto")
@@ -412,6 +411,20 @@ def test_where_nothing_can_be_held_out_that_is_said():
         folds(problem, seed=0)
 
 
+@pytest.mark.parametrize("form", ["individual", "rank", "cluster", "softmax"])
+def test_what_is_fitted_for_a_strength_does_not_depend_on_those_before(form):
+    """At s = 1 one direction of two is used, at s = 2 both."""
+    case = random_case(M=6, N=120)
+    model = user_model(form, 6, 4)
+    _, problem = problem_of(case, model, "loss.alpha=0.6")
+    all_of_it = [Fold(problem.users_N >= 0, problem.users_N >= 0)]
+    along, alone = (
+        losses_along(problem, scaled_copy(model, problem), [Strength(s, 2.0) for s in candidates], all_of_it, "users")
+        for candidates in ((0.0, 0.5, 1.0, 2.0), (2.0,))
+    )
+    assert along[2.0] == pytest.approx(alone[2.0], abs=1e-5)
+
+
 # 6. The prior.
 
 
@@ -475,3 +488,161 @@ def test_users_with_fewer_comparisons_end_nearer_to_what_users_share(form):
     found = solved(case, form, Strength(4.0, 4.0), K=1)
     distances = (found.vectors_MW[1:] - found.vectors_MW[0]).norm(dim=1).tolist()
     assert 0 < distances[0] and all(near < 0.98 * far for near, far in zip(distances, distances[1:]))
+
+
+# 3 and 4. Simulated users.
+
+
+class Simulated(NamedTuple):
+    """Users drawn from exactly the prior, what they said of some responses, and what they say of others."""
+
+    case: Case
+    rewards_MS: Tensor  # the true ones
+    offsets_MW: Tensor  # of x_i from x_0
+    fresh_N3: Tensor  # user, chosen, rejected of responses that this user has not judged
+
+
+def simulated(seed: int, s: float, s_0: float, rank: int, M: int = 16, S: int = 40, W: int = 4, each: int = 50) -> Simulated:
+    """x_0 ~ N(0, s_0^2 / W), x_i = x_0 + B z_i, B ~ N(0, s^2 / (rank W)), z ~ N(0, 1); P(y1 over y2) = sigma(r1 - r2)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def pairs_among(responses: Tensor, user: int, count: int) -> list[tuple[int, int, int]]:
+        orders = [responses[torch.randperm(len(responses), generator=generator)[:2]].tolist() for _ in range(count)]
+        return [(user, a, b) for a, b in orders]
+
+    states_SW, judged, fresh = normal(S, W) * torch.exp(normal(W)), [], []
+    for user in range(1, M + 1):
+        order = torch.randperm(S, generator=generator)
+        judged += pairs_among(order[: S // 2], user, each)
+        fresh += pairs_among(order[S // 2 :], user, 100)
+    case = case_of(states_SW, torch.tensor(judged), M)
+    x_0W, offsets_MW = s_0 / math.sqrt(W) * normal(W), normal(M, rank) @ (s / math.sqrt(rank * W) * normal(rank, W))
+    rewards_MS = (torch.cat([x_0W[None], x_0W + offsets_MW]) / case.rms_W) @ states_SW.T
+
+    def judge(pairs: list[tuple[int, int, int]]) -> Tensor:
+        u_N, a_N, b_N = torch.tensor(pairs).T
+        z_N = rewards_MS[u_N, a_N] - rewards_MS[u_N, b_N]
+        wins_N = torch.rand(len(pairs), generator=generator, dtype=torch.float64) < torch.sigmoid(z_N)
+        return torch.stack([u_N, torch.where(wins_N, a_N, b_N), torch.where(wins_N, b_N, a_N)], dim=1)
+
+    return Simulated(case._replace(pairs_N3=judge(judged)), rewards_MS, offsets_MW, judge(fresh))
+
+
+def right_N(rewards_MS: Tensor, pairs_N3: Tensor) -> Tensor:
+    """Whether a user's chosen response has the higher reward."""
+    u_N, y1_N, y2_N = pairs_N3.T
+    return (rewards_MS[u_N, y1_N] > rewards_MS[u_N, y2_N]).double()
+
+
+def principal_cosines(one_MW: Tensor, other_MW: Tensor, rank: int) -> Tensor:
+    """Cosines of the angles between the first `rank` right singular directions of two matrices."""
+    bases = [torch.linalg.svd(x_MW, full_matrices=False).Vh[:rank] for x_MW in (one_MW, other_MW)]
+    return torch.linalg.svdvals(bases[0] @ bases[1].T)
+
+
+@pytest.mark.parametrize("K", [2, 4])
+def test_low_rank_users_of_a_chosen_strength_recover_simulated_ones(K):
+    s = 3.0
+    world = simulated(0, s, s_0=2.0, rank=2)
+    choice, found = chosen_and_solved(world.case, "rank", K)
+    rewards_MS = found.rewards(world.case.states_SW)
+    own, true = (right_N(r, world.fresh_N3).mean().item() for r in (rewards_MS, world.rewards_MS))
+    generic = right_N(rewards_MS[:1].expand_as(rewards_MS), world.fresh_N3).mean().item()
+    assert own > generic + 0.05 and own > true - 0.03, (generic, own, true)
+    x_MW = found.vectors_MW * world.case.rms_W
+    assert principal_cosines(x_MW[1:] - x_MW[0], world.offsets_MW, 2).min() > 0.9
+    assert s / 3 <= choice.strength.users <= 3 * s
+
+
+@pytest.mark.parametrize("form, K", [("individual", 0), ("rank", 2), ("rank", 4), ("cluster", 3), ("cluster shared", 3)])
+def test_where_users_do_not_differ_no_user_model_is_worse_than_vanilla(form, K):
+    """All are one reward vector: on fresh pairs, paired, the user model is within noise of the uniform one."""
+    world = simulated(0, 0.0, s_0=2.0, rank=1, M=8, S=30, W=3, each=60)
+    _, vanilla = chosen_and_solved(world.case, "uniform")
+    choice, found = chosen_and_solved(world.case, form, K)
+    assert choice.strength.users <= 1.0  # half of s_0; by noise it need not be 0
+    vanilla_MS = vanilla.rewards(world.case.states_SW).expand_as(world.rewards_MS)
+    d_N = right_N(found.rewards(world.case.states_SW), world.fresh_N3) - right_N(vanilla_MS, world.fresh_N3)
+    assert abs(d_N.mean()) <= 2.5 * d_N.std() / math.sqrt(len(d_N))
+
+
+# 7. Unusual data.
+
+
+def unusual(name: str) -> Case:
+    """A case of four dimensions."""
+    case = random_case(N=30)
+    states_SW, pairs_N3 = case.states_SW, case.pairs_N3
+    users_N = pairs_N3[:, :1]
+    return {
+        "one known user": lambda: random_case(N=30, M=1),
+        "users without comparisons": lambda: case._replace(known=7),
+        "a constant dimension": lambda: case._replace(states_SW=torch.cat([states_SW[:, :3], torch.ones(14, 1)], dim=1)),
+        "two responses": lambda: case._replace(pairs_N3=torch.cat([users_N, users_N % 2, 1 - users_N % 2], dim=1)),
+        "float16": lambda: case._replace(states_SW=(100 * states_SW).half()),
+        "bfloat16": lambda: case._replace(states_SW=states_SW.bfloat16()),
+        "one user's comparisons": lambda: case._replace(pairs_N3=torch.cat([0 * users_N + 2, pairs_N3[:, 1:]], dim=1)),
+        "all unknown": lambda: case._replace(pairs_N3=torch.cat([0 * users_N, pairs_N3[:, 1:]], dim=1)),
+        "nobody known": lambda: case._replace(pairs_N3=torch.cat([0 * users_N, pairs_N3[:, 1:]], dim=1), known=0),
+        "no pair that differs": lambda: case._replace(states_SW=states_SW[:1].expand(14, 4)),
+    }[name]()  # fmt: skip
+
+
+UNUSUAL = (
+    "one known user", "users without comparisons", "a constant dimension", "two responses", "float16", "bfloat16",
+    "one user's comparisons", "all unknown", "nobody known", "no pair that differs",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("form", FORMS)
+def test_unusual_data_have_a_sensible_solution(name, form):
+    case = unusual(name)
+    found = solved(case, form, Strength(2.0, 2.0), K=3)
+    assert math.isfinite(found.objective) and found.vectors_MW.isfinite().all()
+    on_simplex = case.known / 6 / len(case.pairs_N3) if form == "softmax shared" else 0  # |z|^2 / 2 of users at (1, 1, 1) / 3
+    assert found.objective <= math.log(2) + on_simplex + 1e-9  # what e = 0 has
+    if form in ("individual", "individual alone", "rank"):
+        without = [u for u in range(case.known + 1) if u not in case.pairs_N3[:, 0]]
+        assert (found.vectors_MW[without] - found.vectors_MW[0]).abs().le(1e-4).all()
+
+
+@pytest.mark.parametrize("name", ["one known user", "two responses", "all unknown", "no pair that differs"])
+def test_unusual_data_have_a_strength_or_that_is_refused(name):
+    case = unusual(name)
+    if name == "two responses":
+        with pytest.raises(UserError, match="no user has two among each"):
+            chosen_and_solved(case._replace(pairs_N3=case.pairs_N3[case.pairs_N3[:, 0] > 0]), "rank")
+        return
+    choice, found = chosen_and_solved(case, "rank")
+    assert found.vectors_MW.isfinite().all()
+    losses = [*choice.users_losses.values(), *choice.shared_losses.values()]
+    assert losses and all(map(math.isfinite, losses))
+
+
+def test_states_that_are_not_finite_are_an_error_for_people():
+    case = random_case()
+    case.states_SW[3, 1] = math.nan
+    with pytest.raises(TrainingError, match="hidden state is not finite"):
+        solved(case, "cluster", Strength(2.0, 2.0))
+
+
+def test_two_solutions_are_the_same_bits():
+    case = random_case(M=2, N=40)
+    one, other = (chosen_and_solved(case, "individual", 0, "user_model.shared_prior=2.0") for _ in range(2))
+    assert one[0] == other[0]
+    for form in ("individual", "cluster", "softmax"):
+        one, other = (solved(case, form, Strength(2.0, 2.0)) for _ in range(2))
+        assert one.objective == other.objective
+        assert all(torch.equal(one.values[name], other.values[name]) for name in one.values)
+
+
+def test_one_cluster_is_one_direction():
+    """K = 1: f(u) = w_u v, all users' vectors parallel, and no worse than users who do not differ."""
+    case = random_case()
+    found = solved(case, "cluster", Strength(2.0, 2.0), K=1)
+    assert torch.linalg.svdvals(found.vectors_MW)[1] < 1e-8
+    assert (found.vectors_MW[1:] - found.vectors_MW[0]).abs().max() > 0.01
