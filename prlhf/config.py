@@ -608,7 +608,10 @@ def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
     """Faults of user models, their prior, and the exact solver."""
     users, linear = config.user_model, config.method == "prm" and config.user_model.aggregator == "linear"
     if users.rank is not None and users.kind != "individual":
-        fault("user_model.rank", f"found {users.rank}, expected null for user_model.kind {users.kind!r} (user_model.clusters)")
+        fault(
+            "user_model.rank",
+            f"found {users.rank}, expected null for user_model.kind {users.kind!r} (user_model.clusters)",
+        )
     if users.rank is not None and users.shared is False:
         fault("user_model.shared", "found false, expected true or null with user_model.rank: what users share is e_0")
     if config.model.pooling != "last" and config.method != "prm":

@@ -1,7 +1,8 @@
 """What a training will take, before anything is loaded: python train.py --config NAME.yaml --dry-run
 
 The real model, without values, computes the two largest micro-batches of the training's largest update and the optimiser's
-step. What is counted there (`phases`) is what the real ones take; `memory` says what each process holds of it, and when.
+step. What is counted there (`phases`) is what the real ones take; `memory` says what each process holds of it, and when. A
+user model that is solved (`exact`) has no updates.
 """
 
 import contextlib
@@ -17,11 +18,13 @@ from prlhf.config import Config
 from prlhf.distributed import check_processes
 from prlhf.encoding import TrainingData
 from prlhf.errors import UserError
+from prlhf.exact import check_size, is_linear, solves_exactly
 from prlhf.lora import LoRALinear
-from prlhf.memory import CUDA_CONTEXT, Memory, predicted_memory, resident_after_a_toy_update
+from prlhf.memory import CUDA_CONTEXT, Memory, predicted_memory, resident_after_a_toy_update, solved_memory
 from prlhf.personalized import PersonalizedModel
 from prlhf.phases import bytes_of, counted_update, fake_training, gpu_stand_ins, largest_parts, shape
-from prlhf.updates import schedule
+from prlhf.reference import readings_of
+from prlhf.updates import Schedule, schedule
 
 
 class Count(NamedTuple):
@@ -41,10 +44,10 @@ class Prediction:
     parameters: dict[str, Count]
     data: dict[str, str]
     known_users: int
-    updates: int
+    updates: int  # 0: the user model is solved (`exact`)
     updates_per_epoch: int
     tokens_per_epoch: int
-    largest: tuple[int, int]  # rows and positions of the largest micro-batch
+    largest: tuple[int, int] | None  # rows and positions of the largest micro-batch; None without updates
     memory: Memory
     checkpoint: int  # bytes of a checkpoint on disk, by all processes: trained weights and moments
     checkpoints: int  # how many there are at most: those kept, the best one, and the one being written
@@ -73,11 +76,19 @@ def predict(
     gpu = device == "cuda"
     process = CUDA_CONTEXT if gpu else resident_after_a_toy_update(config)
     fake = fake_training(config, tokenizer, data, gpu)
-    update, parts = largest_parts(fake, processes)
+    if is_linear(config) and config.user_model.prior is not None:
+        check_size(len(data.users), len(readings_of(fake.comparisons)))
+    exact, checkpoint, largest = solves_exactly(config), 0, None
     with gpu_stand_ins(fake) if gpu else contextlib.nullcontext():
-        whole = counted_update(fake, update, parts)
-        memory = predicted_memory(config, fake, whole, parts, process, processes)
-    steps = schedule(config.optim, len(fake.comparisons))
+        if exact:
+            memory = solved_memory(config, fake, process, processes)
+        else:
+            update, parts = largest_parts(fake, processes)
+            whole = counted_update(fake, update, parts)
+            memory = predicted_memory(config, fake, whole, parts, process, processes)
+            largest = max((shape(fake, part) for part in parts), key=math.prod)
+            checkpoint = whole.gradients + bytes_of(fake.model.user_model.tables) + whole.moments
+    steps = Schedule(0, 0) if exact else schedule(config.optim, len(fake.comparisons))
     reports = {"train": data.train.report.lines()}
     if data.valid is not None:
         reports["valid"] = data.valid.report.lines()
@@ -91,10 +102,10 @@ def predict(
         updates=steps.total,
         updates_per_epoch=steps.per_epoch,
         tokens_per_epoch=sum(c.length for c in fake.comparisons),
-        largest=max((shape(fake, part) for part in parts), key=math.prod),
+        largest=largest,
         memory=memory,
-        checkpoint=whole.gradients + bytes_of(fake.model.user_model.tables) + whole.moments,
-        checkpoints=config.train.keep_checkpoints + 1 + (data.valid is not None),
+        checkpoint=checkpoint,
+        checkpoints=0 if exact else config.train.keep_checkpoints + 1 + (data.valid is not None),
         change=keys_to_change(config, memory, processes),
     )
 
@@ -119,6 +130,9 @@ def count_parameters(model: PersonalizedModel) -> dict[str, Count]:
 
 def keys_to_change(config: Config, memory: Memory, processes: int) -> list[str]:
     """The keys that would save memory, those first whose part is the largest."""
+    if solves_exactly(config):
+        static = [] if config.model.dtype != "float32" else ["model.dtype=bfloat16"]
+        return ["data.limit", f"evaluate.batch_size (now {config.evaluate.batch_size})", *static]
     options: list[tuple[int, str]] = []
     activations = memory.activations + memory.temporaries
     if config.optim.micro_batch_size > 1:
@@ -167,8 +181,9 @@ def render(prediction: Prediction) -> str:
         return line(name, f"{size / 1e9:.3f}")
 
     lines = [*(f"{name}: {text}" for name, text in p.data.items()), f"{p.known_users:,} known users"]
+    updates = f"{p.updates:,} updates ({p.updates_per_epoch:,} an epoch), {p.tokens_per_epoch:,} tokens an epoch"
     lines += [
-        f"{p.updates:,} updates ({p.updates_per_epoch:,} an epoch), {p.tokens_per_epoch:,} tokens an epoch", "",
+        updates if p.updates else "solved exactly (optim.solver): no updates", "",
         f"  {'parameters':<34} {'all':>14} {'trained':>14}",
     ]  # fmt: skip
     rows = [*p.parameters.items(), ("together", Count(*(sum(n) for n in zip(*p.parameters.values()))))]
@@ -176,17 +191,24 @@ def render(prediction: Prediction) -> str:
     lines += [
         "", line(f"memory of each of {p.processes} ({p.device})", "GB"),
         gb("CUDA" if p.device == "cuda" else "Python, libraries and data", m.process),
-        gb("weights", m.weights), gb("gradients", m.gradients), gb("AdamW's moments", m.optimizer),
+        gb("weights", m.weights),
+        *([gb("gradients", m.gradients), gb("AdamW's moments", m.optimizer)] if p.updates else []),
     ]  # fmt: skip
     if m.whole_blocks:
         lines.append(gb("gathered for the block at work", m.whole_blocks))
+    if p.largest is None:
+        lines.append(gb("the solver", m.temporaries))
+    else:
+        lines += [
+            gb(f"activations, {p.largest[0]} x {p.largest[1]} positions", m.activations),
+            gb("temporaries at the peak", m.temporaries), gb("log-probs alone take at most", m.log_probs),
+        ]  # fmt: skip
     lines += [
-        gb(f"activations, {p.largest[0]} x {p.largest[1]} positions", m.activations),
-        gb("temporaries at the peak", m.temporaries), gb("log-probs alone take at most", m.log_probs),
         *([gb("hidden states of all responses", m.states)] if m.states else []),
         *([gb("glibc's heap beside these", m.heap)] if m.heap else []),
         *([gb("waiting in host memory, each", m.host)] if m.host else []),
-        gb("a checkpoint on disk", p.checkpoint), line("checkpoints at once, at most", str(p.checkpoints)),
+        *([gb("a checkpoint on disk", p.checkpoint)] if p.checkpoints else []),
+        *([line("checkpoints at once, at most", str(p.checkpoints))] if p.checkpoints else []),
         "", line("at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
     ]  # fmt: skip
     if m.heap is None:

@@ -19,7 +19,7 @@ from prlhf.encoding import EncodedComparison
 from prlhf.errors import UserError
 from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel
 from prlhf.prior import Prior, Strength, counts_of, embedding_scale, stated_strength
-from prlhf.reference import response_states
+from prlhf.reference import readings_of, response_states
 from prlhf.solve import LinearProblem, blank_copy, linear_problem, solve, unscaled, vectors_of_all
 from prlhf.strength import USERS, choose
 
@@ -34,8 +34,8 @@ def is_linear(config: Config) -> bool:
 
 def solves_exactly(config: Config) -> bool:
     """Whether a run of this config is an exact solution, without updates."""
-    can = is_linear(config) and config.model.frozen and None not in (config.user_model.prior, config.user_model.shared_prior)
-    return can and config.optim.solver != "adamw"
+    has_priors = None not in (config.user_model.prior, config.user_model.shared_prior)
+    return is_linear(config) and config.model.frozen and has_priors and config.optim.solver != "adamw"
 
 
 def starts_solved(config: Config) -> bool:
@@ -66,13 +66,9 @@ def set_prior(
         model.prior = Prior(strength, scale_W, len(comparisons), counts)
         return {"prior": strength.users, "shared_prior": strength.shared}
     assert isinstance(model, PersonalizedRewardModel)
+    if starts_solved(config) or "auto" in (config.user_model.prior, config.user_model.shared_prior):
+        check_size(model.users, len(readings_of(comparisons)))
     readings, states_SW = response_states(model, comparisons, config.evaluate.batch_size, base)
-    computed = starts_solved(config) or "auto" in (config.user_model.prior, config.user_model.shared_prior)
-    if computed and (model.users + 1) * len(readings) > LARGEST:
-        raise UserError(
-            f"user_model.prior: {model.users:,} users and {len(readings):,} responses are too many to be solved at once; "
-            "expected fewer (data.limit, data.known_users), or null"
-        )
     states_SW = states_SW.to(model.device)
     problem = linear_problem(config, model.user_model, comparisons, readings, states_SW, model.users)
     names = {p: name.removeprefix("user_model.") for name, p in named_parameters(model).items()}
@@ -87,17 +83,30 @@ def set_prior(
     return record
 
 
+def check_size(users: int, responses: int) -> None:
+    """UserError where all rewards of so many are too many to be computed at once."""
+    if (users + 1) * responses > LARGEST:
+        raise UserError(
+            f"user_model.prior: {users:,} users and {responses:,} responses are too many to be solved at once; "
+            "expected fewer (data.limit, data.known_users), or optim.solver=adamw with numbers for user_model.prior and "
+            "user_model.shared_prior"
+        )
+
+
 def solution(
     config: Config, model: PersonalizedRewardModel, problem: LinearProblem, values: dict[str, Tensor]
 ) -> Solution:
     """Choose the strength, and solve where that is asked for. values: of the user model's parameters, whole."""
     start = blank_copy(model.user_model, values, problem.scale_W)
-    say("user_model.prior: " + ("choosing its strength by cross-validation" if config.user_model.prior == "auto" else "given"))
+    if "auto" in (config.user_model.prior, config.user_model.shared_prior):
+        say("user_model.prior: choosing its strength by cross-validation")
     choice = choose(problem, start, config.user_model, config.seed)
     if not starts_solved(config):
         return Solution(choice.record(), {})
     least = solve(problem, start, choice.strength)
-    return Solution({**choice.record(), "objective": least, **fit_record(problem, start)}, unscaled(start, problem.scale_W))
+    return Solution(
+        {**choice.record(), "objective": least, **fit_record(problem, start)}, unscaled(start, problem.scale_W)
+    )
 
 
 @torch.no_grad()

@@ -109,8 +109,9 @@ def train(
 ) -> None:
     """Train `model` in place, from the newest checkpoint of the run or from the start, to the weights for final/.
 
-    base: the fingerprint of the weights that training starts from; prior: what to log of the prior. TrainingError after config.optim.max_skipped_steps
-    updates in a row whose loss or gradient is not finite; such an update never reaches the weights.
+    base: the fingerprint of the weights that training starts from; prior: what to log of the prior. TrainingError after
+    config.optim.max_skipped_steps updates in a row whose loss or gradient is not finite; such an update never reaches the
+    weights.
     """
     comparisons = training.data.comparisons
     total = schedule(config.optim, len(comparisons)).total

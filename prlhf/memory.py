@@ -22,10 +22,12 @@ from prlhf.backbones import blocks
 from prlhf.config import Config
 from prlhf.distributed import FILE_BYTES, sharded
 from prlhf.encoding import EncodedComparison
+from prlhf.exact import is_linear
 from prlhf.loading import DTYPES, byte_tokenizer, weight_files
-from prlhf.personalized import PersonalizedModel, build_model
+from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build_model
 from prlhf.phases import Counted, FakeTraining, bytes_of, log_prob_bytes, scoring_peak
 from prlhf.reference import readings_of, remembers_states
+from prlhf.solve import MEMORY
 from prlhf.training_log import peak_memory_gb
 from prlhf.updates import Item, make_optimizer
 
@@ -72,6 +74,7 @@ def predicted_memory(
     share = config.fsdp.replicas / processes if spread else 1.0
     gathered = gathered_bytes(model) if spread else 0
     tables = bytes_of(model.user_model.tables)
+    chooses = config.user_model.prior is not None and is_linear(config)
 
     def held(total: int, replicated: int) -> int:
         return math.ceil((total - replicated) * share) + replicated
@@ -97,9 +100,42 @@ def predicted_memory(
             "reference and evaluation": waiting + gathered + max(scoring, STATES_COPIES * states),
             "forward and backward": static + in_update + (whole.lost or 0),
             "optimiser's step": static + gradients + held(whole.step, 0),
+            **({"choosing the prior": process + weights + states + solver_bytes(fake)} if chooses else {}),
             "saving": max(waiting + (0 if gpu else 2 * file), static + (0 if spread else whole.saving)),
         },
     )  # fmt: skip
+
+
+def solved_memory(config: Config, fake: FakeTraining, process: int, processes: int) -> Memory:
+    """What each of the processes holds where the user model is solved (`exact`): nothing that updates take."""
+    model, spread = fake.model, processes > 1 or sharded(config)
+    tables, whole = bytes_of(model.user_model.tables), bytes_of(model.parameters())
+    share = config.fsdp.replicas / processes if spread else 1.0
+    weights, gathered = math.ceil((whole - tables) * share) + tables, gathered_bytes(model) if spread else 0
+    states, solver = known_states(fake), solver_bytes(fake)
+    static = process + weights + states
+    loading = weights if fake.gpu or (spread and config.model.name) else whole
+    return Memory(
+        process, weights, 0, 0, gathered, 0, solver, 0, 0, states, 0,
+        {
+            "loading": process + loading + (0 if fake.gpu else file_bytes_beside(config, spread)),
+            "hidden states and evaluation": static + gathered + max(scoring_peak(fake), STATES_COPIES * states),
+            "solving": static + solver,
+        },
+    )  # fmt: skip
+
+
+def solver_bytes(fake: FakeTraining) -> int:
+    """What choosing a prior and solving take (`exact`, `solve`), all in float64: the states of S responses, twice; rewards of M
+    users and their gradients; L-BFGS's memory of P parameters; and before that the differences of N comparisons' states.
+
+        8 max(4 N W,  2 S W + 4 (M + 1) S + (2 MEMORY + 10) P)
+    """
+    model, N = fake.model, len(fake.comparisons)
+    assert isinstance(model, PersonalizedRewardModel)
+    S, W = len(readings_of(fake.comparisons)), model.state_width
+    P = sum(p.numel() for p in model.user_model.parameters())
+    return 8 * max(4 * N * W, 2 * S * W + 4 * (model.users + 1) * S + (2 * MEMORY + 10) * P)
 
 
 def gathered_bytes(model: PersonalizedModel) -> int:
@@ -129,11 +165,10 @@ def known_states(fake: FakeTraining) -> int:
     """Bytes of the hidden states that are kept, and of the responses by which they are found."""
     if not remembers_states(fake.model):
         return 0
-    weight_VD = fake.model.backbone.get_input_embeddings().weight
     comparisons = [c for dataset in fake.datasets for c in dataset]
     readings = readings_of(comparisons)
     tokens = sum(len(c.prefix) for c in comparisons) + sum(len(reading.response) for reading in readings)
-    return len(readings) * (fake.model.state_width * weight_VD.element_size() + READING) + 8 * tokens
+    return len(readings) * (fake.model.state_width * fake.model.state_dtype.itemsize + READING) + 8 * tokens
 
 
 def resident_after_a_toy_update(config: Config) -> int:

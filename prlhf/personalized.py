@@ -227,6 +227,12 @@ class PersonalizedRewardModel(PersonalizedModel):
         """W, of a pooled hidden state."""
         return self.backbone.get_input_embeddings().weight.shape[1] * (2 if self.config.pooling == "both" else 1)
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of a pooled hidden state: the backbone's own where it is the last token's, else float32 at least."""
+        own = self.backbone.get_input_embeddings().weight.dtype
+        return own if self.config.pooling == "last" else torch.promote_types(own, torch.float32)
+
     def user_parameters(self) -> list[nn.Parameter]:
         """The weights with the user model's learning rate: the user model and the scalar head."""
         value_head = [] if self.value_head is None else list(self.value_head.parameters())
@@ -239,7 +245,7 @@ class PersonalizedRewardModel(PersonalizedModel):
             return self.states_at(batch, batch.last_at_M)
         states_ND = self.states_at(batch, batch.response_at_N)
         states_ND = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
-        counts_M = torch.bincount(batch.reading_N, minlength=len(batch.readings))
+        counts_M = torch.tensor([len(reading.response) for reading in batch.readings], device=states_ND.device)
         sums_MD = states_ND.new_zeros(len(counts_M), states_ND.shape[1]).index_add(0, batch.reading_N, states_ND)
         mean_MD = sums_MD / counts_M[:, None]
         if pooling == "mean":

@@ -138,7 +138,7 @@ def counted_update(fake: FakeTraining, update: Sequence[int], parts: Sequence[Se
     if remembers_states(model):
         some = readings_of([fake.comparisons[item.index] for part in parts for item in part])
         with allocations.fake():
-            state_W = torch.empty(model.state_width, dtype=model.backbone.get_input_embeddings().weight.dtype)
+            state_W = torch.empty(model.state_width, dtype=model.state_dtype)
             model.known_states.update((reading, torch.empty_like(state_W)) for reading in some)
     model.train()
     with allocations.fake():

@@ -4,10 +4,11 @@
     f(i) = e_0 + B z_i,  z_i in R^K      z_i ~ N(0, 1),  B ~ N(0, s^2 / (K W))  low rank, clusters (z_i = w_i - w_0)
     e_0 ~ N(0, s_0^2 / W)
 
-(of clusters without a shared component e_0 = V w_0 is made of w_0 ~ N(0, s_0^2 / s^2)), in coordinates in which hidden-state differences h(y1) - h(y2) have a mean square of 1 in each of their W dimensions. So
-s is how far a user's reward margins lie from the generic user's, as a standard deviation over typical pairs, and s_0 how large
-the generic user's are, whatever the backbone's scale. Behind a soft prompt, where a vector's effect on a reward is not
-linear, a coordinate's standard deviation is s times that of the word embeddings instead.
+in coordinates in which hidden-state differences h(y1) - h(y2) have a mean square of 1 in each of their W dimensions. So s is
+how far a user's reward margins lie from the generic user's, as a standard deviation over typical pairs, and s_0 how large the
+generic user's are, whatever the backbone's scale. Clusters without a shared component have no e_0, but e_0 = V w_0 with
+w_0 ~ N(0, s_0^2 / s^2). Behind a soft prompt, where a vector's effect on a reward is not linear, a coordinate's standard
+deviation is s times that of the word embeddings instead.
 
 Training minimises the mean loss per comparison plus -log p / N: the most probable user model (MAP). The prior of a user is
 weighed against that user's comparisons alone, so one with few of them stays close to e_0.

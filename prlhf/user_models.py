@@ -54,7 +54,7 @@ class Parts(NamedTuple):
     """
 
     shared_UD: Tensor
-    basis_KUD: Tensor | None  # directions in which users differ; None: coordinates are vectors themselves, or nobody differs
+    basis_KUD: Tensor | None  # directions in which users differ; None: coordinates are vectors, or nobody differs
     coordinates_B: Tensor | None  # (B, K), without a basis (B, U, D); zero for user 0; None: nobody differs
     origin_K: Tensor | None = None  # shared_UD = basis . origin, where that is what it is made of
 

@@ -133,8 +133,7 @@ def test_faults_of_user_models_are_told_at_once(tmp_path):
 def test_faults_of_an_exact_solution_are_told_at_once(tmp_path):
     path = write(
         tmp_path,
-        FROZEN_HEAD + "  prior: auto\n  weight_decay: 0.1\n"
-        "data: {valid: held_out.jsonl}\ntrain:\n  final: best\n",
+        FROZEN_HEAD + "  prior: auto\n  weight_decay: 0.1\ndata: {valid: held_out.jsonl}\ntrain:\n  final: best\n",
     )
     text = message(path)
     for part in (
@@ -150,9 +149,15 @@ def test_faults_of_an_exact_solution_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     "overrides, expected",
     [
-        (["optim.solver=exact"], "optim.solver=exact: found 'exact', which needs user_model.prior; expected these, or adamw"),
+        (
+            ["optim.solver=exact"],
+            "optim.solver=exact: found 'exact', which needs user_model.prior; expected these, or adamw",
+        ),
         (["optim.solver=exact", "user_model.prior=1", "model.frozen=false"], "which needs model.frozen; expected"),
-        (["optim.solver=exact", "user_model.prior=1", "user_model.shared_prior=null"], "which needs user_model.shared_prior;"),
+        (
+            ["optim.solver=exact", "user_model.prior=1", "user_model.shared_prior=null"],
+            "which needs user_model.shared_prior;",
+        ),
         (["user_model.init=solved"], "found 'solved', which needs a prior; expected user_model.prior"),
         (["user_model.init=solved", "user_model.shared_prior=null"], "expected user_model.prior and user_model.shared_prior"),
         (["user_model.rank=2", "user_model.kind=uniform"], "found 2, expected null for user_model.kind 'uniform'"),

@@ -51,10 +51,10 @@ CASES = {
     "pdpo, elementwise": (LLAMA, "lora.rank=2", "model.gradient_checkpointing=true", "model.recompute=elementwise"),
     "vanilla": (LLAMA, "user_model.kind=uniform", "user_model.tokens=0"),
     "uniform, prior": (LLAMA, "user_model.kind=uniform", "user_model.prior=0.5", "user_model.shared_prior=0.7"),
-    "low rank, prior": (LLAMA, "method=prm", "user_model.rank=2", "user_model.prior=0.5", "user_model.shared_prior=0.7"),
+    "low rank, prior": (LLAMA, "method=prm", "user_model.rank=2", "user_model.prior=0.5", "user_model.shared_prior=0.7", "optim.max_steps=6"),
     "prm, linear, low rank, prior": (LLAMA, *HEAD, "user_model.rank=2", "user_model.prior=0.5", "model.pooling=mean"),
     "prm, linear, prior, no shared component": (LLAMA, *HEAD, "user_model.shared=false", "user_model.prior=0.5", "lora.rank=2"),
-    "prm, linear, solved, LoRA": (LLAMA, *HEAD, "user_model.rank=2", "user_model.prior=auto", "user_model.init=solved", "lora.rank=2"),
+    "prm, linear, solved, LoRA": (LLAMA, *HEAD, "user_model.rank=2", "user_model.prior=auto", "user_model.init=solved", "lora.rank=2", "optim.max_steps=6"),
     "prm, exact": (LLAMA, *HEAD, "user_model.rank=2", "user_model.prior=auto", "model.frozen=true", "model.pooling=both"),
 }  # fmt: skip
 # For two processes behind the marker.
@@ -149,7 +149,7 @@ def alone(tmp_path_factory):
 def test_training_is_the_same_whatever_the_number_of_processes(alone, tmp_path, processes, names):
     train_all(processes, tmp_path, {name: CASES[name] for name in names})
     for name in names:
-        assert_alike(alone(*names) / name, tmp_path / name, 1e-5, updates=1 if "exact" in name else 20)
+        assert_alike(alone(*names) / name, tmp_path / name, 1e-5, updates=1 if "exact" in name else 6)
 
 
 def test_processes_stop_early_together(tmp_path):

@@ -12,7 +12,12 @@ import evaluate
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-LATER = {"model": ["pooling"], "user_model": ["rank", "prior", "shared_prior"], "optim": ["solver"], "train": ["best_by", "patience"]}
+LATER = {
+    "model": ["pooling"],
+    "user_model": ["rank", "prior", "shared_prior"],
+    "optim": ["solver"],
+    "train": ["best_by", "patience"],
+}
 SMALL = (
     "model.width=32", "model.heads=2", "optim.max_steps=4", "train.save_every=2", "method=prm", "data.limit=16",
     "data.valid_limit=8", "evaluate.bootstrap=100", "user_model.kind=cluster",

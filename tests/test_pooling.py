@@ -1,6 +1,5 @@
 """Reward models that read the mean over a response's tokens, or the mean beside the last state, against plain passes."""
 
-
 import pytest
 import torch
 from helpers import (
@@ -71,27 +70,28 @@ def test_known_states_of_a_frozen_backbone_are_pooled_likewise(pooling, tmp_path
     monkeypatch.setenv("PRLHF_CACHE", str(tmp_path))
     comparisons = some_comparisons()
     readings = [Reading(c.user, tuple(c.prefix), tuple(y)) for c in comparisons for y in (c.chosen, c.rejected)]
-    files = 0
-    for kind in (pooling, "last"):
+    for files, kind in enumerate((pooling, "last"), start=1):
         config = tiny_config(*FROZEN, f"model.pooling={kind}")
         plain = plain_backbone(config)
         for computed in (1, 0):
             model, calls = tiny_model(config, noise=0.05), []
-            model.backbone.base_model.register_forward_hook(lambda *_: calls.append(1))
+            model.backbone.base_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
             remember_states(model, comparisons, 64, weights_fingerprint(model.backbone))
             assert len(calls) == computed
             with torch.no_grad():
                 expected = [
-                    plain_user(model.user_model, r.user)[0] @ pooled(kind, plain_states(plain, r.prefix, r.response), r.response)
+                    plain_user(model.user_model, r.user)[0]
+                    @ pooled(kind, plain_states(plain, r.prefix, r.response), r.response)
                     for r in readings
                 ]
                 found = model.rewards(readings)
             assert (found - torch.stack(expected)).abs().max() < 1e-10
             assert (rewards(model, readings, 3) - torch.stack(expected)).abs().max() < 1e-5
             scored = score(model, comparisons, [c.user for c in comparisons], 3)
-            assert (torch.stack([scored.chosen, scored.rejected], 1).flatten() - torch.stack(expected)).abs().max() < 1e-10
+            assert (
+                torch.stack([scored.chosen, scored.rejected], 1).flatten() - torch.stack(expected)
+            ).abs().max() < 1e-10
             assert len(calls) == computed
-        files += 1
         assert len(list((tmp_path / "states").iterdir())) == files
 
     thawed_config = tiny_config(*BASES["linear head"], f"model.pooling={pooling}")

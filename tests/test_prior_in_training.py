@@ -85,7 +85,9 @@ def test_the_gradient_of_an_update_is_that_of_the_loss_and_the_prior(form, base)
     comparisons, update = random_comparisons(9, seed=2), [4, 0, 7, 2, 5]
     assert 0 in {comparisons[i].user for i in update}
     assert Counter(comparisons[i].user for i in update) != Counter(c.user for c in comparisons)
-    scale = torch.rand(32 if base == LINEAR else 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64) + 0.5
+    scale = (
+        torch.rand(32 if base == LINEAR else 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64) + 0.5
+    )
     plain, twin = (tiny_model(tiny_config(*base, *FORMS[form]), noise=0.05) for _ in range(2))
     loss = accumulate_gradients(tiny_config(*base, *FORMS[form]), plain, comparisons, None, update).loss
     charged(twin, comparisons, update, S, S_0, scale).backward()
@@ -127,7 +129,9 @@ def test_all_updates_of_an_epoch_together_charge_the_whole_prior_once():
     assert found.item() == pytest.approx(expected.item(), abs=1e-12)
 
 
-@pytest.mark.parametrize("keys, expected", [(("prior=auto",), (1.0, None)), (("prior=0.3", "shared_prior=2"), (0.3, 2.0))])
+@pytest.mark.parametrize(
+    "keys, expected", [(("prior=auto",), (1.0, None)), (("prior=0.3", "shared_prior=2"), (0.3, 2.0))]
+)
 def test_a_soft_prompts_prior_is_in_units_of_the_word_embeddings(keys, expected):
     config = tiny_config(*SOFT, *(f"user_model.{key}" for key in keys))
     model = tiny_model(config, noise=0.05)

@@ -154,7 +154,10 @@ def test_no_known_user_at_all(form):
 @pytest.mark.parametrize("kind", ["individual", "individual alone", "low rank", "shared softmax", "cluster"])
 def test_a_tables_gradient_is_the_rows_read_and_that_of_the_dense_table(kind):
     """Two backward passes, in which some users come twice, against the same tensors read by plain indexing."""
-    low_rank, weights_of = kind in ("low rank", "shared softmax"), (lambda z: z) if kind == "low rank" else (lambda z: z.softmax(0))
+    low_rank, weights_of = (
+        kind in ("low rank", "shared softmax"),
+        (lambda z: z) if kind == "low rank" else (lambda z: z.softmax(0)),
+    )
     shared = torch.randn(3, 2, 4)
     table = torch.randn(5, 3) if low_rank else torch.randn(6, 3) if kind == "cluster" else torch.randn(5, 2, 4)
     model = {
@@ -204,7 +207,7 @@ def test_coordinates_move_as_those_of_dense_adamw(form):
     by_rows = RowAdamW(model.tables, total_steps=12, lr=0.1)
     dense = torch.optim.AdamW(twin.tables, lr=0.1, weight_decay=0.0)
     generator = torch.Generator().manual_seed(3)
-    for step in range(12):
+    for _ in range(12):
         users = torch.randint(0, 7, (3,), generator=generator)
         weights = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
         by_rows.catch_up(model.z_MK, model.rows_of(users.tolist()))

@@ -22,6 +22,8 @@ def main() -> None:
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
         sys.argv = ["train.py", *arguments]
         train.main()
+    if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads abort it now and then
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
