@@ -235,6 +235,13 @@ def minimise(objective: Callable[[], Tensor], parameters: list[nn.Parameter]) ->
     return value
 
 
+def largest_gradient(problem: LinearProblem, user_model: nn.Module, strength: Strength) -> float:
+    """The largest entry of the objective's gradient, which is 0 at an optimum."""
+    value = objective(problem, user_model, prior_of(problem, strength))
+    found = torch.autograd.grad(value, [p for p in user_model.parameters() if p.numel()], allow_unused=True)
+    return max(g.to_dense().abs().max().item() for g in found if g is not None)
+
+
 def vectors_of_all(user_model: nn.Module, known: int) -> Tensor:
     """e_u of user 0 and every known one, (known + 1, W)."""
     return user_model(torch.arange(known + 1, device=next(user_model.parameters()).device))[:, 0]
