@@ -43,6 +43,13 @@ def starts_solved(config: Config) -> bool:
     return solves_exactly(config) or config.user_model.init == "solved"
 
 
+def needs_solver(config: Config) -> bool:
+    """Whether all users' rewards of all responses are computed at once: to choose a prior, or to solve."""
+    users = config.user_model
+    has_prior = is_linear(config) and users.prior is not None
+    return has_prior and (starts_solved(config) or "auto" in (users.prior, users.shared_prior))
+
+
 class Solution(NamedTuple):
     """What `set_prior` found: a record for metrics.jsonl, and the user model's values where it is solved."""
 
@@ -66,7 +73,8 @@ def set_prior(
         model.prior = Prior(strength, scale_W, len(comparisons), counts)
         return {"prior": strength.users, "shared_prior": strength.shared}
     assert isinstance(model, PersonalizedRewardModel)
-    check_size(model.users, len(readings_of(comparisons)))
+    if needs_solver(config):
+        check_size(model.users, len(readings_of(comparisons)))
     readings, states_SW = response_states(model, comparisons, config.evaluate.batch_size, base)
     states_SW = states_SW.to(model.device)
     problem = linear_problem(config, model.user_model, comparisons, readings, states_SW, model.users)

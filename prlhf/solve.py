@@ -66,10 +66,14 @@ class LinearProblem:
 
         return read(self.users_N), read(torch.zeros_like(self.users_N))
 
-    def loss_sum(self, vectors_MW: Tensor) -> Tensor:
-        """sum_c [ alpha loss(user) + (1 - alpha) loss(generic) ], ()."""
+    def losses(self, vectors_MW: Tensor) -> Tensor:
+        """alpha loss(user) + (1 - alpha) loss(generic) of each comparison, (N,)."""
         own_N, generic_N = (preference_loss(self.loss, rewards, None) for rewards in self.rewards(vectors_MW))
-        return (self.own_N * own_N + self.generic_N * generic_N).sum()
+        return self.own_N * own_N + self.generic_N * generic_N
+
+    def loss_sum(self, vectors_MW: Tensor) -> Tensor:
+        """The losses of all comparisons together, ()."""
+        return self.losses(vectors_MW).sum()
 
 
 def linear_problem(
@@ -130,7 +134,8 @@ def solve(problem: LinearProblem, user_model: nn.Module, strength: Strength, war
 def start(problem: LinearProblem, user_model: nn.Module, prior: Prior) -> bool:
     """Put a user model near the optimum. False where it is known that there nobody differs."""
     if isinstance(user_model, ClusterUsers) and not user_model.softmax:
-        return start_clusters(problem, user_model, prior)
+        start_clusters(problem, user_model, prior)
+        return True
     e_UD = alike(problem, prior).e_UD.data
     if isinstance(user_model, ClusterUsers):
         user_model.V_KUD.data.add_(e_UD)  # every archetype is the generic user, but for noise
@@ -141,10 +146,10 @@ def start(problem: LinearProblem, user_model: nn.Module, prior: Prior) -> bool:
     return True
 
 
-def start_clusters(problem: LinearProblem, user_model: ClusterUsers, prior: Prior) -> bool:
+def start_clusters(problem: LinearProblem, user_model: ClusterUsers, prior: Prior) -> None:
     """K archetypes from low-rank users of rank K - 1: f(i) = e_0 + B z_i = V w_i with V = (c e_0, B) and w_i = (1 / c, z_i).
 
-    c makes the prior of V and of w_0 equally large. False where nobody differs.
+    c makes the prior of V and of w_0 equally large.
     """
     s, s_0 = prior.strength
     K, W = len(user_model.V_KUD), len(problem.scale_W)
@@ -152,17 +157,15 @@ def start_clusters(problem: LinearProblem, user_model: ClusterUsers, prior: Prio
     users = LowRankUsers(torch.zeros(1, W, **like), torch.zeros(K - 1, 1, W, **like), torch.zeros(problem.known, K - 1, **like))
     if K > 1:
         solve(problem, users, prior.strength)
-        if not users.z_MK.any():
-            return False
     else:
         users.e_UD.data.copy_(alike(problem, prior).e_UD.data)
-    c = max(1e-3, (s**4 / (K * (s_0 or s) ** 2 * float(users.e_UD.detach().square().sum()))) ** 0.25)
     with torch.no_grad():
+        size = max(float(users.e_UD.square().sum()), 1e-6)
+        c = (s**4 / (K * (s_0 or s) ** 2 * size)) ** 0.25
         user_model.V_KUD.copy_(torch.cat([c * users.e_UD[None], users.B_KUD]))
         user_model.w_MK.zero_()
         user_model.w_MK[:, 0] = 1 / c
         user_model.w_MK[1:, 1:] = users.z_MK
-    return True
 
 
 def alike(problem: LinearProblem, prior: Prior) -> UniformUsers:

@@ -4,7 +4,8 @@ What must be predicted is how a known user judges responses that this user has n
 that are divided into folds, not the pairs, which share them: a fold is trained on the pairs of which neither response is the
 user's held-out one, and scored on those of which both are; pairs that straddle are left out of it. The score is the training's
 own loss, alpha loss(user) + (1 - alpha) loss(generic). First s_0 is chosen where nobody differs, then s with that s_0. s = 0 is
-among the candidates: where the data do not show that users differ, nobody does.
+among the candidates, and is chosen unless the best one gains more than a standard error over users: where the data do not show
+that users differ, nobody does.
 """
 
 import copy
@@ -33,20 +34,23 @@ class Fold(NamedTuple):
     held_out_N: Tensor
 
 
+Losses = dict[float, Tensor]  # by candidate: what each user adds to the mean held-out loss, (M + 1,)
+
+
 class Choice(NamedTuple):
     """The strength, and the held-out loss of each candidate that was tried."""
 
     strength: Strength
-    shared_losses: dict[float, float]
-    users_losses: dict[float, float]
+    shared_losses: "Losses"
+    users_losses: "Losses"
 
     def record(self) -> dict[str, Any]:
         """As metrics.jsonl has it."""
         return {
             "prior": self.strength.users,
             "shared_prior": self.strength.shared,
-            "held_out_loss_by_prior": {f"{s:g}": loss for s, loss in self.users_losses.items()},
-            "held_out_loss_by_shared_prior": {f"{s:g}": loss for s, loss in self.shared_losses.items()},
+            "held_out_loss_by_prior": means(self.users_losses),
+            "held_out_loss_by_shared_prior": means(self.shared_losses),
         }
 
 
@@ -57,8 +61,8 @@ def choose(problem: LinearProblem, user_model: nn.Module, config: UserModelConfi
     """
     s, s_0 = config.prior, config.shared_prior
     found = folds(problem, seed) if "auto" in (s, s_0) else []
-    shared_losses: dict[float, float] = {}
-    users_losses: dict[float, float] = {}
+    shared_losses: Losses = {}
+    users_losses: Losses = {}
     if s_0 == "auto":
         generic = UniformUsers(torch.zeros(1, len(problem.scale_W), dtype=torch.float64, device=problem.users_N.device))
         shared_losses = losses_along(problem, generic, [Strength(0.0, each) for each in SHARED], found, "shared")
@@ -68,13 +72,26 @@ def choose(problem: LinearProblem, user_model: nn.Module, config: UserModelConfi
             s = 0.0
         else:
             users_losses = losses_along(problem, user_model, [Strength(each, s_0) for each in USERS], found, "users")
-            s = least(users_losses)
+            s = least(users_losses) if is_shown(users_losses) else 0.0
     return Choice(Strength(s, s_0), shared_losses, users_losses)
 
 
-def least(losses: dict[float, float]) -> float:
-    """The candidate with the least loss; of equals the first."""
-    return min(losses, key=losses.__getitem__)
+def means(losses: Losses) -> dict[str, float]:
+    """The mean held-out loss of each candidate, by its name."""
+    return {f"{s:g}": of_users_M.sum().item() for s, of_users_M in losses.items()}
+
+
+def least(losses: Losses) -> float:
+    """The candidate with the least mean loss; of equals the first."""
+    return min(losses, key=lambda s: losses[s].sum().item())
+
+
+def is_shown(losses: Losses) -> bool:
+    """Whether the best candidate gains more over 0 than the standard error of that, users being the sample (two at least)."""
+    gains_M = losses[0.0] - losses[least(losses)]
+    gains_M = gains_M[losses[0.0] > 0]  # of users of whom something was held out
+    n = len(gains_M)
+    return n > 1 and bool(gains_M.sum() > gains_M.std() * n**0.5)
 
 
 def folds(problem: LinearProblem, seed: int) -> list[Fold]:
@@ -97,7 +114,7 @@ def folds(problem: LinearProblem, seed: int) -> list[Fold]:
     found = [Fold(((y1_N != k) & (y2_N != k)).to(device), ((y1_N == k) & (y2_N == k)).to(device)) for k in range(FOLDS)]
     if not any(fold.held_out_N.any() for fold in found):
         raise UserError(
-            f"user_model.prior: found 'auto', but of {len(keys)} comparisons no user has two among each {FOLDS}th of their "
+            f"user_model.prior, user_model.shared_prior: found 'auto', but of {len(keys)} comparisons no user has two among each {FOLDS}th of their "
             "responses to choose it by; expected more comparisons, or a number"
         )
     return [fold for fold in found if fold.train_N.any() and fold.held_out_N.any()]
@@ -105,32 +122,33 @@ def folds(problem: LinearProblem, seed: int) -> list[Fold]:
 
 def losses_along(
     problem: LinearProblem, user_model: nn.Module, strengths: Sequence[Strength], folds: Sequence[Fold], name: str
-) -> dict[float, float]:
-    """The mean held-out loss of each strength, by its part `name`.
+) -> Losses:
+    """The held-out losses of each strength, by its part `name`.
 
     Convex fits start where the one before them ended. Others start afresh: a direction that has vanished stays a saddle point
     when s grows, where a warm start would remain. Ends early where two strengths in a row are worse than the best before them.
     """
     convex = isinstance(user_model, (UniformUsers, IndividualUsers))
     fits: dict[int, nn.Module] = {}
-    losses: dict[float, float] = {}
+    losses: Losses = {}
+    count = sum(int(fold.held_out_N.sum()) for fold in folds)
     for strength in strengths:
-        total = count = 0.0
+        of_users_M = torch.zeros(problem.known + 1, dtype=torch.float64, device=problem.users_N.device)
         for k, fold in enumerate(folds):
             warm = convex and bool(losses)
             if not warm:
                 fits[k] = copy.deepcopy(user_model)
             solve(problem.of(fold.train_N), fits[k], strength, warm)
-            held_out = problem.of(fold.held_out_N)
-            total += held_out_loss(held_out, fits[k])
-            count += len(held_out.users_N)
-        losses[getattr(strength, name)] = total / count
-        if len(losses) > 2 and min(list(losses.values())[-2:]) > min(losses.values()):
+            of_users_M += held_out_losses(problem.of(fold.held_out_N), fits[k]) / count
+        losses[getattr(strength, name)] = of_users_M
+        of_candidates = list(means(losses).values())
+        if len(losses) > 2 and min(of_candidates[-2:]) > min(of_candidates):
             break
     return losses
 
 
 @torch.no_grad()
-def held_out_loss(problem: LinearProblem, user_model: nn.Module) -> float:
-    """The sum over comparisons of alpha loss(user) + (1 - alpha) loss(generic)."""
-    return problem.loss_sum(vectors_of_all(user_model, problem.known)).item()
+def held_out_losses(problem: LinearProblem, user_model: nn.Module) -> Tensor:
+    """Each user's sum over their comparisons of alpha loss(user) + (1 - alpha) loss(generic), (M + 1,)."""
+    losses_N = problem.losses(vectors_of_all(user_model, problem.known))
+    return losses_N.new_zeros(problem.known + 1).index_add(0, problem.users_N, losses_N)

@@ -407,7 +407,7 @@ def test_a_users_responses_are_dealt_out_nearly_equally():
 def test_where_nothing_can_be_held_out_that_is_said():
     case = case_of(random_case().states_SW, torch.tensor([(1, 0, 1), (1, 0, 1), (2, 3, 4)]), 2)
     _, problem = problem_of(case, user_model("individual", 2, 4))
-    with pytest.raises(UserError, match=r"user_model.prior: found 'auto'.*3 comparisons.*expected more"):
+    with pytest.raises(UserError, match=r"user_model.shared_prior: found 'auto'.*3 comparisons.*expected more"):
         folds(problem, seed=0)
 
 
@@ -563,7 +563,7 @@ def test_where_users_do_not_differ_no_user_model_is_worse_than_vanilla(form, K):
     world = simulated(0, 0.0, s_0=2.0, rank=1, M=8, S=30, W=3, each=60)
     _, vanilla = chosen_and_solved(world.case, "uniform")
     choice, found = chosen_and_solved(world.case, form, K)
-    assert choice.strength.users <= 1.0  # half of s_0; by noise it need not be 0
+    assert choice.strength.users == 0
     vanilla_MS = vanilla.rewards(world.case.states_SW).expand_as(world.rewards_MS)
     d_N = right_N(found.rewards(world.case.states_SW), world.fresh_N3) - right_N(vanilla_MS, world.fresh_N3)
     assert abs(d_N.mean()) <= 2.5 * d_N.std() / math.sqrt(len(d_N))
@@ -619,7 +619,8 @@ def test_unusual_data_have_a_strength_or_that_is_refused(name):
         return
     choice, found = chosen_and_solved(case, "rank")
     assert found.vectors_MW.isfinite().all()
-    losses = [*choice.users_losses.values(), *choice.shared_losses.values()]
+    record = choice.record()
+    losses = [*record["held_out_loss_by_prior"].values(), *record["held_out_loss_by_shared_prior"].values()]
     assert losses and all(map(math.isfinite, losses))
 
 
@@ -633,7 +634,7 @@ def test_states_that_are_not_finite_are_an_error_for_people():
 def test_two_solutions_are_the_same_bits():
     case = random_case(M=2, N=40)
     one, other = (chosen_and_solved(case, "individual", 0, "user_model.shared_prior=2.0") for _ in range(2))
-    assert one[0] == other[0]
+    assert one[0].record() == other[0].record()
     for form in ("individual", "cluster", "softmax"):
         one, other = (solved(case, form, Strength(2.0, 2.0)) for _ in range(2))
         assert one.objective == other.objective
