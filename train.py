@@ -10,13 +10,13 @@ import sys
 
 from prlhf import config as config_module
 from prlhf.checkpoint import save_final
-from prlhf.config import Config
+from prlhf.config import Config, solves_exactly
 from prlhf.data import ComparisonFile, read_comparisons
 from prlhf.distributed import process_group, say, started_processes, started_rank, training_model
 from prlhf.dry_run import available_memory, predict, render
 from prlhf.encoding import encode_training_data
 from prlhf.errors import UserError, check_range, run_command
-from prlhf.exact import set_prior, solves_exactly
+from prlhf.exact import set_prior
 from prlhf.loading import choose_device, load_tokenizer
 from prlhf.loop import log_solution, out_of_memory_explained, reproducible, train, with_reference
 from prlhf.reference import weights_fingerprint

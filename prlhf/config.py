@@ -604,9 +604,20 @@ def _method_faults(config: Config, fault: Callable[[str, str], None]) -> None:
         fault("user_model.aggregator", "found 'linear', expected 'soft_prompt' for method pairwise")
 
 
+def is_linear(config: Config) -> bool:
+    """Whether the reward is linear in the user's vector: a reward model with a linear head."""
+    return config.method == "prm" and config.user_model.aggregator == "linear"
+
+
+def solves_exactly(config: Config) -> bool:
+    """Whether a run of this config is an exact solution, without updates."""
+    has_priors = None not in (config.user_model.prior, config.user_model.shared_prior)
+    return is_linear(config) and config.model.frozen and has_priors and config.optim.solver != "adamw"
+
+
 def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
     """Faults of user models, their prior, and the exact solver."""
-    users, linear = config.user_model, config.method == "prm" and config.user_model.aggregator == "linear"
+    users, linear, exact = config.user_model, is_linear(config), solves_exactly(config)
     if users.rank is not None and users.kind != "individual":
         fault(
             "user_model.rank",
@@ -621,7 +632,6 @@ def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
         fault("user_model.init", "found 'solved', expected another: only a linear reward head (method prm) is solved")
     elif users.init == "solved" and without:
         fault("user_model.init", f"found 'solved', which needs a prior; expected {' and '.join(without)}")
-    exact = linear and config.model.frozen and not without and config.optim.solver != "adamw"
     if config.optim.solver == "exact" and not exact:
         needs = [] if linear else ["method prm with user_model.aggregator linear"]
         needs += [] if config.model.frozen else ["model.frozen"]

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prlhf.config import Config
+from prlhf.config import Config, solves_exactly
 from prlhf.distributed import check_processes
 from prlhf.encoding import TrainingData
 from prlhf.errors import UserError
-from prlhf.exact import check_size, is_linear, solves_exactly
+from prlhf.exact import check_size, needs_solver
 from prlhf.lora import LoRALinear
 from prlhf.memory import CUDA_CONTEXT, Memory, predicted_memory, resident_after_a_toy_update, solved_memory
 from prlhf.personalized import PersonalizedModel
@@ -76,7 +76,7 @@ def predict(
     gpu = device == "cuda"
     process = CUDA_CONTEXT if gpu else resident_after_a_toy_update(config)
     fake = fake_training(config, tokenizer, data, gpu)
-    if is_linear(config) and config.user_model.prior is not None:
+    if needs_solver(config):
         check_size(len(data.users), len(readings_of(fake.comparisons)))
     exact, checkpoint, largest = solves_exactly(config), 0, None
     with gpu_stand_ins(fake) if gpu else contextlib.nullcontext():

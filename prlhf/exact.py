@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prlhf.config import Config
+from prlhf.config import Config, is_linear, solves_exactly
 from prlhf.distributed import from_main, full, named_parameters, on_main, put, say, text_from_main
 from prlhf.encoding import EncodedComparison
 from prlhf.errors import UserError
@@ -28,20 +28,16 @@ STEEP = 1e-4  # a gradient above this is told: the search has not come to its en
 NARROW = min(s for s in USERS if s)  # the prior of updates where the chosen one is that nobody differs
 
 
-def is_linear(config: Config) -> bool:
-    """Whether the reward is linear in the user's vector."""
-    return config.method == "prm" and config.user_model.aggregator == "linear"
-
-
-def solves_exactly(config: Config) -> bool:
-    """Whether a run of this config is an exact solution, without updates."""
-    has_priors = None not in (config.user_model.prior, config.user_model.shared_prior)
-    return is_linear(config) and config.model.frozen and has_priors and config.optim.solver != "adamw"
-
-
 def starts_solved(config: Config) -> bool:
     """Whether the user model is solved before any update, or in place of them."""
     return solves_exactly(config) or config.user_model.init == "solved"
+
+
+def needs_solver(config: Config) -> bool:
+    """Whether all users' rewards of all responses are computed at once: to choose a prior, or to solve."""
+    users = config.user_model
+    has_prior = is_linear(config) and users.prior is not None
+    return has_prior and (starts_solved(config) or "auto" in (users.prior, users.shared_prior))
 
 
 class Solution(NamedTuple):
@@ -67,7 +63,7 @@ def set_prior(
         model.prior = Prior(strength, scale_W, len(comparisons), counts)
         return {"prior": strength.users, "shared_prior": strength.shared}
     assert isinstance(model, PersonalizedRewardModel)
-    if starts_solved(config) or "auto" in (config.user_model.prior, config.user_model.shared_prior):
+    if needs_solver(config):
         check_size(model.users, len(readings_of(comparisons)))
     readings, states_SW = response_states(model, comparisons, config.evaluate.batch_size, base)
     states_SW = states_SW.to(model.device)

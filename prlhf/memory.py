@@ -22,7 +22,7 @@ from prlhf.backbones import blocks
 from prlhf.config import Config
 from prlhf.distributed import FILE_BYTES, sharded
 from prlhf.encoding import EncodedComparison
-from prlhf.exact import is_linear
+from prlhf.exact import needs_solver
 from prlhf.loading import DTYPES, byte_tokenizer, weight_files
 from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel, build_model
 from prlhf.phases import Counted, FakeTraining, bytes_of, log_prob_bytes, scoring_peak
@@ -74,7 +74,6 @@ def predicted_memory(
     share = config.fsdp.replicas / processes if spread else 1.0
     gathered = gathered_bytes(model) if spread else 0
     tables = bytes_of(model.user_model.tables)
-    chooses = config.user_model.prior is not None and is_linear(config)
 
     def held(total: int, replicated: int) -> int:
         return math.ceil((total - replicated) * share) + replicated
@@ -100,7 +99,7 @@ def predicted_memory(
             "reference and evaluation": waiting + gathered + max(scoring, STATES_COPIES * states),
             "forward and backward": static + in_update + (whole.lost or 0),
             "optimiser's step": static + gradients + held(whole.step, 0),
-            **({"choosing the prior": process + weights + states + solver_bytes(fake)} if chooses else {}),
+            **({"choosing the prior": process + weights + states + solver_bytes(fake)} if needs_solver(config) else {}),
             "saving": max(waiting + (0 if gpu else 2 * file), static + (0 if spread else whole.saving)),
         },
     )  # fmt: skip
