@@ -76,7 +76,10 @@ def main() -> None:
     for seed in args.seeds:
         found = Factorisation(train, users, args.rank, seed)
         cells = (found.accuracy(seen), found.accuracy(seen, generic=True), found.accuracy(unseen))
-        print(f"| {seed} | {found.strength.users:g}, {found.strength.shared:g} | {' | '.join(map(percent, cells))} |", flush=True)
+        print(
+            f"| {seed} | {found.strength.users:g}, {found.strength.shared:g} | {' | '.join(map(percent, cells))} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

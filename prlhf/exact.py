@@ -20,7 +20,7 @@ from prlhf.errors import UserError
 from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel
 from prlhf.prior import Prior, Strength, counts_of, embedding_scale, stated_strength
 from prlhf.reference import readings_of, response_states
-from prlhf.solve import LinearProblem, blank_copy, largest_gradient, linear_problem, solve, unscaled, vectors_of_all
+from prlhf.solve import LinearProblem, blank_copy, linear_problem, solve, unscaled, vectors_of_all
 from prlhf.strength import USERS, choose
 
 LARGEST = 10**8  # rewards, of each user for each response, that are computed at once

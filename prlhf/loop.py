@@ -168,7 +168,9 @@ def log_solution(
     log.close()
 
 
-def updates_left(config: Config, comparisons: Sequence[EncodedComparison], step: int) -> Iterator[tuple[int, list[int]]]:
+def updates_left(
+    config: Config, comparisons: Sequence[EncodedComparison], step: int
+) -> Iterator[tuple[int, list[int]]]:
     """The updates after the first `step`, each with its epoch, as indices of comparisons."""
     per_epoch, total = schedule(config.optim, len(comparisons))
     for epoch in range(step // per_epoch, math.ceil(total / per_epoch)):

@@ -61,7 +61,9 @@ class LinearProblem:
 
         def read(users_N: Tensor) -> Rewards:
             # Not by indexing, whose backward pass adds up equal indices in any order.
-            sides = (rewards_MS.flatten().index_select(0, users_N * S + y_N) for y_N in (self.chosen_N, self.rejected_N))
+            sides = (
+                rewards_MS.flatten().index_select(0, users_N * S + y_N) for y_N in (self.chosen_N, self.rejected_N)
+            )
             return Rewards(*sides, self.required_N)
 
         return read(self.users_N), read(torch.zeros_like(self.users_N))
@@ -89,7 +91,9 @@ def linear_problem(
     TrainingError where these are not finite.
     """
     if not states_SW.isfinite().all():
-        raise TrainingError("user_model.prior: a response's hidden state is not finite; expected finite ones (model.dtype)")
+        raise TrainingError(
+            "user_model.prior: a response's hidden state is not finite; expected finite ones (model.dtype)"
+        )
     at = {(reading.prefix, reading.response): s for s, reading in enumerate(readings)}
     device, states = states_SW.device, states_SW.double()
 
@@ -154,7 +158,9 @@ def start_clusters(problem: LinearProblem, user_model: ClusterUsers, prior: Prio
     s, s_0 = prior.strength
     K, W = len(user_model.V_KUD), len(problem.scale_W)
     like = {"dtype": torch.float64, "device": problem.scale_W.device}
-    users = LowRankUsers(torch.zeros(1, W, **like), torch.zeros(K - 1, 1, W, **like), torch.zeros(problem.known, K - 1, **like))
+    users = LowRankUsers(
+        torch.zeros(1, W, **like), torch.zeros(K - 1, 1, W, **like), torch.zeros(problem.known, K - 1, **like)
+    )
     if K > 1:
         solve(problem, users, prior.strength)
     else:
@@ -195,7 +201,9 @@ def along_gradient(problem: LinearProblem, user_model: LowRankUsers, strength: S
     """Start low-rank users at the directions in which the loss falls fastest: the gradient G (M, W) for the offsets at zero is
     U diag(g) Q^T, so z = -c U and B = c' Q^T. False where no g is above sqrt(K) / s: nobody differs then."""
     K = len(user_model.B_KUD)
-    offsets_MW = torch.zeros(problem.known + 1, len(problem.scale_W), dtype=torch.float64, device=problem.users_N.device)
+    offsets_MW = torch.zeros(
+        problem.known + 1, len(problem.scale_W), dtype=torch.float64, device=problem.users_N.device
+    )
     offsets_MW.requires_grad_()
     (gradient_MW,) = torch.autograd.grad(problem.loss_sum(user_model.e_UD.detach() + offsets_MW), offsets_MW)
     U, g, Qt = torch.linalg.svd(gradient_MW[1:], full_matrices=False)
@@ -255,7 +263,9 @@ def blank_copy(user_model: nn.Module, values: dict[str, Tensor], scale_W: Tensor
     forms = (UniformUsers, IndividualUsers, LowRankUsers, ClusterUsers)
     form = next(form for form in forms if isinstance(user_model, form))
     flags = {name: getattr(user_model, name) for name in ("shared", "softmax") if hasattr(user_model, name)}
-    copied = form(**{name: value.to(scale_W.device, torch.float64, copy=True) for name, value in values.items()}, **flags)
+    copied = form(
+        **{name: value.to(scale_W.device, torch.float64, copy=True) for name, value in values.items()}, **flags
+    )
     with torch.no_grad():
         for vectors in copied.vectors:
             vectors.mul_(scale_W)
@@ -266,5 +276,6 @@ def unscaled(solution: nn.Module, scale_W: Tensor) -> dict[str, Tensor]:
     """The parameters of a solution, out of a problem's coordinates, on the CPU."""
     vectors = {id(p) for p in solution.vectors}
     return {
-        name: (p.detach() / scale_W if id(p) in vectors else p.detach()).cpu() for name, p in solution.named_parameters()
+        name: (p.detach() / scale_W if id(p) in vectors else p.detach()).cpu()
+        for name, p in solution.named_parameters()
     }

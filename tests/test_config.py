@@ -159,7 +159,10 @@ def test_faults_of_an_exact_solution_are_told_at_once(tmp_path):
             "which needs user_model.shared_prior;",
         ),
         (["user_model.init=solved"], "found 'solved', which needs a prior; expected user_model.prior"),
-        (["user_model.init=solved", "user_model.shared_prior=null"], "expected user_model.prior and user_model.shared_prior"),
+        (
+            ["user_model.init=solved", "user_model.shared_prior=null"],
+            "expected user_model.prior and user_model.shared_prior",
+        ),
         (["user_model.rank=2", "user_model.kind=uniform"], "found 2, expected null for user_model.kind 'uniform'"),
     ],
 )

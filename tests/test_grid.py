@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import evaluate
-import train
 from examples import ablation, grid, polis, table1
 from examples import conformity as conformity_script
 from examples.conformity import conformity

@@ -55,7 +55,9 @@ def case_of(states_SW: Tensor, pairs_N3: Tensor, known: int) -> Case:
 def random_case(seed: int = 0, M: int = 4, S: int = 14, W: int = 4, N: int = 60, unknown: bool = True) -> Case:
     """Random votes that agree a little with one direction for all and one a user; the first users have the most."""
     generator = torch.Generator().manual_seed(seed)
-    states_SW = torch.randn(S, W, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1.0, 0.2, 1.0])[:W] + 0.5
+    states_SW = (
+        torch.randn(S, W, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1.0, 0.2, 1.0])[:W] + 0.5
+    )
     taste_MW = torch.randn(M + 1, W, generator=generator, dtype=torch.float64) + 1
     rows = []
     for n in range(N):
@@ -285,7 +287,15 @@ def test_the_scale_of_hidden_states_changes_no_reward(form):
 
 # 2. Low rank and clusters.
 
-LOW_RANK = [("rank", 1), ("rank", 2), ("cluster", 2), ("cluster", 3), ("cluster shared", 2), ("softmax", 2), ("softmax shared", 3)]
+LOW_RANK = [
+    ("rank", 1),
+    ("rank", 2),
+    ("cluster", 2),
+    ("cluster", 3),
+    ("cluster shared", 2),
+    ("softmax", 2),
+    ("softmax shared", 3),
+]
 
 
 def best_of_restarts(function, values: dict[str, Tensor], restarts: int) -> float:
@@ -293,12 +303,15 @@ def best_of_restarts(function, values: dict[str, Tensor], restarts: int) -> floa
     generator = torch.Generator().manual_seed(1)
     least = math.inf
     for _ in range(restarts):
-        x = {name: torch.randn(v.shape, generator=generator, dtype=v.dtype).requires_grad_() for name, v in values.items()}
+        x = {
+            name: torch.randn(v.shape, generator=generator, dtype=v.dtype).requires_grad_()
+            for name, v in values.items()
+        }
         optimizer = torch.optim.LBFGS(
             list(x.values()), max_iter=300, tolerance_grad=1e-8, tolerance_change=1e-13, line_search_fn="strong_wolfe"
         )
 
-        def closure() -> Tensor:
+        def closure(optimizer: torch.optim.Optimizer = optimizer, x: Tensor = x) -> Tensor:
             optimizer.zero_grad()
             value = function(x)
             value.backward()
@@ -462,7 +475,9 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("form", BY_HAND)
-@pytest.mark.parametrize("users, batches", [([1, 1, 1, 2, 0], [5]), ([1, 2, 1, 0, 1], [2, 1, 2]), ([2, 1, 2, 2, 2, 1], [1] * 6)])
+@pytest.mark.parametrize(
+    "users, batches", [([1, 1, 1, 2, 0], [5]), ([1, 2, 1, 0, 1], [2, 1, 2]), ([2, 1, 2, 2, 2, 1], [1] * 6)]
+)
 def test_batches_are_charged_with_the_prior_once_altogether(form, users, batches):
     prior = Prior(Strength(2.0, 4.0), torch.tensor([10.0], dtype=torch.float64), len(users), counts_of(users, 2))
     model, charged = tiny_users(form), 0.0
@@ -487,7 +502,7 @@ def test_users_with_fewer_comparisons_end_nearer_to_what_users_share(form):
     case = case_of(random_case(S=2).states_SW, torch.tensor(rows), 5)
     found = solved(case, form, Strength(4.0, 4.0), K=1)
     distances = (found.vectors_MW[1:] - found.vectors_MW[0]).norm(dim=1).tolist()
-    assert 0 < distances[0] and all(near < 0.98 * far for near, far in zip(distances, distances[1:]))
+    assert distances[0] > 0 and all(near < 0.98 * far for near, far in zip(distances, distances[1:]))
 
 
 # 3 and 4. Simulated users.
@@ -502,7 +517,9 @@ class Simulated(NamedTuple):
     fresh_N3: Tensor  # user, chosen, rejected of responses that this user has not judged
 
 
-def simulated(seed: int, s: float, s_0: float, rank: int, M: int = 16, S: int = 40, W: int = 4, each: int = 50) -> Simulated:
+def simulated(
+    seed: int, s: float, s_0: float, rank: int, M: int = 16, S: int = 40, W: int = 4, each: int = 50
+) -> Simulated:
     """x_0 ~ N(0, s_0^2 / W), x_i = x_0 + B z_i, B ~ N(0, s^2 / (rank W)), z ~ N(0, 1); P(y1 over y2) = sigma(r1 - r2)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -557,7 +574,9 @@ def test_low_rank_users_of_a_chosen_strength_recover_simulated_ones(K):
     assert s / 3 <= choice.strength.users <= 3 * s
 
 
-@pytest.mark.parametrize("form, K", [("individual", 0), ("rank", 2), ("rank", 4), ("cluster", 3), ("cluster shared", 3)])
+@pytest.mark.parametrize(
+    "form, K", [("individual", 0), ("rank", 2), ("rank", 4), ("cluster", 3), ("cluster shared", 3)]
+)
 def test_where_users_do_not_differ_no_user_model_is_worse_than_vanilla(form, K):
     """All are one reward vector: on fresh pairs, paired, the user model is within noise of the uniform one."""
     world = simulated(0, 0.0, s_0=2.0, rank=1, M=8, S=30, W=3, each=60)
@@ -603,7 +622,9 @@ def test_unusual_data_have_a_sensible_solution(name, form):
     case = unusual(name)
     found = solved(case, form, Strength(2.0, 2.0), K=3)
     assert math.isfinite(found.objective) and found.vectors_MW.isfinite().all()
-    on_simplex = case.known / 6 / len(case.pairs_N3) if form == "softmax shared" else 0  # |z|^2 / 2 of users at (1, 1, 1) / 3
+    on_simplex = (
+        case.known / 6 / len(case.pairs_N3) if form == "softmax shared" else 0
+    )  # |z|^2 / 2 of users at (1, 1, 1) / 3
     assert found.objective <= math.log(2) + on_simplex + 1e-9  # what e = 0 has
     if form in ("individual", "individual alone", "rank"):
         without = [u for u in range(case.known + 1) if u not in case.pairs_N3[:, 0]]

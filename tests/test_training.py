@@ -225,7 +225,9 @@ EARLY = ("train.eval_every=2", "train.save_every=null", "train.final=best", "opt
 def test_a_run_that_no_longer_improves_stops_early_with_its_best_weights(monkeypatch, tmp_path, capsys):
     patch_evaluations(monkeypatch, loss=WORSENING)
     run(monkeypatch, tmp_path / "a", *EARLY, "train.patience=2")
-    expected = "stopped early, after update 8 of 12: evaluations without a new best: 2 (train.patience); the best is that of"
+    expected = (
+        "stopped early, after update 8 of 12: evaluations without a new best: 2 (train.patience); the best is that of"
+    )
     assert capsys.readouterr().err.count(f"{expected} update 4\n") == 1
     log = records(tmp_path / "a")
     assert [r["step"] for r in log if r.get("eval")] == [2, 4, 6, 8]
