@@ -311,7 +311,7 @@ def best_of_restarts(function, values: dict[str, Tensor], restarts: int) -> floa
             list(x.values()), max_iter=300, tolerance_grad=1e-8, tolerance_change=1e-13, line_search_fn="strong_wolfe"
         )
 
-        def closure(optimizer: torch.optim.Optimizer = optimizer, x: Tensor = x) -> Tensor:
+        def closure(optimizer: torch.optim.Optimizer = optimizer, x: dict[str, Tensor] = x) -> Tensor:
             optimizer.zero_grad()
             value = function(x)
             value.backward()
