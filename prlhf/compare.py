@@ -28,6 +28,7 @@ MEASURES = {"top": "Accuracy-top", "average_mean": "Accuracy-average", "generic"
 REPORTED = {  # of an evaluation's report.json: where, and the column's title
     "calibration_top": (("calibration", "top"), "calibration error, known users"),
     "calibration_generic": (("calibration", "generic"), "calibration error, unknown users"),
+    "gain_over_generic": (("controls", "gain_over_generic", "accuracy"), "gain over the generic user"),
     "personalisation_gain": (("controls", "personalisation_gain", "accuracy"), "personalisation gain"),
     "own_record": (("own_record", "accuracy"), "the rule own_record, known users"),
 }

@@ -618,12 +618,7 @@ def solves_exactly(config: Config) -> bool:
 def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
     """Faults of user models, their prior, and the exact solver."""
     users, linear, exact = config.user_model, is_linear(config), solves_exactly(config)
-    if users.rank is not None and users.kind != "individual":
-        fault(
-            "user_model.rank",
-            f"found {users.rank}, expected null for user_model.kind {users.kind!r} (user_model.clusters)",
-        )
-    if users.rank is not None and users.shared is False:
+    if users.kind == "individual" and users.rank is not None and users.shared is False:
         fault("user_model.shared", "found false, expected true or null with user_model.rank: what users share is e_0")
     if config.model.pooling != "last" and config.method != "prm":
         fault("model.pooling", f"found {config.model.pooling!r}, expected 'last' for method {config.method}")
@@ -636,6 +631,13 @@ def _user_faults(config: Config, fault: Callable[[str, str], None]) -> None:
         needs = [] if linear else ["method prm with user_model.aggregator linear"]
         needs += [] if config.model.frozen else ["model.frozen"]
         fault("optim.solver", f"found 'exact', which needs {', '.join([*needs, *without])}; expected these, or adamw")
+    if users.kind == "cluster" and users.shared and users.softmax and users.prior is not None:
+        fault("user_model.softmax", "found true, expected false with user_model.shared and a prior: weights of sum 1 are never 0, "
+              "so that nobody would be the generic user")  # fmt: skip
+    if exact and config.train.patience is not None:
+        fault(
+            "train.patience", f"found {config.train.patience}, expected null: an exact solution has no updates to stop"
+        )
     if exact and config.train.final == "best":
         fault("train.final", "found 'best', expected 'last': an exact solution has no updates to choose from")
     if exact and users.weight_decay:

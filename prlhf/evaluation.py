@@ -158,8 +158,9 @@ def own_record_summary(
 
     right_B: what the rule own_record gets right of known users' comparisons, 1/2 where it does not decide; margins:
     (2, B), as the true and as the generic user. The gain, true less generic accuracy, is computed apart where the rule
-    decides and where it does not. The rule explains the gain where there is one, the rule is right on more than half, and
-    no gain is shown where it does not decide: the interval reaches 0, or there are too few users or comparisons for one.
+    decides and where it does not. The rule explains the gain where there is one, the rule is right on more than half, most
+    of the gain lies where it decides, and none is shown where it does not: the interval reaches 0, or there are too few users
+    or comparisons for one.
     """
     labels, decides = np.asarray(users, dtype=object), right_B != 0.5
 
@@ -171,13 +172,14 @@ def own_record_summary(
             "comparisons": int(rows.sum()),
         }
 
-    silent, overall = gain(~decides), (correct(margins[0]) - correct(margins[1])).mean()
+    silent, gains_B = gain(~decides), correct(margins[0]) - correct(margins[1])
     not_shown = silent["interval"] is None or silent["interval"].low <= 0
+    mostly = gains_B.sum() > 0 and gains_B[decides].sum() >= gains_B.sum() / 2
     return {
         "decided": float(decides.mean()),
         "accuracy": float(right_B.mean()),
         "gain_over_generic": {"where_it_decides": gain(decides), "where_it_does_not": silent},
-        "explains_gain": bool(overall > 0 and decides.any() and right_B.mean() > 0.5 and not_shown),
+        "explains_gain": bool(mostly and right_B.mean() > 0.5 and not_shown),
     }
 
 

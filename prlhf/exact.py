@@ -76,8 +76,12 @@ def set_prior(
     model.prior = Prior(Strength(s, record["shared_prior"]), problem.scale_W.cpu(), len(comparisons), counts)
     if starts_solved(config):
         for p in model.user_model.parameters():
-            put(p, from_main(found.values[names[p]] if found else None))
-    return record
+            values_of_p = from_main(found.values[names[p]] if found else None)
+            if values_of_p.any() or solves_exactly(
+                config
+            ):  # directions of nothing would hold users alike in all updates
+                put(p, values_of_p)
+    return {**record, "prior_of_updates": s} if s != record["prior"] else record
 
 
 def check_size(users: int, responses: int) -> None:

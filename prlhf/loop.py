@@ -161,7 +161,8 @@ def log_solution(
     log.bar.update()
     if valid is not None and config.train.eval_last:
         record = evaluate(config, model, valid, 1)
-        training = solution["generic_accuracy" if solution["user_accuracy"] is None else "user_accuracy"]
+        personal = None not in (solution["user_accuracy"], record["accuracy_top"])
+        training = solution["user_accuracy" if personal else "generic_accuracy"]
         held_out = held_out_accuracy(record)
         gap = None if held_out is None else training - held_out
         log.write({**record, "training_accuracy": training, "overfitting": gap})
@@ -278,7 +279,8 @@ def evaluate_and_judge(job: Job, valid: Split) -> bool:
     config, log, progress = job.config, job.log, job.progress
     job.optimizer.catch_up()
     record = evaluate(config, job.model, valid, progress.step)
-    branch = "user" if is_personal(job.model.user_model, config.loss.alpha) else "generic"
+    personal = is_personal(job.model.user_model, config.loss.alpha) and record["accuracy_top"] is not None
+    branch = "user" if personal else "generic"
     record |= progress.generalisation(record, branch)
     log.write(record)
     if warning := progress.overfitting_warning(record):

@@ -81,8 +81,8 @@ class Progress:
             return None
         return (
             f"warning: overfitting at update {record['step']}: training accuracy {record['training_accuracy']:.3f}, "
-            f"held-out accuracy {now['accuracy']:.3f} (before: {before['accuracy']:.3f}). train.final=best keeps the best "
-            "weights, train.patience=N stops in time, and user_model.prior holds users together"
+            f"held-out accuracy {now['accuracy']:.3f} (before: {before['accuracy']:.3f}); see train.final, train.patience and "
+            "user_model.prior"
         )
 
 

@@ -99,7 +99,7 @@ def own_record_lines(report: dict[str, Any]) -> list[str]:
     if found is None:
         return ["", f"{rule} may explain the gain: not known, for the training comparisons are not there."]
     if not found["decided"]:
-        return ["", f"{rule} decides nothing here: there is nothing to remember, and it does not explain the gain."]
+        return ["", f"{rule} decides nothing here: there is nothing to remember."]
     gains, overall = found["gain_over_generic"], report["controls"]["gain_over_generic"]["accuracy"]
     silent = gains["where_it_does_not"]
     if overall <= 0:
@@ -109,7 +109,7 @@ def own_record_lines(report: dict[str, Any]) -> list[str]:
     elif found["accuracy"] <= 0.5:
         verdict = "So the rule does not explain the gain: it is right on no more than half."
     else:
-        verdict = "So the rule does not explain all of the gain: there is one where it is silent."
+        verdict = "So the rule does not explain the gain: most of it lies, or one is shown, where it is silent."
     return [
         "",
         f"{rule} (own_record) decides {percent(found['decided'])}% of known users' comparisons and reaches "

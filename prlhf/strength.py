@@ -114,8 +114,8 @@ def folds(problem: LinearProblem, seed: int) -> list[Fold]:
     found = [Fold(((y1_N != k) & (y2_N != k)).to(device), ((y1_N == k) & (y2_N == k)).to(device)) for k in range(FOLDS)]
     if not any(fold.held_out_N.any() for fold in found):
         raise UserError(
-            f"user_model.prior, user_model.shared_prior: found 'auto', but of {len(keys)} comparisons no user has two among each {FOLDS}th of their "
-            "responses to choose it by; expected more comparisons, or a number"
+            f"user_model.prior, user_model.shared_prior: {len(keys)} comparisons are too few to choose `auto` by "
+            "cross-validation, for no pair can be held out; expected more comparisons, or numbers for both keys"
         )
     return [fold for fold in found if fold.train_N.any() and fold.held_out_N.any()]
 

@@ -179,7 +179,7 @@ def test_what_evaluations_report_beside_margins(call, tmp_path):
     model = report["models"]["model"]
     assert model["reported"] == {
         "calibration_top": pytest.approx(0.03), "calibration_generic": None, "personalisation_gain": pytest.approx(0.15),
-        "own_record": None,
+        "own_record": None, "gain_over_generic": None,
     }  # fmt: skip
     text = (tmp_path / "out" / "report.md").read_text()
     measures = "Accuracy-top | Accuracy-average | Accuracy-generic"

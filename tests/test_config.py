@@ -114,12 +114,11 @@ def test_faults_of_user_models_are_told_at_once(tmp_path):
     path = write(
         tmp_path,
         "model: {family: llama, pooling: mean}\n"
-        "user_model:\n  kind: cluster\n  rank: 3\n  shared: false\n  init: solved\n"
+        "user_model:\n  kind: individual\n  rank: 3\n  shared: false\n  init: solved\n"
         "optim:\n  solver: exact\n",
     )
     text = message(path)
     for part in (
-        f"{path}, line 4, user_model.rank: found 3, expected null for user_model.kind 'cluster' (user_model.clusters)",
         f"{path}, line 5, user_model.shared: found false, expected true or null with user_model.rank: what users share is e_0",
         f"{path}, line 1, model.pooling: found 'mean', expected 'last' for method pdpo",
         f"{path}, line 6, user_model.init: found 'solved', expected another: only a linear reward head (method prm) is solved",
@@ -127,7 +126,7 @@ def test_faults_of_user_models_are_told_at_once(tmp_path):
         "model.frozen, user_model.prior; expected these, or adamw",
     ):
         assert part in text
-    assert text.startswith("5 faults")
+    assert text.startswith("4 faults")
 
 
 def test_faults_of_an_exact_solution_are_told_at_once(tmp_path):
@@ -163,7 +162,6 @@ def test_faults_of_an_exact_solution_are_told_at_once(tmp_path):
             ["user_model.init=solved", "user_model.shared_prior=null"],
             "expected user_model.prior and user_model.shared_prior",
         ),
-        (["user_model.rank=2", "user_model.kind=uniform"], "found 2, expected null for user_model.kind 'uniform'"),
     ],
 )
 def test_faults_of_what_a_solution_needs(tmp_path, overrides, expected):

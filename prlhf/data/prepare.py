@@ -135,7 +135,7 @@ def choose_by(comparisons: Sequence[Judged]) -> str:
         return "prompt"
     print(
         f"divided by response: users judged one response in two different pairs, {user!r} for one, and no user's "
-        "response may be on both sides (--by prompt keeps whole prompts on one side instead)"
+        "response may be on both sides. Where there are many prompts, --by prompt ensures that too, and leaves nothing out"
     )
     return "response"
 
