@@ -50,8 +50,12 @@ def data(tmp_path_factory):
     """A folder of comparisons as table1 and polis read them."""
     folder = tmp_path_factory.mktemp("data")
     shutil.copy(ROOT / "examples/tiny/train.jsonl", folder)
-    for name in ("valid", *polis.HELD_OUT):
-        shutil.copy(ROOT / "examples/tiny/valid.jsonl", folder / f"{name}.jsonl")
+    lines = [json.loads(line) for line in (ROOT / "examples/tiny/train.jsonl").read_text().splitlines()]
+    everyone = [
+        {**line, "id": f"{user}-{line['id']}", "user": user} for user in ("alice", "bob", None) for line in lines
+    ]
+    for name in ("valid", *polis.HELD_OUT):  # enough of them that arms differ after two updates
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in everyone))
     return folder
 
 
