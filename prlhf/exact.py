@@ -20,7 +20,7 @@ from prlhf.errors import UserError
 from prlhf.personalized import PersonalizedModel, PersonalizedRewardModel
 from prlhf.prior import Prior, Strength, counts_of, embedding_scale, stated_strength
 from prlhf.reference import readings_of, response_states
-from prlhf.solve import LinearProblem, blank_copy, linear_problem, solve, unscaled, vectors_of_all
+from prlhf.solve import LinearProblem, blank_copy, largest_gradient, linear_problem, solve, unscaled, vectors_of_all
 from prlhf.strength import USERS, choose
 
 LARGEST = 10**8  # rewards, of each user for each response, that are computed at once
@@ -77,9 +77,8 @@ def set_prior(
     if starts_solved(config):
         for p in model.user_model.parameters():
             values_of_p = from_main(found.values[names[p]] if found else None)
-            if values_of_p.any() or solves_exactly(
-                config
-            ):  # directions of nothing would hold users alike in all updates
+            # Zero directions with zero coordinates would hold users alike in all updates.
+            if values_of_p.any() or solves_exactly(config):
                 put(p, values_of_p)
     return {**record, "prior_of_updates": s} if s != record["prior"] else record
 
@@ -105,9 +104,13 @@ def solution(
     if not starts_solved(config):
         return Solution(choice.record(), {})
     least = solve(problem, start, choice.strength)
-    return Solution(
-        {**choice.record(), "objective": least, **fit_record(problem, start)}, unscaled(start, problem.scale_W)
-    )
+    slope = largest_gradient(problem, start, choice.strength)
+    if slope > STEEP:
+        say(
+            f"warning: the solution is not exact: the objective's largest gradient is {slope:.1e}, expected below {STEEP:.0e}"
+        )
+    found = {"objective": least, "largest_gradient": slope, **fit_record(problem, start)}
+    return Solution({**choice.record(), **found}, unscaled(start, problem.scale_W))
 
 
 @torch.no_grad()

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from prlhf.config import UserModelConfig
 
+STATED = 1.0  # user_model.prior=auto where no cross-validation can choose it
+
 
 class Strength(NamedTuple):
     """s of users' differences (0: nobody differs) and s_0 of what they share; None: no prior on it."""
@@ -86,12 +88,8 @@ def difference_scale(differences_NW: Tensor) -> Tensor:
     return torch.where(rms_W > 0, rms_W, typical) * differences_NW.shape[1] ** 0.5
 
 
-def stated_strength(config: UserModelConfig) -> Strength | None:
-    """The strength where it is not chosen from data: `auto` is STATED for users and none for what they share."""
-    if config.prior is None:
-        return None
+def stated_strength(config: UserModelConfig) -> Strength:
+    """The strength, of a config that has a prior, where it is not chosen from data: `auto` is STATED for users and none for
+    what they share."""
     shared = None if config.shared_prior == "auto" else config.shared_prior
     return Strength(STATED if config.prior == "auto" else float(config.prior), shared)
-
-
-STATED = 1.0  # user_model.prior=auto where no cross-validation can choose it

@@ -131,12 +131,12 @@ def solve(problem: LinearProblem, user_model: nn.Module, strength: Strength, war
     if not strength.users or not (problem.own_N > 0).any():
         return solve_alike(problem, user_model, prior)
     if not warm and not start(problem, user_model, prior):
-        return solve_alike(problem, user_model, prior)
+        return objective(problem, user_model, prior).item()
     return minimise(lambda: objective(problem, user_model, prior), list(user_model.parameters()))
 
 
 def start(problem: LinearProblem, user_model: nn.Module, prior: Prior) -> bool:
-    """Put a user model near the optimum. False where it is known that there nobody differs."""
+    """Put a user model near the optimum. False where it is put there: all users are the generic one."""
     if isinstance(user_model, ClusterUsers) and not user_model.softmax:
         start_clusters(problem, user_model, prior)
         return True
@@ -244,7 +244,9 @@ def minimise(objective: Callable[[], Tensor], parameters: list[nn.Parameter]) ->
 
 
 def largest_gradient(problem: LinearProblem, user_model: nn.Module, strength: Strength) -> float:
-    """The largest entry of the objective's gradient, which is 0 at an optimum."""
+    """The largest entry of the objective's gradient, which is 0 at an optimum; where nobody may differ, the generic user's."""
+    if not strength.users:
+        user_model = UniformUsers(vectors_of_all(user_model, problem.known)[:1].detach())
     value = objective(problem, user_model, prior_of(problem, strength))
     found = torch.autograd.grad(value, [p for p in user_model.parameters() if p.numel()], allow_unused=True)
     return max(g.to_dense().abs().max().item() for g in found if g is not None)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import evaluate
 import generate
 import train
-from prlhf import checkpoint, loop, strength
+from prlhf import checkpoint, loop, solve, strength
 from prlhf.data import read_comparisons
 from prlhf.dry_run import predict, render
 from prlhf.encoding import encode_training_data
@@ -117,6 +117,19 @@ def test_an_exact_run_that_is_killed_starts_anew(call, tmp_path, monkeypatch, mo
     assert records(run) == records(whole) and len(records(run)) == 2
     one, other = (load_file(folder / "final" / "users.safetensors") for folder in (run, whole))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_solution_that_the_search_has_not_reached_is_told(call, tmp_path, monkeypatch):
+    """One iteration in place of all that it takes; and users who may not differ, whose own gradients are none of it."""
+    status, said, _ = call(train.main, *command(tmp_path / "whole", *EXACT))
+    assert status == 0 and "not exact" not in said and records(tmp_path / "whole")[0]["largest_gradient"] < 1e-6
+    monkeypatch.setattr(strength, "USERS", (0.0,))
+    status, said, _ = call(train.main, *command(tmp_path / "alike", *EXACT, "user_model.prior=auto"))
+    assert status == 0 and "not exact" not in said and records(tmp_path / "alike")[0]["prior"] == 0
+    monkeypatch.setattr(solve, "ITERATIONS", 1)
+    status, said, _ = call(train.main, *command(tmp_path / "cut", *EXACT))
+    slope = records(tmp_path / "cut")[0]["largest_gradient"]
+    assert status == 0 and slope > 1e-4 and f"the objective's largest gradient is {slope:.1e}" in said
 
 
 def test_a_training_that_starts_solved_has_the_rewards_of_the_exact_solution(call, tmp_path, monkeypatch):
