@@ -38,9 +38,17 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`, turning errors for people into a short message and an exit status."""
+    """Run a command's `main`, turning errors for people into a short message and an exit status.
+
+    One of several processes ends at once when it is done: gloo's threads now and then abort one that Python takes apart
+    ("terminate called without an active exception"), and torchrun would call a finished run failed.
+    """
     try:
         main()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # torchrun ends this process where rank 0 had the same to say
