@@ -36,7 +36,7 @@ $(MODEL)/config.json: | install
 
 model: $(MODEL)/config.json
 
-$(LENGTH)/%.jsonl: examples/length/%.jsonl prlhf/simulate.py | install
+$(LENGTH)/%.jsonl: examples/length/%.jsonl prlhf/data/sets/simulate.py | install
 	$(PY) -m prlhf.simulate $< --workers 10 --out $@
 
 length-data: $(LENGTH)/train.jsonl $(LENGTH)/valid.jsonl
@@ -80,4 +80,4 @@ eval: install
 
 # The configuration reference in the README, from the dataclasses.
 config-table: install
-	$(PY) -m prlhf.reference_table README.md
+	$(PY) -m prlhf.config.table README.md

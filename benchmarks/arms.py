@@ -29,16 +29,20 @@ os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "H
 import torch
 from torch.distributed.tensor import DTensor
 
-from prlhf import config as config_module
-from prlhf.config import Config
-from prlhf.distributed import named_parameters, process_group, training_model
-from prlhf.encoding import EncodedComparison
-from prlhf.loading import DTYPES, choose_device, load_tokenizer, load_weights
-from prlhf.loop import reproducible
-from prlhf.lora import PEFT_PREFIX
-from prlhf.optim import Optimizers, clip
-from prlhf.scoring import score
-from prlhf.updates import accumulate_gradients, make_optimizer, part_loss, update_parts
+from prlhf.backbone.loading import choose_device, load_tokenizer, load_weights
+from prlhf.backbone.lora import PEFT_PREFIX
+from prlhf.backbone.toys import DTYPES
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config import load as config_module
+from prlhf.config.keys import Config
+from prlhf.parallel.ranks import process_group
+from prlhf.parallel.shard import training_model
+from prlhf.parallel.tensors import named_parameters
+from prlhf.score.score import score
+from prlhf.train.loop import reproducible
+from prlhf.train.optimizer import Optimizers, clip, make_optimizer
+from prlhf.train.plan import update_parts
+from prlhf.train.step import accumulate_gradients, part_loss
 
 P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
 PLAIN = ("user_model.kind=uniform", "user_model.tokens=0")
@@ -53,7 +57,7 @@ def config_of(name: str, args: argparse.Namespace) -> Config:
     keys = [f"model.name={args.model}", f"optim.micro_batch_size={args.micro_batch}", f"lora.rank={args.lora}"]
     keys += [f"model.gradient_checkpointing={args.checkpointing}", f"model.dtype={args.dtype}", "optim.lr=1e-6"]
     keys += [f"optim.batch_size={args.comparisons}", f"evaluate.batch_size={args.micro_batch}"]
-    return config_module.load(None, [*keys, *ARMS[name], *args.set])
+    return config_module.load_config(None, [*keys, *ARMS[name], *args.set])
 
 
 def computing_type(args: argparse.Namespace) -> str:

@@ -21,7 +21,7 @@ from step import arguments, check_equal, comparisons_of, device_name, labels, ve
 from torch.profiler import ProfilerActivity, profile
 
 from prlhf.errors import run_command
-from prlhf.heap import keep_freed_memory
+from prlhf.train.malloc import keep_freed_memory
 
 REST = "elementwise, reductions, the rest"
 # The first kind that a name has a part of: torch's operations on a CPU, kernels on a GPU (attention names its products too).

@@ -29,10 +29,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from prlhf import logprobs
 from prlhf.errors import run_command
-from prlhf.heap import keep_freed_memory
-from prlhf.logprobs import accumulation_type, log_probs
+from prlhf.kernels import log_probs as logprobs
+from prlhf.kernels.log_probs import log_probs
+from prlhf.kernels.passes import accumulation_type
+from prlhf.train.malloc import keep_freed_memory
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> (N,)
 Call = Callable[[], object]
@@ -48,7 +49,7 @@ def full_logits(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tens
 
 def one_design(fused: bool) -> LogProbs:
     """Triton by one of its designs, without the other where that is possible (see above)."""
-    from prlhf import logprobs_triton
+    from prlhf.kernels import triton as logprobs_triton
 
     def values(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
         if fused:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from shapes import MODELS, random_comparisons, training_data
 
-from prlhf import config as config_module
-from prlhf.dry_run import predict
+from prlhf.backbone.toys import byte_tokenizer
+from prlhf.config import load as config_module
 from prlhf.errors import run_command
-from prlhf.loading import byte_tokenizer
+from prlhf.forecast.dry_run import predict
 
 MODES = {
     "full": ("model.compute_dtype=bfloat16",),
@@ -45,7 +45,7 @@ def main() -> None:
             for mode, keys in MODES.items():
                 always = (f"model.name={folder}", "model.gradient_checkpointing=true", "device=cuda")
                 sizes = (f"optim.batch_size={args.comparisons}", f"optim.micro_batch_size={args.micro_batch}")
-                config = config_module.load(None, [*always, *sizes, *keys])
+                config = config_module.load_config(None, [*always, *sizes, *keys])
                 for processes in args.processes:
                     memory = predict(config, byte_tokenizer(), data, "cuda", processes).memory
                     rows.append(

@@ -12,8 +12,8 @@ import torch
 from shapes import MODELS
 from transformers import AutoModelForCausalLM
 
+from prlhf.backbone.toys import DTYPES, byte_tokenizer
 from prlhf.errors import run_command
-from prlhf.loading import DTYPES, byte_tokenizer
 
 
 def main() -> None:

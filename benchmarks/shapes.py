@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PretrainedConfig
 
-from prlhf.backbones import blocks
-from prlhf.data import UserIndex
-from prlhf.encoding import Dataset, EncodedComparison, EncodingReport, TrainingData
+from prlhf.backbone.families import blocks
+from prlhf.batch.datasets import Dataset, TrainingData
+from prlhf.batch.tokens import EncodedComparison, EncodingReport
+from prlhf.data.users import UserIndex
 
 MODELS = {
     "GPT-J 6B": GPTJConfig(),

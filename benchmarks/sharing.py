@@ -15,13 +15,14 @@ import itertools
 import json
 from pathlib import Path
 
-from prlhf import config as config_module
-from prlhf.data import read_comparisons
-from prlhf.encoding import encode_training_data
+from prlhf.backbone.loading import load_tokenizer
+from prlhf.backbone.toys import byte_tokenizer
+from prlhf.batch.datasets import encode_training_data
+from prlhf.config import load as config_module
+from prlhf.data.comparisons import read_comparisons
 from prlhf.errors import run_command
-from prlhf.loading import byte_tokenizer, load_tokenizer
-from prlhf.personalized import build_model
-from prlhf.updates import epoch_updates, update_parts
+from prlhf.method.build import build_model
+from prlhf.train.plan import epoch_updates, update_parts
 
 MODELS = {
     "P-DPO, soft prompt": ["method=pdpo", "user_model.tokens=10"],
@@ -46,7 +47,7 @@ def main() -> None:
     if args.tokenizer == "bytes":
         tokenizer = byte_tokenizer()
     else:
-        tokenizer = load_tokenizer(config_module.load(None, [f"model.name={args.tokenizer}"]).model)
+        tokenizer = load_tokenizer(config_module.load_config(None, [f"model.name={args.tokenizer}"]).model)
     keys = ["model.family=llama", "model.width=16", "model.heads=1", "model.layers=1", "data.max_tokens=4000"]
     keys += [
         f"data.known_users={args.known}",
@@ -61,7 +62,7 @@ def main() -> None:
         positions: dict[tuple[str, str], int] = {}
         for group_by, share in itertools.product(("none", "pair", "response"), ("false", "true")):
             settings = [f"optim.group_by={group_by}", f"model.share_trees={share}"]
-            config = config_module.load(None, [*keys, *model_keys, *settings])
+            config = config_module.load_config(None, [*keys, *model_keys, *settings])
             data = data or encode_training_data(config, tokenizer, file, None)
             comparisons = data.train.comparisons
             model = build_model(config, tokenizer, len(data.users))

@@ -38,14 +38,15 @@ from arms import ARMS, OURS, USERS, Computed, computing_type, config_of, is_plai
 from shapes import SHAPES, random_comparisons, training_data, useful_flops
 from transformers import AutoConfig
 
-from prlhf import config as config_module
-from prlhf.dry_run import predict
-from prlhf.encoding import EncodedComparison
+from prlhf.backbone.loading import choose_device, load_tokenizer
+from prlhf.backbone.toys import DTYPES
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config import load as config_module
 from prlhf.errors import run_command
-from prlhf.heap import keep_freed_memory
-from prlhf.loading import DTYPES, choose_device, load_tokenizer
-from prlhf.memory import CUDA_CONTEXT
-from prlhf.training_log import peak_memory_gb
+from prlhf.forecast.dry_run import predict
+from prlhf.forecast.memory import CUDA_CONTEXT
+from prlhf.train.log import peak_memory_gb
+from prlhf.train.malloc import keep_freed_memory
 
 # How far arms may be apart, over the largest reward margin. float32: a margin of about 1 is beta times the difference of sums
 # of some hundred to some thousand, each held to 1e-7 of itself, so 1e-5 to 1e-4 of it is rounding (measured: 1e-5 to 6e-5),
@@ -200,7 +201,7 @@ def labels(args: argparse.Namespace) -> list[str]:
 
 def comparisons_of(args: argparse.Namespace) -> list[EncodedComparison]:
     """The comparisons of the update, random tokens of the model's vocabulary."""
-    vocabulary = len(load_tokenizer(config_module.load(None, [f"model.name={args.model}"]).model))
+    vocabulary = len(load_tokenizer(config_module.load_config(None, [f"model.name={args.model}"]).model))
     return random_comparisons(args.shape, args.comparisons, vocabulary, USERS, args.seed)
 
 

@@ -25,15 +25,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from shapes import SHAPES, random_comparisons
 
-from prlhf import config as config_module
-from prlhf.encoding import EncodedComparison
+from prlhf.backbone.loading import choose_device, load_tokenizer
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config import load as config_module
 from prlhf.errors import run_command
-from prlhf.loading import choose_device, load_tokenizer
-from prlhf.optim import clip
-from prlhf.personalized import build_model
-from prlhf.sampling import Decoding, Request, generate
-from prlhf.scoring import score
-from prlhf.updates import accumulate_gradients, make_optimizer
+from prlhf.generate.decode import Decoding, Request, generate
+from prlhf.method.build import build_model
+from prlhf.score.score import score
+from prlhf.train.optimizer import clip, make_optimizer
+from prlhf.train.step import accumulate_gradients
 
 KINDS = {
     "individual": ("user_model.kind=individual", "user_model.tokens=1"),
@@ -47,7 +47,7 @@ class Arm:
     def __init__(self, kind: str, users: int, args: argparse.Namespace):
         keys = ("model.family=llama", f"model.width={args.width}", f"optim.micro_batch_size={args.comparisons}")
         self.kind, self.users, self.updates = kind, users, 0
-        self.config = config_module.load(None, [*keys, *KINDS[kind]])
+        self.config = config_module.load_config(None, [*keys, *KINDS[kind]])
         tokenizer = load_tokenizer(self.config.model)
         self.model = build_model(self.config, tokenizer, users).to(choose_device("auto"))
         self.texts = random_comparisons(args.shape, args.comparisons, len(tokenizer), 1, args.seed)

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prlhf.compare import parse_models, read_margins
-from prlhf.data import Comparison, read_comparisons
+from prlhf.data.check.rules import prompt_key
+from prlhf.data.comparisons import Comparison, read_comparisons
 from prlhf.errors import UserError, check_range, run_command
-from prlhf.report import percent
-from prlhf.rules import prompt_key
+from prlhf.evaluate.compare import parse_models
+from prlhf.evaluate.margins import read_margins
+from prlhf.evaluate.report import percent
 
 
 def conformity(comparisons: Sequence[Comparison]) -> dict[str, float]:

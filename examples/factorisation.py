@@ -15,14 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prlhf.config import LossConfig, UserModelConfig
-from prlhf.data import CANONICAL, Comparison, UserIndex, read_comparisons
+from prlhf.config.keys import LossConfig, UserModelConfig
+from prlhf.data.check.rules import as_read, response_keys
+from prlhf.data.comparisons import CANONICAL, Comparison, read_comparisons
+from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, run_command
-from prlhf.report import percent
-from prlhf.rules import as_read, response_keys
-from prlhf.solve import LinearProblem, solve, vectors_of_all
-from prlhf.strength import choose
-from prlhf.user_models import LowRankUsers
+from prlhf.evaluate.report import percent
+from prlhf.method.users import LowRankUsers
+from prlhf.solve.linear import LinearProblem, solve, vectors_of_all
+from prlhf.solve.strength import choose
 
 ALPHA = 0.5
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import evaluate
-import train
-from prlhf import config as config_module
+from prlhf.config import load as config_module
 from prlhf.errors import UserError, did_you_mean
+from prlhf.evaluate import __main__ as evaluate
+from prlhf.train import __main__ as train
 
 OWN: dict[str, str | None] = {"": None}  # held out: the config's own data.valid, evaluated in eval/ itself
 
@@ -60,7 +60,7 @@ def run_grid(
         for name, arm in chosen.items():
             run = Path(args.out) / f"{name.replace(' ', '').replace(',', '_').replace('=', '')}_seed{seed}"
             overrides = (*keys, *args.set, *arm.keys, f"run_dir={run}", f"seed={seed}")
-            valid = config_module.load(config_module.find(arm.config), overrides).data.valid
+            valid = config_module.load_config(config_module.find_config(arm.config), overrides).data.valid
             plan.append((name, arm.config, run, overrides, valid))
     folders: dict[str, dict[str, list[Path]]] = {split: {name: [] for name in chosen} for split in held_out}
     for name, config, run, overrides, valid in plan:

@@ -11,15 +11,16 @@ import random
 
 import torch
 
-from prlhf import config as config_module
-from prlhf.config import Config
-from prlhf.encoding import EncodedComparison
+from prlhf.backbone.toys import byte_tokenizer, random_backbone
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config import load as config_module
+from prlhf.config.keys import Config
 from prlhf.errors import run_command
-from prlhf.loading import byte_tokenizer, random_backbone
-from prlhf.losses import Rewards
-from prlhf.personalized import PersonalizedModel, build_model
-from prlhf.scoring import score
-from prlhf.updates import accumulate_gradients
+from prlhf.method.build import build_model
+from prlhf.method.losses import Rewards
+from prlhf.method.models import PersonalizedModel
+from prlhf.score.score import score
+from prlhf.train.step import accumulate_gradients
 
 USERS = 7
 VOTES_FOR_FIRST = (1, 3, 4, 6)  # of the seven users, on each pair
@@ -63,7 +64,7 @@ def fitted(config: Config, comparisons: list[EncodedComparison], decay: float = 
 def lemma_config(*overrides: str) -> Config:
     """A reward model with a linear head on a frozen two-layer backbone."""
     fixed = ("model.family=llama", "model.frozen=true", "user_model.tokens=1", "user_model.aggregator=linear")
-    return config_module.load(
+    return config_module.load_config(
         None, ("method=prm", "optim.micro_batch_size=28", *fixed, "user_model.init=zero", *overrides)
     )
 

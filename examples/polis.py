@@ -13,8 +13,8 @@ What can be reached without reading a word: python -m examples.factorisation --d
 from pathlib import Path
 
 from examples import grid
-from prlhf import compare
 from prlhf.errors import run_command
+from prlhf.evaluate import compare
 
 PAPER = (
     "user_model.prior=null", "user_model.rank=null", "user_model.init=zero", "model.pooling=last", "user_model.lr=0.03",

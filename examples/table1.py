@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.grid import Arm, options, run_grid
-from prlhf import config as config_module
-from prlhf.compare import MEASURES, read_models
+from prlhf.config import load as config_module
 from prlhf.errors import run_command
-from prlhf.paired import compare
-from prlhf.report import interval_text, percent
+from prlhf.evaluate.compare import MEASURES
+from prlhf.evaluate.margins import read_models
+from prlhf.evaluate.report import interval_text, percent
+from prlhf.evaluate.stats.paired import compare
 
 
 class Published(NamedTuple):
@@ -71,7 +72,7 @@ def changed_keys(evaluations: dict[str, list[Path]], arms: dict[str, Arm]) -> li
     """'optim.lr: 5e-06 -> 0.001' for what the runs' configs have other than the arms' own."""
     found: dict[str, None] = {}
     for name, (folder, *_) in evaluations.items():
-        expected = config_module.load(config_module.find(arms[name].config), arms[name].keys)
+        expected = config_module.load_config(config_module.find_config(arms[name].config), arms[name].keys)
         differing = config_module.differing_keys(expected, config_module.load_resolved(folder.parent / "config.yaml"))
         found |= dict.fromkeys(text for text in differing if not text.startswith(tuple(f"{k}:" for k in RUN_KEYS)))
     return list(found)

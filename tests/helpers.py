@@ -8,16 +8,17 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from prlhf import config as config_module
-from prlhf.backbones import use_tree_attention
-from prlhf.config import Config
-from prlhf.encoding import EncodedComparison
-from prlhf.loading import byte_tokenizer, random_backbone
-from prlhf.losses import ResponseLogProbs
-from prlhf.personalized import PersonalizedModel, build_model
-from prlhf.scoring import score
-from prlhf.updates import accumulate_gradients
-from prlhf.user_models import IndividualUsers, LowRankUsers, UniformUsers
+from prlhf.backbone.attention import use_tree_attention
+from prlhf.backbone.toys import byte_tokenizer, random_backbone
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config import load as config_module
+from prlhf.config.keys import Config
+from prlhf.method.build import build_model
+from prlhf.method.losses import ResponseLogProbs
+from prlhf.method.models import PersonalizedModel
+from prlhf.method.users import IndividualUsers, LowRankUsers, UniformUsers
+from prlhf.score.score import score
+from prlhf.train.step import accumulate_gradients
 
 TOKENIZER = byte_tokenizer()
 VOCABULARY = len(TOKENIZER)
@@ -35,7 +36,7 @@ KINDS = {
 
 def tiny_config(*overrides: str, family: str = "llama") -> Config:
     small = (f"model.family={family}", "model.width=32", "model.heads=2", "user_model.tokens=3")
-    return config_module.load(None, (*small, *overrides))
+    return config_module.load_config(None, (*small, *overrides))
 
 
 def rms_norm_float64(norm, x: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,10 @@ import torch.distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from prlhf import config
-from prlhf.distributed import training_model
-from prlhf.loading import byte_tokenizer, load_backbone
+from prlhf.backbone.loading import load_backbone
+from prlhf.backbone.toys import byte_tokenizer
+from prlhf.config import load as config
+from prlhf.parallel.shard import training_model
 
 
 def own_bytes() -> int:
@@ -47,13 +48,13 @@ class Peak:
 def sharded(folder: str) -> object:
     """The model, each process its shards."""
     return training_model(
-        config.load(None, [f"model.name={folder}", "user_model.tokens=2"]), byte_tokenizer(), 2, "cpu"
+        config.load_config(None, [f"model.name={folder}", "user_model.tokens=2"]), byte_tokenizer(), 2, "cpu"
     )
 
 
 def whole(folder: str) -> object:
     """All weights in each process."""
-    backbone = load_backbone(config.load(None, [f"model.name={folder}"]).model, byte_tokenizer(), 0)
+    backbone = load_backbone(config.load_config(None, [f"model.name={folder}"]).model, byte_tokenizer(), 0)
     return [p.detach().clone() for p in backbone.parameters()]
 
 

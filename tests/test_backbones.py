@@ -5,7 +5,9 @@ import torch
 from helpers import assert_same, gradients, random_comparisons, tiny_config, tiny_model
 from transformers import BitNetConfig, BitNetForCausalLM
 
-from prlhf.backbones import blocks, prepare_blocks, use_tree_attention
+from prlhf.backbone.attention import use_tree_attention
+from prlhf.backbone.families import blocks
+from prlhf.backbone.recompute import prepare_blocks
 
 
 def test_an_mlp_of_another_kind_stays_as_it_is():

@@ -16,11 +16,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig
 
-from prlhf.backbones import blocks
-from prlhf.config import ModelConfig
-from prlhf.encoding import EncodedComparison
-from prlhf.loading import byte_tokenizer, load_weights, random_backbone
-from prlhf.lora import lora_layers
+from prlhf.backbone.families import blocks
+from prlhf.backbone.loading import load_weights
+from prlhf.backbone.lora import lora_layers
+from prlhf.backbone.toys import byte_tokenizer, random_backbone
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config.keys import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"

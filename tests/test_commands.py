@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import evaluate
-import generate
-import train
-from prlhf import rewards
-from prlhf.config import DataConfig
-from prlhf.data import read_comparisons, read_prompts
-from prlhf.encoding import Encoder
-from prlhf.loading import byte_tokenizer
+from prlhf.backbone.toys import byte_tokenizer
+from prlhf.batch.tokens import Encoder
+from prlhf.config.keys import DataConfig
+from prlhf.data.comparisons import read_comparisons, read_prompts
+from prlhf.evaluate import __main__ as evaluate
+from prlhf.generate import __main__ as generate
+from prlhf.generate import rewards
+from prlhf.train import __main__ as train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("model.width=32", "model.heads=2", "optim.epochs=1", "lora.rank=2", "data.limit=16", "data.valid_limit=12")

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from prlhf import compare
-from prlhf.data import Comparison
-from prlhf.report import optional_pyplot, write_margins
+from prlhf.data.comparisons import Comparison
+from prlhf.evaluate import compare
+from prlhf.evaluate.report import optional_pyplot, write_margins
 
 # Users a (4 comparisons) and b (2) are known; two comparisons of the unknown x and one of nobody are not.
 IDS = ["a1", "a2", "a3", "a4", "b1", "b2", "x1", "x2", "n1"]

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
-from prlhf import config as config_module
-from prlhf.config import CONFIGS, KEYS, load
+from prlhf.config import load as config_module
+from prlhf.config.keys import KEYS
+from prlhf.config.load import CONFIGS, load_config
 from prlhf.errors import UserError
 
 
@@ -15,13 +16,13 @@ def write(tmp_path, text):
 
 def message(path, *overrides):
     with pytest.raises(UserError) as error:
-        load(path, overrides)
+        load_config(path, overrides)
     return str(error.value)
 
 
 def test_defaults_then_yaml_then_set(tmp_path):
     path = write(tmp_path, "model: {family: gptj}\noptim:\n  lr: 1.0e-4\n  epochs: 3\n")
-    config = load(path, ["optim.lr=2e-5", "data.limit=7"])
+    config = load_config(path, ["optim.lr=2e-5", "data.limit=7"])
     assert (config.optim.lr, config.optim.epochs, config.optim.batch_size, config.data.limit) == (2e-5, 3, 32, 7)
     assert config.model.family == "gptj"
 
@@ -59,9 +60,9 @@ def test_numbers(value, good):
     overrides = ["model.family=llama", f"optim.lr={value}"]
     if good is None:
         with pytest.raises(UserError, match="optim.lr"):
-            load(None, overrides)
+            load_config(None, overrides)
     else:
-        assert load(None, overrides).optim.lr == good
+        assert load_config(None, overrides).optim.lr == good
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_numbers(value, good):
 )
 def test_faults_between_keys(overrides, expected):
     with pytest.raises(UserError, match=expected):
-        load(None, overrides)
+        load_config(None, overrides)
 
 
 def test_early_stopping_needs_evaluations_and_says_all_that_is_missing(tmp_path):
@@ -104,7 +105,7 @@ def test_early_stopping_needs_evaluations_and_says_all_that_is_missing(tmp_path)
     ):
         assert part in text
     assert text.startswith("6 faults")
-    load(path, ["train.eval_every=5", "data.valid=held_out.jsonl"])
+    load_config(path, ["train.eval_every=5", "data.valid=held_out.jsonl"])
 
 
 FROZEN_HEAD = "method: prm\nmodel: {family: llama, frozen: true}\nuser_model:\n  tokens: 1\n  aggregator: linear\n"
@@ -141,8 +142,8 @@ def test_faults_of_an_exact_solution_are_told_at_once(tmp_path):
     ):
         assert part in text
     assert text.startswith("2 faults")
-    load(path, ["optim.solver=adamw"])
-    load(path, ["user_model.weight_decay=0", "train.final=last"])
+    load_config(path, ["optim.solver=adamw"])
+    load_config(path, ["user_model.weight_decay=0", "train.final=last"])
 
 
 @pytest.mark.parametrize(
@@ -192,12 +193,12 @@ def test_the_priors_values(name, value, expected):
     if isinstance(expected, str) and expected != "auto":
         assert f"--set user_model.{name}={value}: {expected}" in message(None, *overrides)
     else:
-        assert getattr(load(None, overrides).user_model, name) == expected
+        assert getattr(load_config(None, overrides).user_model, name) == expected
 
 
 def test_a_config_that_a_run_wrote_before_there_were_shared_clusters(tmp_path):
     path = write(tmp_path, "model: {family: llama}\nuser_model: {kind: cluster, shared: true}\n")
-    assert load(path).user_model.shared is True
+    assert load_config(path).user_model.shared is True
     assert config_module.load_resolved(path).user_model.shared is None
     path = write(tmp_path, "model: {family: llama}\nuser_model: {kind: cluster, rank: null, shared: true}\n")
     assert config_module.load_resolved(path).user_model.shared is True
@@ -224,28 +225,28 @@ def test_not_text(tmp_path):
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path):
-    config = load(None, ["model.family=llama", "lora.targets=[q_proj]", "optim.lr=3e-7", "run_dir=/tmp/x"])
+    config = load_config(None, ["model.family=llama", "lora.targets=[q_proj]", "optim.lr=3e-7", "run_dir=/tmp/x"])
     path = write(tmp_path, config_module.dump(config))
-    assert load(path) == config
+    assert load_config(path) == config
 
 
 def test_differing_keys():
-    one, other = load(None, ["model.family=llama"]), load(None, ["model.family=gptj", "loss.beta=0.3"])
+    one, other = load_config(None, ["model.family=llama"]), load_config(None, ["model.family=gptj", "loss.beta=0.3"])
     assert config_module.differing_keys(one, other) == ["model.family: 'llama' -> 'gptj'", "loss.beta: 0.1 -> 0.3"]
 
 
 def test_a_config_is_found_in_configs_or_named_with_a_near_match():
-    assert config_module.find("tiny.yaml") == config_module.find("tiny") == CONFIGS / "tiny.yaml"
+    assert config_module.find_config("tiny.yaml") == config_module.find_config("tiny") == CONFIGS / "tiny.yaml"
     with pytest.raises(UserError, match="did you mean 'tiny.yaml'"):
-        config_module.find("tinny.yaml")
+        config_module.find_config("tinny.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_of_the_project_loads(path):
-    load(path)
+    load_config(path)
 
 
 def test_configs_are_frozen_and_every_key_has_a_sentence():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        load(None, ["model.family=llama"]).seed = 3
+        load_config(None, ["model.family=llama"]).seed = 3
     assert all(declared.metadata["doc"].endswith(".") for declared in KEYS.values())

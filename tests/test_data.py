@@ -6,9 +6,10 @@ from decimal import Decimal
 
 import pytest
 
-from prlhf.config import DataConfig
-from prlhf.data import UserIndex, parse_comparison, read_comparisons, sample, words
+from prlhf.config.keys import DataConfig
+from prlhf.data.comparisons import parse_comparison, read_comparisons, sample, words
 from prlhf.data.files import write_json_lines
+from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b", "user": "u"}

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import yaml
 
-import evaluate
-import generate
-import train
-from prlhf import config as config_module
+from prlhf.config import load as config_module
+from prlhf.config.keys import Config
 from prlhf.data import __main__ as data_command
-from prlhf.data import multipref, persona, prepare, prism, psoups, tldr
-from prlhf.data.reading import Options
-from prlhf.data.splits import Shares, split, with_few_shot
+from prlhf.data.sets import multipref, persona, prepare, prism, psoups, tldr
+from prlhf.data.sets.raw import Options
+from prlhf.data.sets.splits import Shares, split, with_few_shot
 from prlhf.errors import UserError
+from prlhf.evaluate import __main__ as evaluate
+from prlhf.generate import __main__ as generate
+from prlhf.train import __main__ as train
 
 ROOT = Path(__file__).resolve().parent.parent
 RAW = ROOT / "tests" / "raw"
@@ -287,7 +288,7 @@ PAPERS = {  # what the papers give; all but the first have T_u = 10, LoRA of ran
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_configs_have_the_papers_hyper_parameters(name):
-    found = config_module._flatten(config_module.to_dict(config_module.load(config_module.find(name))))
+    found = config_module._flatten(config_module.to_dict(config_module.load_config(config_module.find_config(name))))
     expected = {"optim.warmup_steps": 150, "optim.weight_decay": 0.0, **PAPERS[name]}
     if name not in ("tldr_pdpo", "tldr_prm"):
         expected |= {"user_model.tokens": 10, "lora.rank": 8, "optim.lr": 5e-5, "optim.schedule": "cosine",
@@ -466,10 +467,10 @@ def test_every_data_set_trains_evaluates_and_generates(config, name, prepared, t
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_say_only_what_differs_from_the_defaults(name):
-    path = config_module.find(name)
+    path = config_module.find_config(name)
     said = {f"{group}.{key}": value for group, keys in yaml.safe_load(path.read_text()).items()
             for key, value in (keys.items() if isinstance(keys, dict) else ())}  # fmt: skip
-    default = config_module._flatten(config_module.to_dict(config_module.Config()))
+    default = config_module._flatten(config_module.to_dict(Config()))
     assert said and not {key for key, value in said.items() if value == default[key]}
 
 

@@ -16,19 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import evaluate
-from prlhf import checkpoint, config, distributed
-from prlhf.distributed import full, process_group, training_model
+from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer, weight_files, word_embeddings
+from prlhf.backbone.toys import byte_tokenizer, random_backbone
+from prlhf.config import load as config
 from prlhf.errors import OtherRankFailed, UserError
-from prlhf.loading import (
-    byte_tokenizer,
-    empty_backbone,
-    load_backbone,
-    load_tokenizer,
-    random_backbone,
-    weight_files,
-    word_embeddings,
-)
+from prlhf.evaluate import __main__ as evaluate
+from prlhf.parallel import ranks as distributed
+from prlhf.parallel.ranks import process_group
+from prlhf.parallel.shard import training_model
+from prlhf.parallel.tensors import full, read_tensors, write_tensors
+from prlhf.store import checkpoints as checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -188,7 +185,8 @@ import os, sys
 from math import prod
 sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
 import train_in_turn
-from prlhf import distributed, loading
+from prlhf.backbone import loading
+from prlhf.parallel import tensors
 
 def refused(*_):
     raise AssertionError("a process loads the whole model")
@@ -202,7 +200,7 @@ def noted(values, *files):
     read_tensors(values, *files)
 
 loading.load_weights = refused
-read_tensors, distributed.read_tensors = distributed.read_tensors, noted
+read_tensors, tensors.read_tensors = tensors.read_tensors, noted
 train_in_turn.main()
 """
 
@@ -211,7 +209,7 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     """A named model, full fine-tuning and LoRA: two processes, each of which reads its rows, do as one that reads all."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    described = config.load(None, [LLAMA]).model
+    described = config.load_config(None, [LLAMA]).model
     backbone, tokenizer = random_backbone(described, len(byte_tokenizer()), 3), byte_tokenizer()
     backbone.save_pretrained(tmp_path / "base", max_shard_size="100KB")
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
@@ -225,7 +223,7 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
     short = ("model.family=null", "optim.max_steps=6")
     named = (f"model.name={tmp_path / 'base'}", *short)
     cases = {"full": named, "lora": (*named, "lora.rank=4"), "prm": (*named, *CASES["prm"][1:])}
-    random_backbone(config.load(None, [GPTJ]).model, len(tokenizer), 3).save_pretrained(tmp_path / "gptj")
+    random_backbone(config.load_config(None, [GPTJ]).model, len(tokenizer), 3).save_pretrained(tmp_path / "gptj")
     tokenizer.save_pretrained(tmp_path / "gptj")
     half = (f"model.name={tmp_path / 'gptj'}", *short, "model.dtype=bfloat16")
     cases |= {"half": (*half, "lora.rank=4"), "half, prm": (*half, "lora.rank=4", *CASES["prm"][1:])}
@@ -289,7 +287,7 @@ def test_offloading_and_mixed_precision(alone, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_an_empty_backbone_is_the_real_one_without_values(family):
-    model = config.load(None, [f"model.family={family}"]).model
+    model = config.load_config(None, [f"model.family={family}"]).model
     tokenizer = load_tokenizer(model)
     empty, real = empty_backbone(model, tokenizer), load_backbone(model, tokenizer, seed=0)
 
@@ -306,9 +304,9 @@ def test_an_empty_backbone_is_the_real_one_without_values(family):
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_an_empty_named_backbone_of_a_half_type_has_the_buffers_of_the_loaded_one(family, tmp_path):
     """Rotary frequencies above all: made in float32 whatever the weights' type."""
-    described = config.load(None, [f"model.family={family}", "model.width=128"]).model
+    described = config.load_config(None, [f"model.family={family}", "model.width=128"]).model
     random_backbone(described, len(byte_tokenizer()), 3).save_pretrained(tmp_path)
-    named = config.load(None, [f"model.name={tmp_path}", "model.dtype=bfloat16", "lora.rank=2"]).model
+    named = config.load_config(None, [f"model.name={tmp_path}", "model.dtype=bfloat16", "lora.rank=2"]).model
     empty, real = empty_backbone(named, byte_tokenizer()), load_backbone(named, byte_tokenizer(), seed=0)
     assert {p.dtype for p in empty.parameters()} == {p.dtype for p in real.parameters()} == {torch.bfloat16}
     assert empty.config.dtype == real.config.dtype == torch.bfloat16
@@ -320,10 +318,10 @@ def test_an_empty_named_backbone_of_a_half_type_has_the_buffers_of_the_loaded_on
 
 def test_a_generation_config_that_transformers_will_not_save_is_mended_when_it_is_read(tmp_path):
     """A temperature without sampling, as some published models have it: refused at the end of a run of days, else."""
-    described = config.load(None, [LLAMA]).model
+    described = config.load_config(None, [LLAMA]).model
     random_backbone(described, len(byte_tokenizer()), 3).save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
-    named = config.load(None, [f"model.name={tmp_path / 'base'}"]).model
+    named = config.load_config(None, [f"model.name={tmp_path / 'base'}"]).model
     for name, model in (
         ("loaded", load_backbone(named, byte_tokenizer(), 0)),
         ("empty", empty_backbone(named, byte_tokenizer())),
@@ -334,7 +332,7 @@ def test_a_generation_config_that_transformers_will_not_save_is_mended_when_it_i
 
 def saved_model(folder, **options):
     """A random Llama's weights in `folder`, with its tokenizer."""
-    backbone = random_backbone(config.load(None, [LLAMA]).model, len(byte_tokenizer()), 3)
+    backbone = random_backbone(config.load_config(None, [LLAMA]).model, len(byte_tokenizer()), 3)
     backbone.save_pretrained(folder, **options)
     byte_tokenizer().save_pretrained(folder)
     return backbone
@@ -347,16 +345,16 @@ def test_a_checkpoint_is_written_in_files_of_which_memory_holds_two(monkeypatch,
         "large": torch.randn(1000, 1000),
         "one": torch.ones(1),
     }
-    distributed.write_tensors({"one": torch.ones(1)}, tmp_path / "first")  # imports
+    write_tensors({"one": torch.ones(1)}, tmp_path / "first")  # imports
     tracemalloc.start()
-    distributed.write_tensors(values, tmp_path / "all")
+    write_tensors(values, tmp_path / "all")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     files = list((tmp_path / "all").glob("*.safetensors"))
     assert len(files) == 12  # two of 0.4 MB a file, the large one alone, and the last
     assert peak < 2 * 4_000_000 + 1_000_000 < sum(file.stat().st_size for file in files)
     read = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
-    distributed.read_tensors(read, tmp_path / "all")
+    read_tensors(read, tmp_path / "all")
     assert all(torch.equal(read[name], tensor) for name, tensor in values.items())
 
 
@@ -365,7 +363,7 @@ def test_no_process_ever_holds_the_whole_model(tmp_path):
     """Each holds its share while it loads and after, and so all together hold the model once, whatever their number."""
     small, large = tmp_path / "small", tmp_path / "large"
     saved_model(small)
-    described = config.load(None, [LLAMA, "model.width=512", "model.layers=12"]).model
+    described = config.load_config(None, [LLAMA, "model.width=512", "model.layers=12"]).model
     backbone = random_backbone(described, len(byte_tokenizer()), 3)
     backbone.save_pretrained(large)
     byte_tokenizer().save_pretrained(large)
@@ -385,7 +383,7 @@ def test_no_process_ever_holds_the_whole_model(tmp_path):
 
 def sharded_model(folder):
     """The model in `folder` as one process of FSDP reads it, whole again."""
-    named = config.load(None, [f"model.name={folder}", "model.compute_dtype=bfloat16", "user_model.tokens=2"])
+    named = config.load_config(None, [f"model.name={folder}", "model.compute_dtype=bfloat16", "user_model.tokens=2"])
     try:
         with process_group(named, "cpu"):
             model = training_model(named, byte_tokenizer(), 2, "cpu")
@@ -411,7 +409,7 @@ def test_files_that_are_not_the_models_are_not_read(tmp_path, parts):
 
 
 def weights_read_for_users(folder):
-    named = config.load(None, [f"model.name={folder}"]).model
+    named = config.load_config(None, [f"model.name={folder}"]).model
     return word_embeddings(empty_backbone(named, byte_tokenizer()), folder)
 
 
@@ -419,7 +417,7 @@ def test_a_model_without_safetensors_is_refused_with_how_to_convert_it(tmp_path)
     backbone = saved_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(backbone.state_dict(), tmp_path / "pytorch_model.bin")
-    named = config.load(None, [f"model.name={tmp_path}"]).model
+    named = config.load_config(None, [f"model.name={tmp_path}"]).model
     for load in (lambda: sharded_model(tmp_path), lambda: load_backbone(named, byte_tokenizer(), 0)):
         with pytest.raises(UserError, match=r"save_pretrained\(NEW_FOLDER, safe_serialization=True\)"):
             load()
@@ -468,7 +466,7 @@ def test_what_gloo_says_of_one_that_is_gone(monkeypatch, said):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     lost = pytest.raises(OtherRankFailed, match="lost another one.*the same command goes on")
-    with lost, process_group(config.load(None, [LLAMA]), "cpu"):
+    with lost, process_group(config.load_config(None, [LLAMA]), "cpu"):
         raise RuntimeError(said)
 
 
@@ -476,12 +474,13 @@ WAITING = f"""
 import sys, time
 from datetime import timedelta
 sys.path.insert(0, {str(ROOT)!r})
-from prlhf import config, distributed
+from prlhf.config.load import load_config
+from prlhf.parallel import ranks as distributed
 from prlhf.errors import run_command
 
 def main():
     distributed.PATIENCE = timedelta(seconds=2)
-    with distributed.process_group(config.load(None, ["model.family=llama"]), "cpu"):
+    with distributed.process_group(load_config(None, ["model.family=llama"]), "cpu"):
         distributed.barrier()
         if distributed.rank() == 1:
             time.sleep(30)
@@ -503,7 +502,7 @@ def test_what_the_network_said_is_not_lost(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
     lost = pytest.raises(OtherRankFailed, match="Duplicate GPU detected")
-    with lost, process_group(config.load(None, [LLAMA]), "cpu"):
+    with lost, process_group(config.load_config(None, [LLAMA]), "cpu"):
         raise torch.distributed.DistBackendError("NCCL error: Duplicate GPU detected")
 
 

@@ -15,18 +15,20 @@ import torch
 from helpers import TOKENIZER, VOCABULARY, tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import train
-from prlhf import updates
-from prlhf.checkpoint import save_step
-from prlhf.data import read_comparisons
-from prlhf.dry_run import available_memory, predict
-from prlhf.encoding import encode_training_data
+from prlhf.backbone.loading import load_backbone
+from prlhf.batch.datasets import encode_training_data
+from prlhf.data.comparisons import read_comparisons
 from prlhf.errors import UserError
-from prlhf.loading import load_backbone
-from prlhf.losses import ResponseLogProbs
-from prlhf.memory import file_bytes_beside
-from prlhf.personalized import build_model
-from prlhf.updates import make_optimizer, part_loss, update_parts
+from prlhf.forecast.dry_run import available_memory, predict
+from prlhf.forecast.memory import file_bytes_beside
+from prlhf.method.build import build_model
+from prlhf.method.losses import ResponseLogProbs
+from prlhf.store.checkpoints import save_step
+from prlhf.train import __main__ as train
+from prlhf.train import step as updates
+from prlhf.train.optimizer import make_optimizer
+from prlhf.train.plan import update_parts
+from prlhf.train.step import part_loss
 
 ROOT = Path(__file__).resolve().parent.parent
 D, LAYERS = 32, 2  # of tiny_config

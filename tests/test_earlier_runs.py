@@ -8,8 +8,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-import evaluate
-import train
+from prlhf.evaluate import __main__ as evaluate
+from prlhf.train import __main__ as train
 
 ROOT = Path(__file__).resolve().parent.parent
 LATER = {

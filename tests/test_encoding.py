@@ -4,12 +4,14 @@ import pytest
 from helpers import TOKENIZER, tiny_config, tiny_model
 from tokenizers import processors
 
-from prlhf.batching import micro_batches, updates_of_epoch
-from prlhf.data import ComparisonFile, UserIndex, parse_comparison
-from prlhf.encoding import EncodedComparison, Encoder, EncodingReport, encode_file
+from prlhf.backbone.toys import byte_tokenizer
+from prlhf.batch.datasets import encode_file
+from prlhf.batch.order import micro_batches, updates_of_epoch
+from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
+from prlhf.data.comparisons import ComparisonFile, parse_comparison
+from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
-from prlhf.loading import byte_tokenizer
-from prlhf.updates import update_parts
+from prlhf.train.plan import update_parts
 
 
 def with_bos():

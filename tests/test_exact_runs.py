@@ -8,16 +8,19 @@ import torch
 from helpers import TOKENIZER, tiny_config
 from safetensors.torch import load_file
 
-import evaluate
-import generate
-import train
-from prlhf import checkpoint, loop, solve, strength
-from prlhf.data import read_comparisons
-from prlhf.dry_run import predict, render
-from prlhf.encoding import encode_training_data
+from prlhf.batch.datasets import encode_training_data
+from prlhf.data.comparisons import read_comparisons
 from prlhf.errors import UserError
-from prlhf.exact import LARGEST, check_size
-from prlhf.scoring import score
+from prlhf.evaluate import __main__ as evaluate
+from prlhf.forecast.dry_run import predict, render
+from prlhf.generate import __main__ as generate
+from prlhf.score.score import score
+from prlhf.solve import linear as solve
+from prlhf.solve import strength
+from prlhf.solve.prior import LARGEST, check_size
+from prlhf.store.final import load_final
+from prlhf.train import __main__ as train
+from prlhf.train import loop
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = (
@@ -146,7 +149,7 @@ def test_a_training_that_starts_solved_has_the_rewards_of_the_exact_solution(cal
     monkeypatch.setattr(loop, "take_step", noted)
     assert call(train.main, *command(exact, *EXACT))[0] == 0 and not found
     assert call(train.main, *command(run, *SOLVED))[0] == 0 and found
-    loaded = checkpoint.load_final(exact)
+    loaded = load_final(exact)
     file = read_comparisons("examples/tiny/train.jsonl", loaded.config.data)
     _, encoded, _ = encode_training_data(loaded.config, loaded.tokenizer, file, None)
     for name, own in (("own", True), ("generic", False)):
@@ -163,14 +166,14 @@ def test_a_training_that_starts_solved_has_the_rewards_of_the_exact_solution(cal
 
 def test_a_training_that_starts_solved_is_resumed_bit_for_bit(call, tmp_path, monkeypatch):
     assert call(train.main, *command(tmp_path / "whole", *SOLVED))[0] == 0
-    save, run = checkpoint.save_step, tmp_path / "cut"
+    save, run = loop.save_step, tmp_path / "cut"
 
     def stop_after(folder, model, optimizer, users, state):
         save(folder, model, optimizer, users, state)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_step", stop_after)
+        patch.setattr(loop, "save_step", stop_after)
         assert call(train.main, *command(run, *SOLVED))[0] == 130
     status, _, err = call(train.main, *command(run, *SOLVED))
     assert status == 0 and "resuming after update 2" in err

@@ -19,8 +19,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from prlhf.data import download as downloading
-from prlhf.data import fetch, sources
+from prlhf.data import sources
+from prlhf.data.fetch import download as downloading
+from prlhf.data.fetch import fetch
 from prlhf.data.sources import Source
 
 ABC, ABC_SHA256 = b"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1

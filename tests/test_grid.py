@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate
 from examples import ablation, grid, polis, table1
 from examples import conformity as conformity_script
 from examples.conformity import conformity
-from prlhf import config as config_module
-from prlhf.data import Comparison
-from prlhf.report import write_margins
+from prlhf.config import load as config_module
+from prlhf.data.comparisons import Comparison
+from prlhf.evaluate import __main__ as evaluate
+from prlhf.evaluate.report import write_margins
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -41,8 +41,8 @@ def from_the_root(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    monkeypatch.setattr("prlhf.report.optional_pyplot", lambda: None)
-    monkeypatch.setattr("prlhf.compare.optional_pyplot", lambda: None)
+    monkeypatch.setattr("prlhf.evaluate.report.optional_pyplot", lambda: None)
+    monkeypatch.setattr("prlhf.evaluate.compare.optional_pyplot", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def finished(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("PRLHF_CACHE", str(out.parent / "cache"))
-        patch.setattr("prlhf.report.optional_pyplot", lambda: None)
+        patch.setattr("prlhf.evaluate.report.optional_pyplot", lambda: None)
         torch.set_num_threads(2)  # as the tests have it: other numbers of threads round otherwise
         patch.setattr(sys, "argv", ["table1", *map(str, arguments(data, out))])
         table1.main()
@@ -198,7 +198,7 @@ def test_the_papers_numbers(finished):
 def test_every_arm_is_what_its_row_says():
     for family in table1.FAMILIES.values():
         for name, arm in family.items():
-            config = config_module.load(config_module.find(arm.config), arm.keys)
+            config = config_module.load_config(config_module.find_config(arm.config), arm.keys)
             assert config.method == ("prm" if "rm" in name else "pdpo")
             if name.startswith("vanilla"):
                 assert config.user_model.kind == "uniform"
@@ -261,7 +261,7 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     run, held_out = f"{tmp_path}/cluster5_seed1", f"{data}/unseen_users_test.jsonl"
     assert len(evaluated) == 12
     assert evaluated[-1] == ("--checkpoint", run, "--data", held_out, "--out", f"{run}/eval/unseen_users_test")
-    compared = [given for module, given in calls if module == "prlhf.compare"]
+    compared = [given for module, given in calls if module == "prlhf.evaluate.compare"]
     seeds = ",".join(f"{tmp_path}/vanilla_seed{s}/eval/valid_seen_statements" for s in (0, 1))
     assert compared[0][0] == f"vanilla={seeds}" and compared[0][-1] == f"{tmp_path}/comparison_valid_seen_statements"
 

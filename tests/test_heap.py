@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from prlhf import heap
-from prlhf.allocations import Allocations
-from prlhf.heap import growth, twice
+from prlhf.forecast import heap
+from prlhf.forecast.allocations import Allocations
+from prlhf.forecast.heap import growth, twice
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's heap")
 MB = 1_000_000

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from prlhf import logprobs
 from prlhf.errors import UserError
-from prlhf.logprobs import IGNORED, log_probs
+from prlhf.kernels import log_probs as logprobs
+from prlhf.kernels.log_probs import IGNORED, log_probs
 
 SHAPES = [(5, 7, 11), (70, 33, 300), (37, 65, 1031)]  # positions, width, vocabulary: sizes that divide by nothing
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the kernels compiled, or through Triton's interpreter

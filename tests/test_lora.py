@@ -5,9 +5,9 @@ import torch
 from helpers import plain_backbone, random_comparisons, tiny_config, tiny_model
 from safetensors.torch import load_file
 
-from prlhf.backbones import lora_targets
+from prlhf.backbone.families import lora_targets
+from prlhf.backbone.lora import LoRALinear, adapters_off, add_lora, load_lora, lora_layers, save_lora
 from prlhf.errors import UserError
-from prlhf.lora import LoRALinear, adapters_off, add_lora, load_lora, lora_layers, save_lora
 
 
 def adapted(family="llama", *overrides):

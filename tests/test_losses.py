@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from prlhf import config as config_module
-from prlhf.losses import (
+from prlhf.config import load as config_module
+from prlhf.method.losses import (
     ResponseLogProbs,
     hinge_loss,
     ipo_loss,
@@ -93,7 +93,7 @@ def test_orpo_stays_finite_for_a_certain_response():
 
 @pytest.mark.parametrize("kind", ["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"])
 def test_gradients_match_finite_differences(kind):
-    config = config_module.load(None, ("model.family=llama", f"loss.kind={kind}", "loss.beta=0.3")).loss
+    config = config_module.load_config(None, ("model.family=llama", f"loss.kind={kind}", "loss.beta=0.3")).loss
 
     def total(chosen, rejected):
         return preference_loss(config, POLICY._replace(chosen=chosen, rejected=rejected), REFERENCE).sum()
@@ -104,14 +104,14 @@ def test_gradients_match_finite_differences(kind):
 
 
 def test_reward_margin_is_scaled_by_beta():
-    config = config_module.load(None, ("model.family=llama", "loss.beta=0.3")).loss
+    config = config_module.load_config(None, ("model.family=llama", "loss.beta=0.3")).loss
     assert reward_margin(config, POLICY, REFERENCE).tolist() == pytest.approx([0.45, -0.45])
-    simpo = config_module.load(None, ("model.family=llama", "loss.beta=0.3", "loss.kind=simpo")).loss
+    simpo = config_module.load_config(None, ("model.family=llama", "loss.beta=0.3", "loss.kind=simpo")).loss
     assert reward_margin(simpo, POLICY, None).tolist() == pytest.approx([0.3 * (-1 + 2), 0.3 * (-2 + 1.5)])
 
 
 def test_an_added_nll_is_per_token():
-    plain = config_module.load(None, ("model.family=llama",)).loss
-    added = config_module.load(None, ("model.family=llama", "loss.nll=0.5")).loss
+    plain = config_module.load_config(None, ("model.family=llama",)).loss
+    added = config_module.load_config(None, ("model.family=llama", "loss.nll=0.5")).loss
     difference = preference_loss(added, POLICY, REFERENCE) - preference_loss(plain, POLICY, REFERENCE)
     assert difference.tolist() == pytest.approx([0.5 * 4 / 4, 0.5 * 10 / 5])

@@ -7,12 +7,13 @@ import pytest
 import torch
 from helpers import random_comparisons, tiny_config, tiny_model
 
-from prlhf.data import Comparison
-from prlhf.data.splits import Shares, judged, split_by_response
-from prlhf.evaluation import Scores, score_users, shuffled, summarize
-from prlhf.intervals import std_interval, worst_user_interval
-from prlhf.losses import ResponseLogProbs
-from prlhf.metrics import (
+from prlhf.data.check.rules import fit
+from prlhf.data.comparisons import Comparison
+from prlhf.data.sets.splits import Shares, judged, split_by_response
+from prlhf.evaluate.accuracy import Scores, score_users, shuffled, summarize
+from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
+from prlhf.evaluate.stats.intervals import std_interval, worst_user_interval
+from prlhf.evaluate.stats.metrics import (
     by_user,
     correct,
     expected_calibration_error,
@@ -23,9 +24,8 @@ from prlhf.metrics import (
     pooled_interval,
     sign_flip_test,
 )
-from prlhf.paired import alike, exact_sign_flip_test
-from prlhf.report import accuracy_curve, markdown, write_margins, write_report
-from prlhf.rules import fit
+from prlhf.evaluate.stats.paired import alike, exact_sign_flip_test
+from prlhf.method.losses import ResponseLogProbs
 
 
 def test_a_tie_counts_one_half():

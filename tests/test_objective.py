@@ -19,9 +19,11 @@ from helpers import (
     votes,
 )
 
-from prlhf.losses import branch_weights
-from prlhf.scoring import score
-from prlhf.updates import Item, accumulate_gradients, branches, make_optimizer
+from prlhf.method.losses import branch_weights
+from prlhf.score.score import score
+from prlhf.train.optimizer import make_optimizer
+from prlhf.train.plan import Item, branches
+from prlhf.train.step import accumulate_gradients
 
 
 def run(config, comparisons, order=None, model=None):

@@ -9,13 +9,18 @@ import torch
 from helpers import random_comparisons, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prlhf import loop, optim, updates
-from prlhf.data import Comparison, UserIndex
-from prlhf.encoding import Dataset, EncodingReport
-from prlhf.optim import NEGLECTED, Optimizers, RowAdamW, clip, momentum_steps
-from prlhf.runs import open_run
-from prlhf.scoring import score
-from prlhf.user_models import IndividualUsers
+from prlhf.batch.datasets import Dataset
+from prlhf.batch.tokens import EncodingReport
+from prlhf.data.comparisons import Comparison
+from prlhf.data.users import UserIndex
+from prlhf.method.users import IndividualUsers
+from prlhf.score.score import score
+from prlhf.store.runs import open_run
+from prlhf.train import loop
+from prlhf.train import optimizer as optim
+from prlhf.train import step as updates
+from prlhf.train.optimizer import Optimizers, clip
+from prlhf.train.row_adamw import NEGLECTED, RowAdamW, momentum_steps
 
 ROWS, STEPS = 12, 300
 BETAS = (0.9, 0.999)
@@ -278,7 +283,7 @@ def test_training_gives_the_weights_of_dense_adamw(monkeypatch, tmp_path, kind):
         )  # fmt: skip
         model, comparisons = tiny_model(config), random_comparisons(16)
         raw = [Comparison("x", "a", "b", str(c.user), None, str(i)) for i, c in enumerate(comparisons)]
-        split = updates.Split(Dataset(comparisons, raw, EncodingReport()), score(model, comparisons, None, 4))
+        split = updates.Referenced(Dataset(comparisons, raw, EncodingReport()), score(model, comparisons, None, 4))
         if name == "dense":
             monkeypatch.setattr(loop, "make_optimizer", DenseAdamW)
         start = copy.deepcopy(model.state_dict())

@@ -16,12 +16,13 @@ from helpers import (
     votes,
 )
 
-from prlhf.batching import Reading, lay_out
+from prlhf.batch.trees import Reading, lay_out
 from prlhf.data.files import fingerprint_of
-from prlhf.reference import remember_states, response_states, weights_fingerprint
-from prlhf.rewards import rewards
-from prlhf.scoring import score
-from prlhf.updates import accumulate_gradients
+from prlhf.generate.rewards import rewards
+from prlhf.score.reference import weights_fingerprint
+from prlhf.score.score import score
+from prlhf.score.states import remember_states, response_states
+from prlhf.train.step import accumulate_gradients
 
 BASES = {
     "soft prompt": ("method=prm",),

@@ -15,11 +15,11 @@ from helpers import (
     tiny_model,
 )
 
-from prlhf import strength as strength_module
-from prlhf.exact import set_prior
-from prlhf.prior import Prior, Strength, counts_of
-from prlhf.reference import weights_fingerprint
-from prlhf.updates import accumulate_gradients
+from prlhf.method.prior import Prior, Strength, counts_of
+from prlhf.score.reference import weights_fingerprint
+from prlhf.solve import strength as strength_module
+from prlhf.solve.prior import set_prior
+from prlhf.train.step import accumulate_gradients
 
 SOFT = ("method=prm",)
 LINEAR = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")

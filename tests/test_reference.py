@@ -7,8 +7,8 @@ from helpers import random_comparisons, tiny_config, tiny_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prlhf import reference as reference_module
-from prlhf.reference import reference_log_probs, weights_fingerprint
+from prlhf.score import reference as reference_module
+from prlhf.score.reference import reference_log_probs, weights_fingerprint
 
 
 @pytest.fixture

@@ -21,11 +21,12 @@ from helpers import (
     votes,
 )
 
-from prlhf.batching import Reading, lay_out
-from prlhf.data import Comparison, UserIndex
-from prlhf.encoding import Encoder, EncodingReport, pair_question
-from prlhf.evaluation import score_users
-from prlhf.losses import (
+from prlhf.batch.tokens import Encoder, EncodingReport, pair_question
+from prlhf.batch.trees import Reading, lay_out
+from prlhf.data.comparisons import Comparison
+from prlhf.data.users import UserIndex
+from prlhf.evaluate.accuracy import score_users
+from prlhf.method.losses import (
     Answers,
     Rewards,
     answer_loss,
@@ -35,9 +36,10 @@ from prlhf.losses import (
     preference_loss,
     reward_margin,
 )
-from prlhf.reference import remember_states, weights_fingerprint
-from prlhf.scoring import score
-from prlhf.updates import accumulate_gradients
+from prlhf.score.reference import weights_fingerprint
+from prlhf.score.score import score
+from prlhf.score.states import remember_states
+from prlhf.train.step import accumulate_gradients
 
 SOFT = ("method=prm",)
 LINEAR = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")

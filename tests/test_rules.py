@@ -2,8 +2,8 @@
 
 import pytest
 
-from prlhf.data import parse_comparison
-from prlhf.rules import RULES, as_read, conflicts, fit, majority_share
+from prlhf.data.check.rules import RULES, as_read, conflicts, fit, majority_share
+from prlhf.data.comparisons import parse_comparison
 
 A, B, C, D, E = "one two three", "four five", "six", "seven eight", "nine ten eleven twelve"
 

@@ -6,8 +6,8 @@ import transformers
 from helpers import TOKENIZER, VOCABULARY, tiny_config, tiny_model
 
 from prlhf.errors import UserError
-from prlhf.personalized import build_model
-from prlhf.sampling import Decoder, Decoding, Request, choose, generate
+from prlhf.generate.decode import Decoder, Decoding, Request, choose, generate
+from prlhf.method.build import build_model
 
 
 def requests():

@@ -2,7 +2,7 @@
 
 import pytest
 
-import generate
+from prlhf.generate import __main__ as generate
 
 
 @pytest.mark.parametrize(

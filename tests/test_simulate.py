@@ -3,12 +3,12 @@ import sys
 
 import pytest
 
-from prlhf import lengths as length_report
-from prlhf import simulate
-from prlhf.data import parse_comparison
+from prlhf.data.comparisons import parse_comparison
+from prlhf.data.sets import simulate
+from prlhf.data.sets.simulate import assign_workers, preferences, relabel
 from prlhf.errors import UserError
-from prlhf.lengths import lengths
-from prlhf.simulate import assign_workers, preferences, relabel
+from prlhf.evaluate import lengths as length_report
+from prlhf.evaluate.lengths import lengths
 
 
 def record(chosen, rejected, user=None, **extra):

@@ -15,14 +15,14 @@ from helpers import tiny_config
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prlhf.batching import Reading
-from prlhf.config import Config
-from prlhf.encoding import EncodedComparison
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.batch.trees import Reading
+from prlhf.config.keys import Config
 from prlhf.errors import TrainingError, UserError
-from prlhf.prior import Prior, Strength, counts_of, difference_scale
-from prlhf.solve import LinearProblem, blank_copy, linear_problem, solve, unscaled
-from prlhf.strength import FOLDS, Choice, Fold, choose, folds, losses_along
-from prlhf.user_models import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
+from prlhf.method.prior import Prior, Strength, counts_of, difference_scale
+from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
+from prlhf.solve.linear import LinearProblem, blank_copy, linear_problem, solve, unscaled
+from prlhf.solve.strength import FOLDS, Choice, Fold, choose, folds, losses_along
 
 AUTO = ("user_model.prior=auto", "user_model.shared_prior=auto")
 

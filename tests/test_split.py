@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from prlhf.data import __main__ as data_command
-from prlhf.data import parse_comparison
-from prlhf.data.splits import Shares, judged, recurring, split_by_response
+from prlhf.data.comparisons import parse_comparison
+from prlhf.data.sets.splits import Shares, judged, recurring, split_by_response
 
 SHARES = Shares(1.0, 0.7)  # all users known, 70% of each one's responses trained on
 

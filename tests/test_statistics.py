@@ -15,8 +15,15 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from prlhf.intervals import beta_cdf, beta_quantile, exact_bound, std_interval, student_t_quantile, worst_user_interval
-from prlhf.metrics import (
+from prlhf.evaluate.stats.intervals import (
+    beta_cdf,
+    beta_quantile,
+    exact_bound,
+    std_interval,
+    student_t_quantile,
+    worst_user_interval,
+)
+from prlhf.evaluate.stats.metrics import (
     UserCounts,
     holm,
     mean_interval,
@@ -24,7 +31,7 @@ from prlhf.metrics import (
     pooled_interval,
     sign_flip_test,
 )
-from prlhf.paired import alike
+from prlhf.evaluate.stats.paired import alike
 
 DRAWS = 1000
 SAMPLES = 500

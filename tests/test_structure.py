@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prlhf.reference_table import with_table
+from prlhf.config.table import with_table
 
 ROOT = Path(__file__).resolve().parent.parent
 # Data flows one way: each module imports only from those above it.

@@ -21,15 +21,23 @@ import torch
 from helpers import gradients, random_comparisons, tiny_config, tiny_model
 from safetensors.torch import load_file
 
-import train as train_script
-from prlhf import checkpoint, config, loop, updates
-from prlhf.data import Comparison, UserIndex, read_comparisons
-from prlhf.encoding import Dataset, EncodingReport
+from prlhf.batch.datasets import Dataset
+from prlhf.batch.tokens import EncodingReport
+from prlhf.config import load as config
+from prlhf.data.comparisons import Comparison, read_comparisons
+from prlhf.data.users import UserIndex
 from prlhf.errors import TrainingError, UserError
-from prlhf.progress import Progress
-from prlhf.runs import open_run
-from prlhf.scoring import score
-from prlhf.training_log import Sums
+from prlhf.score.score import score
+from prlhf.store import checkpoints as checkpoint
+from prlhf.store.files import checksum
+from prlhf.store.final import load_final
+from prlhf.store.runs import open_run
+from prlhf.train import __main__ as train_script
+from prlhf.train import loop
+from prlhf.train import step as updates
+from prlhf.train.log import Sums
+from prlhf.train.optimizer import learning_rate_factor
+from prlhf.train.progress import Progress
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = (
@@ -157,7 +165,7 @@ def test_a_gpu_without_memory_ends_with_what_to_change(monkeypatch, tmp_path, ca
 
 def test_how_processes_share_the_work_may_change_between_two_starts(tmp_path):
     def opened(*overrides):
-        keys = config.load(None, [f"run_dir={tmp_path / 'a'}", "model.family=llama", *overrides])
+        keys = config.load_config(None, [f"run_dir={tmp_path / 'a'}", "model.family=llama", *overrides])
         run = open_run(keys, "a")
         run.begin(keys, overwrite=False)
         run.lock.close()
@@ -190,7 +198,7 @@ def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_
     }[mode]  # fmt: skip
     run(monkeypatch, tmp_path / "whole", *more)
     assert [-1 <= r["overfitting"] <= 1 for r in records(tmp_path / "whole") if r.get("eval")] == [True] * 3
-    save = checkpoint.save_step
+    save = loop.save_step
     for stop in (2, 6, 10):
 
         def stop_after(folder, model, optimizer, users, state, stop=stop):
@@ -199,10 +207,10 @@ def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_
                 raise KeyboardInterrupt
             return path
 
-        monkeypatch.setattr(checkpoint, "save_step", stop_after)
+        monkeypatch.setattr(loop, "save_step", stop_after)
         with pytest.raises(KeyboardInterrupt):
             run(monkeypatch, tmp_path / f"cut{stop}", *more)
-        monkeypatch.setattr(checkpoint, "save_step", save)
+        monkeypatch.setattr(loop, "save_step", save)
         run(monkeypatch, tmp_path / f"cut{stop}", *more)
         assert same(weights(tmp_path / f"cut{stop}"), weights(tmp_path / "whole"))
         assert records(tmp_path / f"cut{stop}") == records(tmp_path / "whole")
@@ -244,7 +252,7 @@ def test_a_run_that_stops_early_is_resumed_bit_for_bit(monkeypatch, tmp_path, mo
     patch_evaluations(monkeypatch, loss=WORSENING)
     keys = (*EARLY, "train.patience=2", "train.log_every=1")
     run(monkeypatch, tmp_path / "whole", *keys)
-    save, take_step, steps = checkpoint.save_step, loop.take_step, []
+    save, take_step, steps = loop.save_step, loop.take_step, []
 
     def cut_short(folder, model, optimizer, users, state):
         if (moment, state["step"]) == ("stop not saved", 8):
@@ -253,10 +261,10 @@ def test_a_run_that_stops_early_is_resumed_bit_for_bit(monkeypatch, tmp_path, mo
         if (moment, state["step"]) in (("best saved", 4), ("stop saved", 8)):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_step", cut_short)
+    monkeypatch.setattr(loop, "save_step", cut_short)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tmp_path / "cut", *keys)
-    monkeypatch.setattr(checkpoint, "save_step", save)
+    monkeypatch.setattr(loop, "save_step", save)
     monkeypatch.setattr(loop, "take_step", lambda *args: steps.append(args[-2]) or take_step(*args))
     run(monkeypatch, tmp_path / "cut", *keys)
     assert steps == ([] if moment == "stop saved" else [4, 5, 6, 7])
@@ -363,7 +371,7 @@ def test_a_checkpoint_of_the_form_before_early_stopping_is_resumed(monkeypatch, 
     (step / "state.json").write_text(json.dumps(state))
     (checksums,) = step.glob("checksums-*.json")
     listed = json.loads(checksums.read_text())
-    checksums.write_text(json.dumps({**listed, "state.json": checkpoint._checksum(step / "state.json")}))
+    checksums.write_text(json.dumps({**listed, "state.json": checksum(step / "state.json")}))
     run(monkeypatch, tmp_path / "a")
     assert records(tmp_path / "a") == log and same(weights(tmp_path / "a"), before)
 
@@ -512,7 +520,7 @@ def test_a_checkpoint_reads_no_file_outside_its_folder(monkeypatch, tmp_path):
     listed = step / "checksums-0.json"
     listed.write_text(json.dumps({**json.loads(listed.read_text()), "../outside": "0"}))
     opened = []
-    monkeypatch.setattr(checkpoint, "_checksum", lambda *files: opened.extend(files))
+    monkeypatch.setattr(checkpoint, "checksum", lambda *files: opened.extend(files))
     with pytest.raises(UserError, match=r"step_12: damaged checkpoint .*missing.*\.\./outside"):
         checkpoint.read_state(step)
     assert not opened
@@ -522,7 +530,7 @@ def toy_split(model, count=8):
     comparisons = random_comparisons(count)
     raw = [Comparison("x", "a", "b", str(c.user), None, str(i)) for i, c in enumerate(comparisons)]
     data = Dataset(comparisons, raw, EncodingReport())
-    return updates.Split(data, score(model, comparisons, None, 4))
+    return updates.Referenced(data, score(model, comparisons, None, 4))
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
@@ -602,7 +610,7 @@ def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
 )
 def test_schedules_by_hand(schedule, expected):
     config = tiny_config("optim.warmup_steps=2", f"optim.schedule={schedule}").optim
-    assert [updates.learning_rate_factor(step, 6, config) for step in range(6)] == pytest.approx(expected)
+    assert [learning_rate_factor(step, 6, config) for step in range(6)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", ["robust", "hinge", "ipo", "simpo", "orpo"])
@@ -617,7 +625,7 @@ def test_every_loss_and_user_model_trains_and_evaluates(monkeypatch, tmp_path, k
     run(monkeypatch, tmp_path / "a", *more)
     final = [r for r in records(tmp_path / "a") if r.get("eval")][-1]
     assert math.isfinite(final["loss"]) and 0 <= final["accuracy_top"] <= 1
-    loaded = checkpoint.load_final(tmp_path / "a")
+    loaded = load_final(tmp_path / "a")
     trained = load_file(tmp_path / "a" / "final" / "users.safetensors")
     assert torch.equal(loaded.model.user_model.V_KUD, trained["user_model.V_KUD"])
 
@@ -626,7 +634,7 @@ def test_vanilla_dpo_is_the_uniform_user_without_vectors(monkeypatch, tmp_path):
     run(monkeypatch, tmp_path / "a", "optim.epochs=1", "user_model.kind=uniform", "user_model.tokens=0")
     log = records(tmp_path / "a")
     assert log[0]["user_accuracy"] is None and log[0]["generic_accuracy"] is not None  # one branch serves all
-    assert checkpoint.load_final(tmp_path / "a").model.user_model.e_UD.shape == (0, 32)
+    assert load_final(tmp_path / "a").model.user_model.e_UD.shape == (0, 32)
 
 
 def test_tensorboard_is_written_where_it_is_installed_and_asked_for_where_not(monkeypatch, tmp_path):

@@ -22,11 +22,13 @@ from helpers import (
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prlhf.backbones import LLAMA_LIKE, LORA_TARGETS, blocks, prepare_blocks, tree_block_mask, use_tree_attention
-from prlhf.batching import PACK_MULTIPLE, PREFIX, Layout, collate, tree_mask
-from prlhf.loading import random_backbone
-from prlhf.losses import log_ratio_margin, sigmoid_loss
-from prlhf.personalized import build_model
+from prlhf.backbone.attention import tree_block_mask, use_tree_attention
+from prlhf.backbone.families import LLAMA_LIKE, LORA_TARGETS, blocks
+from prlhf.backbone.recompute import prepare_blocks
+from prlhf.backbone.toys import random_backbone
+from prlhf.batch.trees import PACK_MULTIPLE, PREFIX, Layout, collate, tree_mask
+from prlhf.method.build import build_model
+from prlhf.method.losses import log_ratio_margin, sigmoid_loss
 
 
 def loss_of(policy, reference):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers import plain_user, tiny_config
 
-from prlhf.optim import RowAdamW
-from prlhf.user_models import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers, build_user_model
+from prlhf.method.build import build_user_model
+from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
+from prlhf.train.row_adamw import RowAdamW
 
 
 def build(*overrides, users=3):

@@ -9,11 +9,11 @@ import torch.distributed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train
-from prlhf import distributed
 from prlhf.errors import run_command
+from prlhf.parallel import tensors
+from prlhf.train import __main__ as train
 
-distributed.FILE_BYTES = 50_000  # so that checkpoints have several files a process
+tensors.FILE_BYTES = 50_000  # so that checkpoints have several files a process
 
 
 def main() -> None:

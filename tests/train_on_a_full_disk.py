@@ -7,11 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train
-from prlhf import checkpoint
 from prlhf.errors import run_command
+from prlhf.train import __main__ as train
+from prlhf.train import loop
 
-save_step = checkpoint.save_step
+save_step = loop.save_step
 
 
 def with_less_room(folder, model, optimizer, users, state):
@@ -22,5 +22,5 @@ def with_less_room(folder, model, optimizer, users, state):
 
 
 if __name__ == "__main__":
-    checkpoint.save_step = with_less_room
+    loop.save_step = with_less_room
     run_command(train.main)

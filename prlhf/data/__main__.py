@@ -5,19 +5,19 @@
     python -m prlhf.data split FILE --out FOLDER [--by prompt|response|FIELD] [--few-shot K] [--seed N] ...
     python -m prlhf.data check TRAIN [HELD_OUT ...] [--config NAME] [--set key=value ...]
 
-`fetch` downloads the raw files of a paper's data set (prlhf/data/fetch.py), `prepare` makes comparisons of them and `split`
-divides a file of your own (prlhf/data/prepare.py); `check` reports on files of comparisons before training
-(prlhf/data_check.py).
+`fetch` downloads the raw files of a paper's data set (prlhf/data/fetch/fetch.py), `prepare` makes comparisons of them and `split`
+divides a file of your own (prlhf/data/sets/prepare.py); `check` reports on files of comparisons before training
+(prlhf/data/check/report.py).
 """
 
 import argparse
 from typing import Any
 
-from prlhf import config as config_module
-from prlhf import data_check
-from prlhf.config import DataConfig
-from prlhf.data import fetch, prepare, splits
-from prlhf.data.reading import Options
+from prlhf.config.keys import KEYS, DataConfig
+from prlhf.data.check import report as data_check
+from prlhf.data.fetch import fetch
+from prlhf.data.sets import prepare, splits
+from prlhf.data.sets.raw import Options
 from prlhf.data.sources import DATA_SETS, source_name
 from prlhf.errors import UserError, check_range, run_command
 
@@ -73,7 +73,7 @@ def _add_split(commands: Any, formatter_class: type) -> None:
         "training; or the field that names the dialogue, one user's own (no field is called prompt or response here); by "
         "default response where a user judged one response in two different pairs, else prompt",
     )  # fmt: skip
-    command.add_argument("--format", default="auto", choices=config_module.KEYS["data.format"].metadata["choices"])
+    command.add_argument("--format", default="auto", choices=KEYS["data.format"].metadata["choices"])
     command.add_argument("--user-column", default="user", metavar="FIELD", help="names the user")
     command.add_argument("--users", type=float, default=0.9, metavar="SHARE", help="of the users who are known (0.9)")
     command.add_argument(

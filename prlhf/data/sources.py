@@ -65,8 +65,6 @@ SOURCES: dict[str, Source] = {
         patterns=("MultiPref-Train.jsonl",),  # its parquet files hold the same rows again, and derived sets
     ),
 }
-
-
 MADE_OF = {"tldr_length": "tldr"}  # data sets that are made of another one's raw files
 DATA_SETS = (*SOURCES, *MADE_OF)
 

@@ -1,0 +1,101 @@
+"""Attention that takes the preference tree's mask, for every supported family."""
+
+import types
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.activations import NewGELUActivation
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from prlhf.batch.trees import PreferenceBatch, sees, tree_mask
+
+
+def attention_mask(batch: PreferenceBatch) -> Tensor | BlockMask:
+    """What each position of the batch's rows sees (`tree_mask`): blocks for a packed row on a GPU, else dense."""
+    if not (batch.packed and batch.input_ids_RT.is_cuda):
+        return tree_mask(batch.trees_RT, batch.segments_RT)
+    return tree_block_mask(batch)
+
+
+def takes_flex_attention(model: PreTrainedModel) -> bool:
+    """Whether FlexAttention computes this model's attention: heads of 16 or more, and no dropout in it."""
+    config = model.config
+    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads >= 16 and attention_dropout(model) == 0.0
+
+
+def attention_dropout(model: PreTrainedModel) -> float:
+    """The probability of dropout within attention."""
+    return getattr(model.config, "attention_dropout", 0.0) or getattr(model.config, "attn_pdrop", 0.0)
+
+
+def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
+    """`tree_mask` as FlexAttention's blocks of 128 x 128 positions."""
+    trees_RT, segments_RT = batch.trees_RT, batch.segments_RT
+
+    def mask(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(trees_RT, segments_RT, row, query, key)
+
+    (R, T), device = trees_RT.shape, trees_RT.device
+    return create_block_mask(mask, R, None, T, T, device=device, _compile=device.type == "cuda")
+
+
+def takes_grouped_keys(query: Tensor) -> bool:
+    """Whether scaled_dot_product_attention with a mask has a kernel there for fewer key heads than query heads."""
+    return query.device.type == "cpu"
+
+
+def _tree_attention(
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention.
+
+    Where several query heads read one key head (GQA), a CPU's kernel takes the keys as they are; Hugging Face's function
+    repeats them for it, as kernels for a GPU want it, and the copies would be kept for the backward pass.
+    """
+    if isinstance(attention_mask, Tensor) and takes_grouped_keys(query):
+        output_RHTd = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attention_mask,
+            options.get("dropout", 0.0),
+            scale=options.get("scaling"),
+            enable_gqa=True,
+        )
+        return output_RHTd.transpose(1, 2), None
+    forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
+    return forward(attention, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register("trees", _tree_attention)
+
+
+def _gptj_attention(
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask
+) -> tuple[Tensor, None]:
+    """GPTJAttention._attn, softmax(Q K^T / sqrt(d) + mask) V, by the same two; heads (R, H, T, d) in and out."""
+    options = {"dropout": attention.attn_dropout.p if attention.training else 0.0}
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    output_RTHd, _ = _tree_attention(attention, query, key, value, attention_mask, **options)
+    return output_RTHd.transpose(1, 2), None
+
+
+def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model's attention take the masks of `attention_mask`, and compute GPT-J's GELU in one operation."""
+    if model.config.model_type == "gptj":
+        for block in model.transformer.h:
+            block.attn._attn = types.MethodType(_gptj_attention, block.attn)
+            if isinstance(block.mlp.act, NewGELUActivation):
+                block.mlp.act = nn.GELU(approximate="tanh")
+    else:
+        model.set_attn_implementation("trees")
+    return model

@@ -1,0 +1,132 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685), in files that PEFT reads.
+
+    y = W x + b + (alpha / rank) B A dropout(x),   A of shape (rank, in), B of shape (out, rank), B = 0 at the start
+
+With the adapters off the model is the reference again: no second copy of the weights is needed.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prlhf.config.keys import LoRAConfig
+from prlhf.errors import UserError, did_you_mean
+
+PEFT_PREFIX = "base_model.model."
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a trainable low-rank update, which `adapters_off` leaves out."""
+
+    def __init__(self, base: nn.Linear, config: LoRAConfig):
+        super().__init__()
+        self.base = base
+        self.scale = config.alpha / config.rank
+        self.dropout = nn.Dropout(config.dropout)
+        self.enabled = True
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        where = {"dtype": dtype, "device": "cpu" if base.weight.is_meta else base.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(config.rank, base.in_features, **where))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, config.rank, **where))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), both products in x's type, as the base's: half-type rows stay so, and A and B are cast."""
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return y + (self.scale * (self.dropout(x) @ lora_A.T)) @ lora_B.T
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], seed: int) -> list[str]:
+    """Freeze `model` and adapt every linear layer named in `targets`; returns their paths. Weights drawn from `seed`.
+
+    UserError where a name fits no linear layer of the model.
+    """
+    linear = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    names = {path.rsplit(".", 1)[-1] for path in linear}
+    for target in targets:
+        if target not in names:
+            raise UserError(
+                f"lora.targets: no linear layer {target!r} in this model{did_you_mean(target, names)}; it has {sorted(names)}"
+            )
+    model.requires_grad_(False)
+    paths = [path for path in linear if path.rsplit(".", 1)[-1] in targets]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path in paths:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, LoRALinear(linear[path], config))
+    return paths
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by path."""
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the context the model computes with its original weights."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' weights under PEFT's names."""
+    return {
+        f"{PEFT_PREFIX}{path}.{part}.weight": getattr(layer, part).detach()
+        for path, layer in lora_layers(model).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def save_lora(
+    model: nn.Module, config: LoRAConfig, base_name: str | None, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write adapter_model.safetensors and adapter_config.json; `PeftModel.from_pretrained` reads them too.
+
+    state: the adapters' weights (`lora_state`), where those of the model are sharded.
+    """
+    state = lora_state(model) if state is None else state
+    state = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    described = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in lora_layers(model)}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(described, indent=1) + "\n")
+
+
+def load_lora(model: nn.Module, folder: Path) -> None:
+    """Read the adapters' weights that `save_lora` or PEFT wrote into an adapted model."""
+    state = load_file(folder / "adapter_model.safetensors")
+    layers = lora_layers(model)
+    expected = {f"{PEFT_PREFIX}{path}.{part}.weight" for path in layers for part in ("lora_A", "lora_B")}
+    if state.keys() != expected:
+        odd = sorted(state.keys() ^ expected)
+        raise UserError(f"{folder / 'adapter_model.safetensors'}: does not fit the model's adapters (e.g. {odd[0]})")
+    with torch.no_grad():
+        for path, layer in layers.items():
+            layer.lora_A.copy_(state[f"{PEFT_PREFIX}{path}.lora_A.weight"])
+            layer.lora_B.copy_(state[f"{PEFT_PREFIX}{path}.lora_B.weight"])

@@ -1,0 +1,66 @@
+"""Files of comparisons as tokens: what a config trains and evaluates on."""
+
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
+from prlhf.config.keys import Config
+from prlhf.data.comparisons import Comparison, ComparisonFile
+from prlhf.data.users import UserIndex
+from prlhf.errors import UserError
+
+
+class Dataset(NamedTuple):
+    """The comparisons of a file as tokens, the raw ones beside them, and what was dropped or cut."""
+
+    comparisons: list[EncodedComparison]
+    raw: list[Comparison]
+    report: EncodingReport
+
+    @property
+    def names(self) -> list[str | None]:
+        """Who chose, by the names in the file."""
+        return [c.user for c in self.raw]
+
+
+def encode_file(file: ComparisonFile, encoder: Encoder, users: UserIndex) -> Dataset:
+    """All comparisons of a file as tokens. UserError where none fits."""
+    report = EncodingReport(equal_responses_dropped=file.equal_responses)
+    pairs = [(encoder.encode(c, users, report), c) for c in file.comparisons]
+    kept = [(encoded, c) for encoded, c in pairs if encoded is not None]
+    if not kept:
+        raise UserError(
+            f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(pairs)} comparisons fits; expected more"
+        )
+    return Dataset([encoded for encoded, _ in kept], [c for _, c in kept], report)
+
+
+class TrainingData(NamedTuple):
+    """What a config trains and evaluates on, as tokens, and who is known."""
+
+    users: UserIndex
+    train: Dataset
+    valid: Dataset | None
+
+
+def encode_training_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, train: ComparisonFile, valid: ComparisonFile | None
+) -> TrainingData:
+    """The files' comparisons, sampled as the config says, as tokens. UserError where nobody is known and somebody must."""
+    encoder = Encoder(tokenizer, config.data, config.method)
+    most_active = UserIndex.from_comparisons(train.comparisons, config.data.known_users)
+    train = train.sample(config.data.limit, config.seed)
+    users = most_active.with_data(train.comparisons)
+    if len(users) == 0 and config.user_model.kind != "uniform":
+        raise UserError(f"{config.data.train}: no comparison has a user; expected users, or user_model.kind=uniform")
+    encoded = encode_file(train, encoder, users)
+    if valid is None:
+        return TrainingData(users, encoded, None)
+    held_out = encode_file(valid.sample(config.data.valid_limit, config.seed), encoder, users)
+    if config.train.best_by == "accuracy" and not any(c.user for c in held_out.comparisons):
+        raise UserError(
+            f"{config.data.valid}: found {len(held_out.comparisons)} comparisons, none by a user whom {config.data.train} "
+            "knows; train.best_by=accuracy is known users' accuracy: expected some of theirs, or train.best_by=loss"
+        )
+    return TrainingData(users, encoded, held_out)

@@ -1,0 +1,49 @@
+"""The configuration reference, from the dataclasses: python -m prlhf.reference_table README.md writes it there."""
+
+import json
+import sys
+from pathlib import Path
+
+from prlhf.config.keys import KEYS, type_name
+from prlhf.errors import UserError, run_command
+
+BEGIN, END = "<!-- configuration: made by `make config-table` -->", "<!-- end of configuration -->"
+
+
+def table() -> str:
+    """Every key with its type, range, default and meaning, as Markdown."""
+    lines = ["| key | value | default | |", "|---|---|---|---|"]
+    for name, declared in KEYS.items():
+        limits = declared.metadata
+        bounds = [
+            f"{sign} {limits[k]}"
+            for k, sign in (("low", ">="), ("high", "<="), ("above", ">"))
+            if limits[k] is not None
+        ]
+        cells = [
+            f"`{name}`",
+            f"{type_name(declared)} {', '.join(bounds)}".strip(),
+            json.dumps(declared.default).strip('"'),
+            limits["doc"],
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def with_table(text: str) -> str:
+    """`text` with what stands between the two marks replaced by the table. UserError where a mark is missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"expected the marks {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Write the table into the file named on the command line."""
+    path = Path(sys.argv[1])
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(main)

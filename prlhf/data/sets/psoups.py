@@ -1,0 +1,110 @@
+"""Personalized Soups (Jang et al. 2023, joeljang/RLPHF): six preferences, three opposite pairs, each taken for a user.
+
+Raw: rm_training/P1A.json ... P3B.json, lists of {user_input, completion_a (preferred), completion_b}. user_input ends in a
+sentence that names the preference ("Generate a response that ..."), which would give the user away and is taken off.
+"""
+
+import re
+from pathlib import Path
+
+from prlhf.data.comparisons import parse_prompt
+from prlhf.data.files import parse_json
+from prlhf.data.sets.raw import Count, Options, RawSet, Record, field, raw_files, text_key
+from prlhf.errors import UserError
+
+SENTENCES = {
+    "P1A": "Generate a response that can be easily understood by an elementary school student.",
+    "P1B": "Generate a response that only a PhD Student in that specific field could understand.",
+    "P2A": "Generate a response that is concise and to the point, without being verbose.",
+    "P2B": "Generate a response that is very informative, without missing any background information.",
+    "P3A": "Generate a response that is friendly, witty, funny, and humorous, like a close friend.",
+    "P3B": "Generate a response in an unfriendly manner.",
+}
+FILES = tuple(f"{name}.json" for name in SENTENCES)
+PUBLISHED = {  # rows, and rows that are different and have two different completions
+    "P1A": (48_300, 8_959),
+    "P1B": (48_825, 9_069),
+    "P2A": (47_350, 8_239),
+    "P2B": (49_220, 8_626),
+    "P3A": (49_155, 9_356),
+    "P3B": (48_565, 9_222),
+}
+BEGINS = "generate a response"
+UNNAMED = "user_inputs that are not a prompt and the preference's sentence"
+EVALUATION = "koala_eval_50*.json"
+
+
+def read(folder: Path, options: Options) -> RawSet:
+    """The comparisons of the raw files in `folder`. UserError with file, item and field for what is none."""
+    dropped = dict.fromkeys(("exact duplicates", "equal completions", UNNAMED), 0)
+    records, counts = [], []
+    for path in raw_files(folder, "psoups", *FILES):
+        name, seen = path.stem, set()
+        items = read_list(path)
+        for number, raw in enumerate(items, start=1):
+            where = f"{path}, item {number}"
+            asked, a, b = (field(raw, key, str, where) for key in ("user_input", "completion_a", "completion_b"))
+            prompt = without_sentence(asked, SENTENCES[name])
+            if prompt is None:
+                dropped[UNNAMED] += 1
+            elif a == b:
+                dropped["equal completions"] += 1
+            elif (prompt, a, b) in seen:
+                dropped["exact duplicates"] += 1
+            else:
+                seen.add((prompt, a, b))
+                records.append(
+                    {
+                        "prompt": prompt,
+                        "chosen": a,
+                        "rejected": b,
+                        "user": name,
+                        "id": f"{name}:{number}",
+                        "split_group": text_key(prompt),
+                        "attributes": {"preference": SENTENCES[name]},
+                    }
+                )
+        counts.append(Count(f"{name}: rows", len(items), PUBLISHED[name][0]))
+        counts.append(Count(f"{name}: different rows with two different completions", len(seen), PUBLISHED[name][1]))
+    counts.append(Count(UNNAMED, dropped[UNNAMED], 0))
+    found = [*folder.glob(EVALUATION), *folder.glob(f"*/{EVALUATION}")]
+    prompts = (
+        [koala_prompt(raw, f"{found[0]}, item {i}", i) for i, raw in enumerate(read_list(found[0]), 1)]
+        if found
+        else None
+    )
+    return RawSet(records, None, counts, dropped, prompts)
+
+
+def read_list(path: Path) -> list[Record]:
+    """A JSON file that is a list of objects. UserError, with file and line or item, otherwise."""
+    try:
+        items = parse_json(path.read_text(encoding="utf-8"), str(path), lines=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
+    if not isinstance(items, list) or not items:
+        raise UserError(f"{path}: expected a list of objects, found {'none' if items == [] else type(items).__name__}")
+    for number, item in enumerate(items, start=1):
+        if not isinstance(item, dict):
+            raise UserError(f"{path}, item {number}: expected an object, found {type(item).__name__}")
+    return items
+
+
+def without_sentence(asked: str, sentence: str) -> str | None:
+    """The prompt without the sentence at its end; None where another or none is there, or no prompt before it.
+
+    Commas and spaces do not count.
+    """
+    starts = [match.start() for match in re.finditer(BEGINS, asked, re.IGNORECASE)]
+    if not starts or _letters(asked[starts[-1] :]) != _letters(sentence):
+        return None
+    return asked[: starts[-1]].strip() or None
+
+
+def _letters(text: str) -> str:
+    return re.sub("[^a-z]", "", text.lower())
+
+
+def koala_prompt(raw: Record, where: str, number: int) -> Record:
+    """One of the evaluation prompts."""
+    return {"id": f"koala:{number}", "prompt": parse_prompt(raw.get("prompt"), where)}

@@ -1,0 +1,61 @@
+"""The map between user names in files and user numbers in tensors."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prlhf.data.comparisons import GENERIC, Comparison
+from prlhf.errors import UserError, did_you_mean
+
+
+class UserIndex:
+    """The map between user names (in files) and user numbers (in tensors); 0 is the unknown, generic user."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names = tuple(names)
+        self._numbers = {name: number for number, name in enumerate(self.names, start=1)}
+
+    @classmethod
+    def from_comparisons(cls, comparisons: Iterable[Comparison], known_users: int | None = None) -> "UserIndex":
+        """Users by descending number of comparisons (ties by name); only the first `known_users` where given."""
+        counts = Counter(c.user for c in comparisons if c.user is not None)
+        names = sorted(counts, key=lambda name: (-counts[name], name))
+        return cls(names[:known_users])
+
+    def with_data(self, comparisons: Iterable[Comparison]) -> "UserIndex":
+        """The users of this index, in its order, who have a comparison among these: what has no data is not known."""
+        there = {c.user for c in comparisons}
+        return UserIndex([name for name in self.names if name in there])
+
+    def __len__(self) -> int:
+        """m, the number of known users."""
+        return len(self.names)
+
+    def number(self, name: str | None) -> int:
+        """1..m for a known user, 0 for any other or none."""
+        return self._numbers.get(name, 0) if name else 0
+
+    def required_number(self, name: str) -> int:
+        """As `number`, but UserError for a name that is neither known nor 'generic'."""
+        if name == GENERIC:
+            return 0
+        if name not in self._numbers:
+            known = ", ".join(self.names[:10]) + (", ..." if len(self) > 10 else "")
+            raise UserError(
+                f"user {name!r} is not known to this model{did_you_mean(name, self.names)}; "
+                f"expected {GENERIC!r} or one of its {len(self)} users: {known}"
+            )
+        return self._numbers[name]
+
+    def save(self, path: Path) -> None:
+        """Write {"users": [name of user 1, name of user 2, ...]}."""
+        path.write_text(json.dumps({"users": self.names}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> "UserIndex":
+        """Read what `save` wrote. UserError where it is missing or damaged."""
+        try:
+            return cls(json.loads(path.read_text(encoding="utf-8"))["users"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no user index ({error})") from None

@@ -1,0 +1,94 @@
+"""Evaluate a model: python evaluate.py --checkpoint DIR [--data PATH] [--out DIR] [--set key.sub=value ...]
+
+Writes report.json, report.md, margins.jsonl and figures to the run's eval/ (or --out), and prints report.md.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from prlhf.backbone.loading import choose_device
+from prlhf.batch.datasets import encode_file
+from prlhf.batch.tokens import Encoder
+from prlhf.config.keys import Config
+from prlhf.data.check.rules import FittedRules, fit
+from prlhf.data.comparisons import read_comparisons
+from prlhf.data.users import UserIndex
+from prlhf.errors import UserError, run_command
+from prlhf.evaluate.accuracy import reward_margins, score_users, summarize
+from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
+from prlhf.method.losses import needs_reference
+from prlhf.parallel.ranks import check_started_alone
+from prlhf.score.reference import computes_on, reference_log_probs
+from prlhf.score.states import remember_states
+from prlhf.store.final import base_fingerprint, load_final, reference_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a run's directory or its final/")
+    parser.add_argument("--data", help="comparisons; by default the config's data.valid")
+    parser.add_argument("--out", help="where the report goes; by default RUN_DIR/eval")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    args = parser.parse_args()
+
+    check_started_alone("evaluate.py")
+    loaded = load_final(args.checkpoint, tuple(args.set))
+    config = loaded.config
+    source = args.data or config.data.valid
+    if source is None:
+        raise UserError(f"{loaded.path / 'config.yaml'}: data.valid is not set, expected --data PATH")
+    run_dir = loaded.path.parent if loaded.path.name == "final" else loaded.path
+    out = Path(args.out) if args.out else run_dir / "eval"
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = Encoder(loaded.tokenizer, config.data, config.method)
+    limited = args.data is None or any(text.startswith("data.valid_limit=") for text in args.set)
+    file = read_comparisons(source, config.data).sample(config.data.valid_limit if limited else None, config.seed)
+    data = encode_file(file, encoder, loaded.users)
+    print(f"{source}: {data.report.lines()}")
+    rules = fit_rules(config, loaded.users).right(data.raw)
+
+    device = choose_device(config.device)
+    base = base_fingerprint(loaded.path)
+    reference = None
+    if needs_reference(config):  # before the model is on the GPU, which need not have room for both
+        reference = reference_log_probs(
+            lambda: reference_model(loaded).to(device), data.comparisons,
+            config.evaluate.batch_size, base, computes_on(config.model, device),
+        )  # fmt: skip
+    loaded.model.to(device)
+    remember_states(loaded.model, data.comparisons, config.evaluate.batch_size, base)
+    scores = score_users(config, loaded.model, data.comparisons)
+    users = [c.user for c in data.comparisons]
+    report = {
+        "checkpoint": str(loaded.path),
+        "data": str(source),
+        "encoding": asdict(data.report),
+        **summarize(config, scores, reference, users, data.names, rules, others=loaded.model.users > 1),
+    }
+    margins = reward_margins(config.loss, scores, reference)
+    (out / "report.json").unlink(missing_ok=True)  # of an evaluation before: its margins are replaced
+    write_margins(out, data.raw, [user > 0 for user in users], margins)
+    if (run_dir / "metrics.jsonl").exists():
+        try:
+            accuracy_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
+        except UserError as error:
+            print(f"warning: no curve of accuracy against step: {error}", file=sys.stderr)
+    write_report(report, out)  # last: a report says that the evaluation is complete
+    print(markdown(report))
+    print(f"written to {out}")
+
+
+def fit_rules(config: Config, users: UserIndex) -> FittedRules:
+    """The trivial rules, fitted to the training comparisons where these are still there; `users` are known to them."""
+    if config.data.train is None or not Path(config.data.train).expanduser().is_file():
+        print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
+        return fit([])
+    return fit(
+        read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed).comparisons, users
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

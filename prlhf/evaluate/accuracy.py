@@ -1,0 +1,224 @@
+"""Implicit-reward accuracy of a model on held-out comparisons, with the controls that show whether it is personal.
+
+A comparison counts as right when the chosen response has the larger implicit reward. Known users' comparisons are
+scored three times: with the true user, with the generic user, and with another known user drawn at random. Where
+personalisation is real, the first is well above the other two.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config.keys import Config, LossConfig
+from prlhf.errors import UserError
+from prlhf.evaluate.stats.intervals import std_interval, worst_user_interval
+from prlhf.evaluate.stats.metrics import (
+    UserCounts,
+    accuracies,
+    by_user,
+    correct,
+    expected_calibration_error,
+    mean_interval,
+    pooled,
+    pooled_difference_interval,
+    pooled_interval,
+    user_labels,
+)
+from prlhf.method.losses import Outputs, ResponseLogProbs, branch_weights, preference_loss, reward_margin
+from prlhf.method.models import PersonalizedModel
+from prlhf.method.users import is_personal
+from prlhf.score.score import score
+
+
+class Scores(NamedTuple):
+    """What the model says of the same comparisons under the true, the generic and a random other user."""
+
+    true_user: Outputs
+    generic_user: Outputs
+    shuffled_users: Outputs
+
+
+def shuffled(users: Sequence[int], known: int, seed: int) -> list[int]:
+    """For every known user's comparison another known user, drawn uniformly; 0 stays 0, and so does a single user."""
+    rng = random.Random(seed)
+    draw = [rng.randrange(1, known) if known > 1 else 1 for _ in users]
+    return [0 if u == 0 else d + (known > 1 and d >= u) for u, d in zip(users, draw)]
+
+
+def score_users(
+    config: Config,
+    model: PersonalizedModel,
+    comparisons: Sequence[EncodedComparison],
+    controls: bool = True,
+) -> Scores:
+    """Score all comparisons; nothing is computed twice (an unknown user's three scores are one).
+
+    With a uniform user model, and with alpha = 0, which trains no user's own vectors, known users are scored as user 0.
+
+    controls=False leaves `shuffled_users` as `true_user` and saves a pass.
+    """
+    users = [c.user for c in comparisons]
+    personal = is_personal(model.user_model, config.loss.alpha)
+    known = [i for i, user in enumerate(users) if user > 0 and personal]
+    readers = [users, shuffled(users, model.users, config.evaluate.seed)] if controls else [users]
+    # In one go, so that what does not depend on the reader is shared: everything as user 0, then known users' own.
+    rows = [*range(len(users)), *(i for _ in readers for i in known)]
+    as_users = [0] * len(users) + [as_users[i] for as_users in readers for i in known]
+    scored = score(model, [comparisons[i] for i in rows], as_users, config.evaluate.batch_size, title="evaluation")
+    generic = type(scored)(*(t[: len(users)] for t in scored))
+    rows_K = torch.tensor(known, dtype=torch.long)
+
+    def with_own(start: int) -> Outputs:
+        own = (t[start : start + len(known)] for t in scored)
+        return type(scored)(*(g.index_copy(0, rows_K, o) for g, o in zip(generic, own)))
+
+    true = with_own(len(users))
+    return Scores(true, generic, with_own(len(users) + len(known)) if controls else true)
+
+
+def mixed_loss(config: LossConfig, scores: Scores, reference: ResponseLogProbs | None, users: Sequence[int]) -> float:
+    """The training objective on scored comparisons: mean of alpha loss(true user) + (1 - alpha) loss(generic user)."""
+    weights = branch_weights(torch.tensor(users), config.alpha)
+    losses_B = [preference_loss(config, branch, reference) for branch in (scores.true_user, scores.generic_user)]
+    return (weights.user * losses_B[0] + weights.generic * losses_B[1]).mean().item()
+
+
+def reward_margins(config: LossConfig, scores: Scores, reference: ResponseLogProbs | None) -> np.ndarray:
+    """(3, B): every comparison's reward margin, chosen minus rejected, under the true, generic and shuffled users.
+
+    UserError where one is not finite.
+    """
+    margins = np.stack([reward_margin(config, branch, reference).numpy() for branch in scores])
+    bad = ~np.isfinite(margins).all(axis=0)
+    if bad.any():
+        raise UserError(
+            f"{bad.sum()} of {margins.shape[1]} comparisons have reward margins that are not finite: a broken model?"
+        )
+    return margins
+
+
+def summarize(
+    config: Config,
+    scores: Scores,
+    reference: ResponseLogProbs | None,
+    users: Sequence[int],
+    names: Sequence[str | None],
+    rules: dict[str, Sequence[float]] | None = None,
+    others: bool = True,
+) -> dict[str, Any]:
+    """The numbers of report.json: accuracies, intervals, calibration, controls, rules, what the rule own_record explains
+    (see `own_record_summary`; None where it does not apply) and the table of known users.
+
+    users: user numbers (0 unknown); names: the users' names in the data, by which unknown users are resampled; rules:
+    what each trivial rule gets right of every comparison (1, 0, or 0.5); others: whether the model knows more than one
+    user, without which there is nobody to shuffle with, and what would need it is None.
+    """
+    margins = reward_margins(config.loss, scores, reference)
+    samples, rng = config.evaluate.bootstrap, np.random.default_rng(config.evaluate.seed)
+    known, labels = np.asarray(users) > 0, np.asarray(user_labels(names), dtype=object)
+    true, generic, other = (by_user(labels[known], values[known]) for values in margins)
+    strangers = by_user(labels[~known], margins[1][~known])
+    report = {
+        "comparisons": {"known_users": int(known.sum()), "unknown_users": int((~known).sum())},
+        "accuracy": accuracies(true, strangers),
+        "interval": {
+            "top": pooled_interval(true, samples, rng),
+            "average_mean": mean_interval(true, samples, rng),
+            "average_std": std_interval(true.accuracy()),
+            "generic": pooled_interval(strangers, samples, rng),
+            "worst_user": worst_user_interval(true.correct, true.n),
+        },
+        "calibration": {
+            "top": expected_calibration_error(margins[0][known]),
+            "generic": expected_calibration_error(margins[1][~known]),
+        },
+        "controls": _controls(true, generic, other, samples, rng),
+        "per_user": _per_user(true, generic, other),
+    }
+    if not others:
+        for name in ("shuffled_users", "placebo_gain", "personalisation_gain"):
+            report["controls"][name] = {"accuracy": None, "interval": None}
+        for row in report["per_user"].values():
+            row["shuffled_users"] = None
+    if rules is None:
+        return report
+    own = np.asarray(rules["own_record"])[known] if "own_record" in rules and known.any() else None
+    explained = None if own is None else own_record_summary(own, labels[known], margins[:2, known], samples, rng)
+    return {**report, "rules": _rules(rules, known), "own_record": explained}
+
+
+def own_record_summary(
+    right_B: np.ndarray, users: Sequence[str], margins: np.ndarray, samples: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Whether what a model gains by knowing its users is no more than their own record of the very responses.
+
+    right_B: what the rule own_record gets right of known users' comparisons, 1/2 where it does not decide; margins:
+    (2, B), as the true and as the generic user. The gain, true less generic accuracy, is computed apart where the rule
+    decides and where it does not. The rule explains the gain where there is one, the rule is right on more than half, most
+    of the gain lies where it decides, and none is shown where it does not: the interval reaches 0, or there are too few users
+    or comparisons for one.
+    """
+    labels, decides = np.asarray(users, dtype=object), right_B != 0.5
+
+    def gain(rows: np.ndarray) -> dict[str, Any]:
+        true, generic = (by_user(labels[rows], values[rows]) for values in margins)
+        return {
+            "accuracy": pooled(true) - pooled(generic) if true.users else None,
+            "interval": pooled_difference_interval(true, generic, samples, rng),
+            "comparisons": int(rows.sum()),
+        }
+
+    silent, gains_B = gain(~decides), correct(margins[0]) - correct(margins[1])
+    not_shown = silent["interval"] is None or silent["interval"].low <= 0
+    mostly = gains_B.sum() > 0 and gains_B[decides].sum() >= gains_B.sum() / 2
+    return {
+        "decided": float(decides.mean()),
+        "accuracy": float(right_B.mean()),
+        "gain_over_generic": {"where_it_decides": gain(decides), "where_it_does_not": silent},
+        "explains_gain": bool(mostly and right_B.mean() > 0.5 and not_shown),
+    }
+
+
+def _controls(
+    true: UserCounts, generic: UserCounts, other: UserCounts, samples: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Known users' accuracy under the generic and a random other user, and what knowing the true user gains.
+
+    personalisation_gain = gain_over_generic - placebo_gain = (true - generic) - (shuffled - generic), which is true -
+    shuffled: what any user's vectors gain over none is not personal.
+    """
+    found: dict[str, Any] = {}
+    for name, control in (("generic_user", generic), ("shuffled_users", other)):
+        found[name] = {"accuracy": pooled(control), "interval": pooled_interval(control, samples, rng)}
+    gains = {
+        "gain_over_generic": (true, generic), "placebo_gain": (other, generic), "personalisation_gain": (true, other)
+    }  # fmt: skip
+    for name, (a, b) in gains.items():
+        gain = pooled(a) - pooled(b) if true.users else None
+        found[name] = {"accuracy": gain, "interval": pooled_difference_interval(a, b, samples, rng)}
+    return found
+
+
+def _rules(rules: dict[str, Sequence[float]], known: np.ndarray) -> dict[str, Any]:
+    """What each rule gets right of known and of unknown users' comparisons; None where there are none."""
+
+    def share(right: Sequence[float], rows: np.ndarray) -> float | None:
+        return float(np.asarray(right)[rows].mean()) if rows.any() else None
+
+    return {
+        name: {"known_users": share(right, known), "unknown_users": share(right, ~known)}
+        for name, right in rules.items()
+    }
+
+
+def _per_user(true: UserCounts, generic: UserCounts, other: UserCounts) -> dict[str, Any]:
+    """The table of known users (the paper's Tables 3 and 4): n, and accuracy as themselves and under both controls."""
+    columns = zip(true.users, true.n, true.accuracy(), generic.accuracy(), other.accuracy())
+    return {
+        user: {"n": int(n), "accuracy": float(a), "generic_user": float(g), "shuffled_users": float(o)}
+        for user, n, a, g, o in columns
+    }

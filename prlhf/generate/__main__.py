@@ -1,0 +1,98 @@
+"""Answer prompts as several users: python generate.py --checkpoint DIR --prompts FILE.jsonl --users alice,bob,generic
+--out responses.jsonl
+
+A line of --prompts is {"prompt": text or messages, "id"?, "user"?, "user_text"?}; a line of --out is {"id", "user", "prompt",
+"response", "tokens", "finished", ...}. The same command again goes on where it stopped.
+
+Score responses with a reward model: python generate.py --checkpoint DIR --score FILE.jsonl --out rewards.jsonl
+A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --out, {"id", "user", "known", "reward"}.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from prlhf.backbone.loading import choose_device
+from prlhf.batch.tokens import Encoder
+from prlhf.data.comparisons import GENERIC, read_prompts
+from prlhf.data.files import fingerprint_of
+from prlhf.errors import UserError, check_range, run_command
+from prlhf.generate.decode import Decoding, Request, generate
+from prlhf.generate.responses import ResponseFile
+from prlhf.generate.rewards import score_file
+from prlhf.parallel.ranks import check_started_alone
+from prlhf.store.final import Loaded, load_final, weights_checksum
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a run's directory or its final/")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--prompts", help="what to answer")
+    task.add_argument("--score", metavar="FILE", help="responses to score, all, each as its own user")
+    parser.add_argument("--users", help="for --prompts: names with commas between, generic, @all, or @own: who asks")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--limit", type=int, help="with --prompts: the first so many")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
+    args = parser.parse_args()
+    check_range("--max-new-tokens", args.max_new_tokens, low=1)
+    check_range("--temperature", args.temperature, low=0)
+    check_range("--top-p", args.top_p, low=1e-6, high=1)
+    check_range("--batch-size", args.batch_size, low=1)
+    check_range("--limit", 1 if args.limit is None else args.limit, low=1)
+    for name in ("users", "limit", "max_new_tokens", "temperature", "top_p", "seed"):
+        if args.score and getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')}: not for --score, as --out and --batch-size are")
+    check_started_alone("generate.py")
+    loaded = load_final(args.checkpoint, tuple(args.set))
+    if args.score:
+        print(score_file(loaded, args.score, args.out, args.batch_size, args.overwrite))
+    elif args.users is None:
+        raise UserError("--users: expected names with commas between, e.g. --users generic")
+    else:
+        answer(args, loaded)
+
+
+def answer(args: argparse.Namespace, loaded: Loaded) -> None:
+    """Write the responses to --prompts for each of --users."""
+    prompts = read_prompts(args.prompts, loaded.config.data)[: args.limit]
+    if loaded.config.method != "pdpo":
+        raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
+    names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")
+    users = {name: loaded.required_number(name) for name in names if args.users != "@own"}
+    model = loaded.model.to(choose_device(loaded.config.device))
+    encoder = Encoder(loaded.tokenizer, loaded.config.data)
+    prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
+    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    out = ResponseFile(Path(args.out), {"model": weights_checksum(loaded.path), **asdict(decoding)}, args.overwrite)
+
+    requests, records = [], []
+    for prompt, prefix in zip(prompts, prefixes):
+        for name, user in (users or {prompt.user or GENERIC: loaded.number(prompt.user)}).items():
+            record = {"id": prompt.id, "user": name, "prompt": prompt.text, "user_text": prompt.user_text}
+            record["prefix"] = fingerprint_of(prefix.ids)[:12]
+            if not out.has(record):
+                requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
+                records.append(record)
+    cut = sum(p.prompt_cut + p.user_text_cut > 0 for p in prefixes)
+    print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for users {args.users}")
+
+    for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
+        rows = slice(start, start + args.batch_size)
+        responses = generate(model, requests[rows], encoder.eos, decoding)
+        texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+        for record, response, text in zip(records[rows], responses, texts):
+            out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})
+    print(f"{args.out}: {len(requests)} new responses, {len(prompts) * (len(users) or 1)} in all")
+
+
+if __name__ == "__main__":
+    run_command(main)

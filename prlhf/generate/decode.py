@@ -1,0 +1,132 @@
+"""Generation with user vectors: many users in one left-padded batch, with a KV cache, greedy or sampled.
+
+What a row says does not depend on who else is in the batch: padding is masked, positions count from each row's own
+first token, and each row draws from its own random generator, seeded by its name.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from prlhf.backbone.families import check_positions, head
+from prlhf.method.models import PersonalizedLM
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to choose tokens: temperature 0 is greedy; top_p keeps the fewest tokens with that much probability."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Request(NamedTuple):
+    """A prefix [BOS] u_t x, the user who reads the answer (0: unknown), and a name that seeds its randomness."""
+
+    ids: list[int]
+    user: int
+    name: str
+
+
+class Response(NamedTuple):
+    """Token ids without EOS, and whether EOS came (or max_new_tokens did)."""
+
+    ids: list[int]
+    finished: bool
+
+
+class Decoder:
+    """The state of decoding a batch of requests: KV cache, padding, each row's user vectors."""
+
+    def __init__(self, model: PersonalizedLM, requests: Sequence[Request]):
+        self.model = model
+        device = model.device
+        users_B = torch.tensor([r.user for r in requests], device=device)
+        self.user_BUD = model.user_model(users_B)
+        prompt_BUD = model.soft_prompt(self.user_BUD)
+        embed = model.backbone.get_input_embeddings()
+        rows = []
+        for b, request in enumerate(requests):
+            row_TD = embed(torch.tensor(request.ids, device=device))
+            if prompt_BUD is not None:
+                row_TD = torch.cat(
+                    [row_TD[: model.user_slot], prompt_BUD[b].to(row_TD.dtype), row_TD[model.user_slot :]]
+                )
+            rows.append(row_TD)
+        T = max(len(row) for row in rows)
+        self.embeddings_BTD = torch.stack([torch.nn.functional.pad(row, (0, 0, T - len(row), 0)) for row in rows])
+        self.padding_B = torch.tensor([T - len(row) for row in rows], device=device)
+        self.columns = T  # columns of the batch so far, padding included
+        self.cache = (
+            DynamicCache()
+        )  # every position, also for models with a sliding window: check_positions sees to that
+
+    def prefill(self) -> Tensor:
+        """Read the prompts; logits (B, V) of each row's first response token, in float32."""
+        column_T = torch.arange(self.columns, device=self.model.device)
+        real_BT = column_T >= self.padding_B[:, None]
+        causal_TT = column_T[:, None] >= column_T
+        itself_TT = column_T[:, None] == column_T
+        mask = (causal_TT & real_BT[:, None]) | itself_TT
+        positions_BT = (column_T - self.padding_B[:, None]).clamp(min=0)
+        return self._logits(self.embeddings_BTD, mask[:, None], positions_BT)
+
+    def decode_one_token(self, token_B: Tensor) -> Tensor:
+        """Append one token to every row; logits (B, V) of the next."""
+        embeddings_B1D = self.model.backbone.get_input_embeddings()(token_B[:, None])
+        positions_B1 = (self.columns - self.padding_B)[:, None]
+        self.columns += 1
+        real = torch.arange(self.columns, device=token_B.device) >= self.padding_B[:, None]
+        return self._logits(embeddings_B1D, real[:, None, None], positions_B1)
+
+    def _logits(self, embeddings_BTD: Tensor, mask: Tensor, positions_BT: Tensor) -> Tensor:
+        hidden_BD = self.model.states(embeddings_BTD, mask, positions_BT, self.cache)[:, -1]
+        weight_VD, bias_V = head(self.model.backbone)
+        return torch.nn.functional.linear(self.model.read_out(hidden_BD, self.user_BUD), weight_VD, bias_V).float()
+
+
+@torch.inference_mode()
+def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
+    """One response a request, in their order. The model should be in eval mode."""
+    check_positions(model.backbone, max(len(r.ids) for r in requests) + model.vectors + decoding.max_new_tokens)
+    decoder = Decoder(model, requests)
+    generators = [_generator(decoding.seed, r.name) for r in requests]
+    responses: list[list[int]] = [[] for _ in requests]
+    finished = [False] * len(requests)
+    logits_BV = decoder.prefill()
+    for count in range(1, decoding.max_new_tokens + 1):
+        token_B = choose(logits_BV, decoding, generators)
+        for b, token in enumerate(token_B.tolist()):
+            if not finished[b] and token == eos:
+                finished[b] = True
+            elif not finished[b]:
+                responses[b].append(token)
+        if all(finished) or count == decoding.max_new_tokens:
+            break
+        logits_BV = decoder.decode_one_token(token_B)
+    return [Response(ids, done) for ids, done in zip(responses, finished)]
+
+
+def choose(logits_BV: Tensor, decoding: Decoding, generators: Sequence[torch.Generator]) -> Tensor:
+    """The next token of every row, (B,): the most likely, or a draw from softmax(logits / temperature) within top_p."""
+    if decoding.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    probs_BV = (logits_BV / decoding.temperature).softmax(dim=-1)
+    if decoding.top_p < 1:
+        ordered, order = probs_BV.sort(dim=-1, descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= decoding.top_p  # the mass before a token already suffices
+        probs_BV = torch.zeros_like(probs_BV).scatter(-1, order, ordered.masked_fill(outside, 0.0))
+    draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs_BV.cpu(), generators)]
+    return torch.cat(draws).to(logits_BV.device)
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,0 +1,131 @@
+"""Rewards of single responses: a file of (prompt, response, user) lines, scored in batches by a reward model.
+
+A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, so what
+generate.py wrote can be scored; a line of the output, in the same order, {"id", "user", "known", "reward"}. The user may
+also stand in the column of `data.user_column`. One whom the model does not know is scored as the generic user, and "known"
+says so. Rewards to one prompt can be compared (all its responses are read after the same prompt, cut as the longest of
+them demands); Bradley-Terry leaves their zero open.
+"""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prlhf.backbone.loading import choose_device
+from prlhf.batch.tokens import Encoder
+from prlhf.batch.trees import Reading
+from prlhf.config.keys import DataConfig
+from prlhf.data.check.rules import prompt_key
+from prlhf.data.comparisons import (
+    CANONICAL,
+    GENERIC,
+    Messages,
+    id_of,
+    named_user,
+    parse_prompt,
+    parse_response,
+    parse_user,
+    parse_user_text,
+)
+from prlhf.data.files import read_json_lines, write_json_lines
+from prlhf.errors import UserError, did_you_mean
+from prlhf.method.models import PersonalizedRewardModel
+from prlhf.store.final import Loaded
+
+
+class ScoredLine(NamedTuple):
+    """A response to be scored, and where it stands."""
+
+    prompt: str | Messages
+    response: str
+    user: str | None
+    user_text: str | None
+    id: str
+    where: str
+
+
+def read_lines(path: str | Path, config: DataConfig = CANONICAL) -> list[ScoredLine]:
+    """The lines of a file to be scored; config: its user_column and attributes. UserError with file, line and field."""
+    lines = []
+    for number, record in read_json_lines(path):
+        where = f"{path}, line {number}"
+        record = named_user(record, config.user_column) if config.user_column in record else record
+        for name in ("prompt", "response"):
+            if name not in record:
+                raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
+        lines.append(
+            ScoredLine(
+                parse_prompt(record["prompt"], where),
+                parse_response(record["response"], f"{where}, response"),
+                None if record.get("user") == GENERIC else parse_user(record.get("user"), f"{where}, user"),
+                parse_user_text(record, where, config.attributes),
+                id_of(record, number),
+                where,
+            )
+        )
+    return lines
+
+
+class EncodedLine(NamedTuple):
+    """What of a line the model reads, and whether its prompt or user text was cut."""
+
+    reading: Reading
+    cut: bool
+
+
+def encode(lines: Sequence[ScoredLine], encoder: Encoder, users: Sequence[int]) -> list[EncodedLine]:
+    """The lines' token ids; lines of one prompt and user text have one prefix. UserError where too little room is left."""
+    responses = [encoder.response_ids(line.response) for line in lines]
+    keys = [(prompt_key(line.prompt), line.user_text) for line in lines]
+    longest: dict[Hashable, int] = {}
+    for key, response in zip(keys, responses):
+        longest[key] = max(longest.get(key, 0), len(response))
+    encoded = []
+    for line, key, response, user in zip(lines, keys, responses, users):
+        room = encoder.config.max_tokens - longest[key]
+        prefix = encoder.prefix_to_answer(line.prompt, line.user_text, line.where, room)
+        reading = Reading(user, tuple(prefix.ids), tuple(response))
+        encoded.append(EncodedLine(reading, prefix.prompt_cut > 0 or prefix.user_text_cut > 0))
+    return encoded
+
+
+@torch.inference_mode()
+def rewards(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:
+    """r_P(x, y, u) of each response, (N,) on the CPU, computed in batches of similar length."""
+    order = sorted(range(len(readings)), key=lambda i: (-len(readings[i].prefix) - len(readings[i].response), i))
+    found = torch.zeros(len(readings))
+    for start in tqdm(range(0, len(order), batch_size), desc="scoring", unit="batch", disable=None):
+        indices = order[start : start + batch_size]
+        found[indices] = model.rewards([readings[i] for i in indices]).cpu().to(found.dtype)
+    return found
+
+
+def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: bool) -> str:
+    """Score every line of `path`, write `out`, and say how many. UserError for a model that scores no single response."""
+    if loaded.config.method != "prm":
+        raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
+    if Path(out).exists() and Path(out).samefile(path):
+        raise UserError(f"{out}: is --score itself, which is never replaced; expected another --out")
+    if Path(out).exists() and not overwrite:
+        raise UserError(f"{out}: exists; expected another --out or --overwrite")
+    lines = read_lines(path, loaded.config.data)
+    encoded = encode(lines, Encoder(loaded.tokenizer, loaded.config.data), [loaded.number(line.user) for line in lines])
+    model = loaded.model.to(choose_device(loaded.config.device))
+    scored = rewards(model, [line.reading for line in encoded], batch_size)
+    if not scored.isfinite().all():
+        raise UserError(f"{loaded.path}: {int((~scored.isfinite()).sum())} of {len(lines)} rewards are not finite")
+    known = [loaded.users.number(line.user) > 0 for line in lines]
+    records = zip(lines, known, scored.tolist())
+    write_json_lines(out, ({"id": n.id, "user": n.user, "known": k, "reward": r} for n, k, r in records))
+    said = [f"{len(lines)} rewards"]
+    strangers = sum(line.user is not None and not k for line, k in zip(lines, known))
+    said += [f"{strangers} of users who are not known to the model"] if strangers else []
+    nobody = sum(line.user is None for line in lines)
+    said += [f"{nobody} without a user"] if nobody else []
+    cut = sum(line.cut for line in encoded)
+    said += [f"{cut} prompts or user texts truncated"] if cut else []
+    return f"{out}: {', '.join(said)}"

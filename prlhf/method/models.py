@@ -1,0 +1,296 @@
+"""The personalised models: backbone + user model + aggregator, from a batch of comparisons to what the loss takes.
+
+PersonalizedLM, pi_P(y | x, u) (paper, section 4.2). The soft-prompt aggregator puts e_u = f_im(u_p) before the
+prompt's embeddings (after BOS); the linear one computes h' = W [h; e_u] + b and lets the head read h'. Within
+`as_reference`, on a batch without users, it is the reference pi_SFT: no e_u, no aggregator, adapters off.
+
+PersonalizedRewardModel, r_P(x, y, u), reads h, the last hidden state of the response's last token (EOS), or by
+model.pooling the mean over its tokens, or both. Soft prompt: r = v . h, and the backbone has seen e_u; linear head:
+r = e_u . h, and the backbone knows nothing of the user.
+
+PairwisePreferenceModel, P_P(y1 over y2 | x, u), reads both responses and answers A or B, in both orders.
+
+A batch knows who reads what (`batching`), and each response is computed once for all comparisons and branches that need it.
+Behind the backbone there is one log-prob or reward a reading, from which each comparison takes its two.
+
+Shape suffixes: B comparisons, M readings (a response as one user reads it), S trees, R rows, T positions, U user vectors,
+D width, N response tokens, W pooled width.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache, PreTrainedModel
+
+from prlhf.backbone.attention import attention_mask, takes_flex_attention
+from prlhf.backbone.families import check_positions, head, hidden_states
+from prlhf.backbone.lora import adapters_off
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.batch.trees import Layout, PreferenceBatch, Reading, collate, lay_out
+from prlhf.config.keys import ModelConfig
+from prlhf.kernels.log_probs import log_probs
+from prlhf.method.losses import ResponseLogProbs, Rewards
+from prlhf.method.prior import Prior
+
+
+class LinearAggregator(nn.Module):
+    """h' = W [h; e_u] + b, the hidden state that the LM head reads; starts as h' = h."""
+
+    def __init__(self, width: int, tokens: int, dtype: torch.dtype):
+        super().__init__()
+        self.linear = nn.Linear(width + tokens * width, width, dtype=dtype)
+        with torch.no_grad():
+            self.linear.weight.zero_()
+            self.linear.weight[:, :width] = torch.eye(width)
+            self.linear.bias.zero_()
+
+    def forward(self, hidden_ND: Tensor, user_NUD: Tensor) -> Tensor:
+        """Hidden states (N, D) and each one's user vectors (N, U, D) -> (N, D), in the hidden states' type."""
+        both = torch.cat([hidden_ND.to(user_NUD.dtype), user_NUD.flatten(1)], dim=1)
+        return self.linear(both).to(hidden_ND.dtype)
+
+
+class PersonalizedModel(nn.Module):
+    """What the models share: a backbone that may read user vectors before the prompt."""
+
+    def __init__(
+        self, backbone: PreTrainedModel, user_model: nn.Module, users: int, user_slot: int, config: ModelConfig
+    ):
+        super().__init__()
+        self.config = config  # how it computes: layout, sharing, log-probs
+        self.users = users  # known ones, numbered 1..users
+        self.user_slot = user_slot  # where in a tree the user vectors go: behind BOS, or 0
+        self.backbone = backbone
+        self.user_model = user_model
+        self.prior: Prior | None = None  # on the user model, in training
+        self._device: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: where the backbone's weights are, unless it was set because they wait elsewhere."""
+        return self._device or self.backbone.device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self._device = device
+
+    @property
+    def backbone_reads_users(self) -> bool:
+        """Whether e_u goes before the prompt (soft prompt); otherwise it meets the hidden states behind the backbone."""
+        return True
+
+    def user_parameters(self) -> list[nn.Parameter]:
+        """The weights with the user model's learning rate."""
+        return list(self.user_model.parameters())
+
+    @property
+    def vectors(self) -> int:
+        """T_u where they take positions before the prompt, else 0."""
+        return self.user_model.tokens if self.backbone_reads_users else 0
+
+    def check_lengths(self, comparisons: Sequence[EncodedComparison]) -> None:
+        """UserError where a comparison has more positions than the backbone reads."""
+        longest = max(len(c.prefix) + max(len(c.chosen), len(c.rejected)) for c in comparisons)
+        check_positions(self.backbone, longest + self.vectors)
+
+    @property
+    def layout(self) -> Layout:
+        """How readings are laid out for this model; "auto" is packed on a GPU that takes it, and tree elsewhere."""
+        kind = self.config.layout
+        if kind == "auto":
+            kind = "packed" if self.device.type == "cuda" and takes_flex_attention(self.backbone) else "tree"
+        return Layout(kind, self.vectors, self.user_slot, self.config.share_trees)
+
+    def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
+        """Comparisons, each as one of `users` reads it, as the batch that `forward` takes; None: for the reference."""
+        layout = self.layout if users is not None else self.layout._replace(vectors=0)
+        return collate(comparisons, users, layout).to(self.device)
+
+    def states(
+        self, embeddings_RTD: Tensor, mask: Tensor | BlockMask, positions_RT: Tensor, cache: Cache | None = None
+    ) -> Tensor:
+        """The backbone's last hidden states (R, T, D)."""
+        return hidden_states(self.backbone, embeddings_RTD, mask, positions_RT, cache)
+
+    def states_at(self, batch: PreferenceBatch, at_N: Tensor) -> Tensor:
+        """Last hidden states (N, D) at flat positions of the batch's rows, user vectors in their places."""
+        embeddings_RTD = self.backbone.get_input_embeddings()(batch.input_ids_RT)
+        if batch.vectors_at_SU.numel():
+            vectors_SUD = self.user_model(batch.users_S).to(embeddings_RTD.dtype)
+            flat_ND = embeddings_RTD.flatten(0, 1).index_copy(
+                0, batch.vectors_at_SU.flatten(), vectors_SUD.flatten(0, 1)
+            )
+            embeddings_RTD = flat_ND.view_as(embeddings_RTD)
+        hidden_RTD = self.states(embeddings_RTD, attention_mask(batch), batch.positions_RT)
+        return hidden_RTD.flatten(0, 1).index_select(0, at_N)
+
+
+class PersonalizedLM(PersonalizedModel):
+    """A language model that answers each known user as that user prefers, and user 0 as is commonly preferred."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        user_model: nn.Module,
+        aggregator: LinearAggregator | None,
+        users: int,
+        user_slot: int,
+        config: ModelConfig,
+    ):
+        super().__init__(backbone, user_model, users, user_slot, config)
+        self.aggregator = aggregator  # None: soft prompt
+
+    @property
+    def backbone_reads_users(self) -> bool:
+        """True for the soft prompt."""
+        return self.aggregator is None
+
+    def user_parameters(self) -> list[nn.Parameter]:
+        """The weights with the user model's learning rate: the user model and the linear aggregator."""
+        aggregator = [] if self.aggregator is None else list(self.aggregator.parameters())
+        return super().user_parameters() + aggregator
+
+    def soft_prompt(self, user_BUD: Tensor | None) -> Tensor | None:
+        """The user vectors that go before the prompt: all of them, or None with the linear aggregator."""
+        return user_BUD if self.aggregator is None else None
+
+    def read_out(self, hidden_ND: Tensor, user_NUD: Tensor | None) -> Tensor:
+        """The hidden states that the head reads: h' = W [h; e_u] + b with the linear aggregator, h otherwise."""
+        if self.aggregator is None or user_NUD is None:
+            return hidden_ND
+        return self.aggregator(hidden_ND, user_NUD)
+
+    def forward(self, batch: PreferenceBatch) -> ResponseLogProbs:
+        """log pi_P(y | x, u) of both responses of each comparison; without users, and no user at all, where it has none."""
+        hidden_ND = self.states_at(batch, batch.predicted_at_N)
+        user_NUD = None
+        if self.aggregator is not None and batch.users_M is not None:
+            user_NUD = self.user_model(batch.users_M).index_select(0, batch.reading_N)
+        weight_VD, bias_V = head(self.backbone)
+        read_ND = self.read_out(hidden_ND, user_NUD)
+        token_log_probs_N = log_probs(read_ND, weight_VD, bias_V, batch.targets_N, self.config.log_probs)
+        return sum_by_response(token_log_probs_N, batch)
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within the context, `forward` of a batch without users is pi_SFT: adapters off, no dropout, no gradient."""
+        training = self.training
+        self.eval()
+        try:
+            with adapters_off(self.backbone), torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
+
+class PersonalizedRewardModel(PersonalizedModel):
+    """A reward model that knows who asks: r_P(x, y, u), and r_P(x, y, u_0) for the unknown user.
+
+    With the linear head the hidden states do not depend on the user, and with a frozen backbone besides they never
+    change: each response is computed once for all.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        user_model: nn.Module,
+        value_head: nn.Linear | None,
+        users: int,
+        user_slot: int,
+        config: ModelConfig,
+    ):
+        super().__init__(backbone, user_model, users, user_slot, config)
+        self.value_head = value_head  # None: linear head, e_u itself
+        self.keeps_states = config.frozen and value_head is None
+        self.known_states: dict[Reading, Tensor] = {}  # by user 0, as no user changes them
+
+    @property
+    def backbone_reads_users(self) -> bool:
+        """True for the soft prompt."""
+        return self.value_head is not None
+
+    @property
+    def state_width(self) -> int:
+        """W, of a pooled hidden state."""
+        return self.backbone.get_input_embeddings().weight.shape[1] * (2 if self.config.pooling == "both" else 1)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Of a pooled hidden state: the backbone's own where it is the last token's, else float32 at least."""
+        own = self.backbone.get_input_embeddings().weight.dtype
+        return own if self.config.pooling == "last" else torch.promote_types(own, torch.float32)
+
+    def user_parameters(self) -> list[nn.Parameter]:
+        """The weights with the user model's learning rate: the user model and the scalar head."""
+        value_head = [] if self.value_head is None else list(self.value_head.parameters())
+        return super().user_parameters() + value_head
+
+    def pooled_states(self, batch: PreferenceBatch) -> Tensor:
+        """h (M, W) of each reading: the last token's state, the mean over the response's tokens (EOS included), or both."""
+        pooling = self.config.pooling
+        if pooling == "last":
+            return self.states_at(batch, batch.last_at_M)
+        states_ND = self.states_at(batch, batch.response_at_N)
+        states_ND = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
+        counts_M = torch.tensor([len(reading.response) for reading in batch.readings], device=states_ND.device)
+        sums_MD = states_ND.new_zeros(len(counts_M), states_ND.shape[1]).index_add(0, batch.reading_N, states_ND)
+        mean_MD = sums_MD / counts_M[:, None]
+        if pooling == "mean":
+            return mean_MD
+        return torch.cat([states_ND.index_select(0, counts_M.cumsum(0) - 1), mean_MD], dim=1)
+
+    @torch.no_grad()
+    def states_of(self, readings: Sequence[Reading]) -> Tensor:
+        """Pooled hidden states (M, W), on the CPU, of responses that nobody in particular reads, in eval mode."""
+        training = self.training
+        self.eval()
+        states_MW = self.pooled_states(lay_out(readings, self.layout).to(self.device)).cpu()
+        self.train(training)
+        return states_MW
+
+    def known_states_of(self, readings: Sequence[Reading]) -> Tensor:
+        """Pooled hidden states (M, W) of a frozen backbone, from what is known where it is."""
+        readings = [reading._replace(user=0) for reading in readings]
+        missing = [reading for reading in dict.fromkeys(readings) if reading not in self.known_states]
+        if missing:
+            self.known_states.update(zip(missing, self.states_of(missing).to(self.device).unbind()))
+        return torch.stack([self.known_states[reading] for reading in readings])
+
+    def read_rewards(self, batch: PreferenceBatch) -> Tensor:
+        """r_P(x, y, u) of each reading, (M,): v . h for the soft prompt, e_u . h for the linear head (U = 1)."""
+        states_MW = self.known_states_of(batch.readings) if self.keeps_states else self.pooled_states(batch)
+        if self.value_head is not None:
+            return self.value_head(states_MW.to(self.value_head.weight.dtype))[:, 0]
+        user_MW = self.user_model(batch.users_M)[:, 0]
+        return (states_MW.to(user_MW.dtype) * user_MW).sum(dim=-1)
+
+    def forward(self, batch: PreferenceBatch) -> Rewards:
+        """r_P(x, y, u) of both responses of each comparison."""
+        chosen_B, rejected_B = of_comparisons(self.read_rewards(batch), batch)
+        return Rewards(chosen_B, rejected_B, batch.margin_B.to(chosen_B))
+
+    def rewards(self, readings: Sequence[Reading]) -> Tensor:
+        """r_P(x, y, u) of single responses, (M,)."""
+        check_positions(self.backbone, max(len(r.prefix) + len(r.response) for r in readings) + self.vectors)
+        return self.read_rewards(lay_out(readings, self.layout).to(self.device))
+
+
+def of_comparisons(values_M: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """Each comparison's two of the readings' values: the chosen's (B,), and the rejected's (B,).
+
+    Not by indexing, whose backward pass adds up equal indices in any order: resuming must be exact.
+    """
+    chosen_B, rejected_B = batch.chosen_rejected_B2.unbind(dim=1)
+    return values_M.index_select(0, chosen_B), values_M.index_select(0, rejected_B)
+
+
+def sum_by_response(token_log_probs_N: Tensor, batch: PreferenceBatch) -> ResponseLogProbs:
+    """log p(y|x) = sum of its tokens' log-probs, for both responses of every comparison."""
+    zeros_M = token_log_probs_N.new_zeros(len(batch.readings))
+    sums = of_comparisons(zeros_M.index_add(0, batch.reading_N, token_log_probs_N), batch)
+    ones_N = torch.ones_like(token_log_probs_N.detach())
+    lengths = of_comparisons(zeros_M.index_add(0, batch.reading_N, ones_N), batch)
+    return ResponseLogProbs(*sums, *lengths)

@@ -1,0 +1,59 @@
+"""PairwisePreferenceModel, P_P(y1 over y2 | x, u): it reads both responses and answers A or B, in both orders."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prlhf.backbone.families import head
+from prlhf.batch.tokens import EncodedComparison, PairQuestion
+from prlhf.batch.trees import PreferenceBatch
+from prlhf.config.keys import ModelConfig
+from prlhf.method.losses import Answers
+from prlhf.method.models import PersonalizedModel, of_comparisons
+
+
+class PairwisePreferenceModel(PersonalizedModel):
+    """P(y1 over y2 | x, u) of a language model that reads both responses, in both orders, and answers A or B.
+
+    The pairwise preference model of Dong et al. 2024 (arXiv 2405.07863, section 2.2) with a user model.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        user_model: nn.Module,
+        question: PairQuestion,
+        users: int,
+        user_slot: int,
+        config: ModelConfig,
+    ):
+        super().__init__(backbone, user_model, users, user_slot, config)
+        self.answers = [question.answer_a, question.answer_b]
+
+    def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
+        """As for any model, but a question's two orders lie in the order of their tokens, whichever response is y1.
+
+        Comparisons and the same ones swapped are then one forward pass, bit for bit: P(y1 over y2) + P(y2 over y1) = 1.
+        """
+        swapped = [c.rejected < c.chosen for c in comparisons]
+        ordered = [
+            c._replace(chosen=c.rejected, rejected=c.chosen) if swap else c for c, swap in zip(comparisons, swapped)
+        ]
+        batch = super().collate(ordered, users)
+        swapped_B1 = torch.tensor(swapped, device=batch.chosen_rejected_B2.device)[:, None]
+        both_B2 = batch.chosen_rejected_B2
+        return replace(batch, chosen_rejected_B2=torch.where(swapped_B1, both_B2.flip(1), both_B2))
+
+    def forward(self, batch: PreferenceBatch) -> Answers:
+        """The logit of y1's letter against y2's in both orders."""
+        hidden_MD = self.states_at(batch, batch.last_at_M)
+        weight_VD, bias_V = head(self.backbone)
+        dtype = torch.promote_types(hidden_MD.dtype, torch.float32)
+        bias_2 = None if bias_V is None else bias_V[self.answers].to(dtype)
+        logits_M2 = nn.functional.linear(hidden_MD.to(dtype), weight_VD[self.answers].to(dtype), bias_2)
+        # y1 is A in the first order, B in the second.
+        first_B, second_B = of_comparisons(logits_M2[:, 0] - logits_M2[:, 1], batch)
+        return Answers(first_B, -second_B, batch.margin_B.to(first_B))

@@ -1,0 +1,63 @@
+"""Tensors kept on disk under a fingerprint. A cache file is right, or it is not used."""
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prlhf.parallel.ranks import from_main, on_any, on_main
+
+
+def from_cache(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
+    """The tensor (_, count) in a cache file that is named by its fingerprint; computed and written where it is not.
+
+    Rank 0 reads and writes; what it knows, all know.
+    """
+    cached = on_main(lambda: _read(path, path.stem, count))
+    if not on_any(cached is not None):
+        values = compute()
+        on_main(lambda: _write(path, path.stem, values))
+        return values
+    return from_main(cached)
+
+
+def bytes_of_tensor(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _checksum(fingerprint: str, values: Tensor) -> str:
+    return hashlib.blake2b(fingerprint.encode() + bytes(bytes_of_tensor(values)), digest_size=16).hexdigest()
+
+
+def _write(path: Path, fingerprint: str, values: Tensor) -> None:
+    """Keep values for the next start, which computes them again where that cannot be (a full disk, say)."""
+    aside = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"values": values.contiguous()}, aside, metadata={"checksum": _checksum(fingerprint, values)})
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        print(f"warning: {path} cannot be written ({error}); going on without it", file=sys.stderr)
+
+
+def _read(path: Path, fingerprint: str, count: int) -> Tensor | None:
+    """The cached (_, count) values, or None where the file is absent, damaged or of something else."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            values, checksum = file.get_tensor("values"), (file.metadata() or {}).get("checksum")
+    except (SafetensorError, OSError):
+        return None
+    if values.shape[1:] != (count,) or checksum != _checksum(fingerprint, values):
+        return None
+    return values

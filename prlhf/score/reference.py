@@ -1,0 +1,82 @@
+"""What a model that training does not change says of the data, computed once and kept on disk under a fingerprint:
+the reference's log-probs, and the hidden states of a frozen backbone.
+
+The fingerprint covers the model's architecture, weights and type, the kind of device, and every token it sees (so
+tokenizer, template, truncation and data). A cache file is written aside and renamed, and carries a checksum: it is
+right, or it is not used.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prlhf.backbone.lora import LoRALinear
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config.keys import ModelConfig
+from prlhf.data.files import fingerprint_of
+from prlhf.data.sources import cache_dir
+from prlhf.method.losses import ResponseLogProbs
+from prlhf.method.models import PersonalizedLM
+from prlhf.parallel.ranks import rank, summed, world_size
+from prlhf.parallel.tensors import full, named_parameters
+from prlhf.score.cache import bytes_of_tensor, from_cache
+from prlhf.score.score import score
+
+# What a model's config says beside how it computes.
+NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
+
+
+def weights_fingerprint(backbone: nn.Module) -> str:
+    """A hash of the backbone's architecture and all its weights, adapters left out (LoRA does not change it)."""
+    shape = {k: v for k, v in backbone.config.to_dict().items() if k not in NOT_ARCHITECTURE}
+    digest = hashlib.blake2b(json.dumps(shape, sort_keys=True, default=str).encode(), digest_size=16)
+    weights = _base_parameters(backbone)
+    hashes = torch.zeros(len(weights), 16, dtype=torch.int32)  # of each weight, by one of the ranks
+    for i, (_, weight) in enumerate(weights):
+        whole = full(weight)
+        if i % world_size() == rank():
+            hashes[i] = torch.tensor(list(hashlib.blake2b(bytes_of_tensor(whole), digest_size=16).digest()))
+    for (name, weight), digits in zip(weights, summed(hashes).tolist()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + bytes(digits))
+    return digest.hexdigest()
+
+
+def computes_on(config: ModelConfig, device: str) -> str:
+    """What log-probs are computed on, and in which type if not the weights': others round differently."""
+    return " ".join(filter(None, (device, config.compute_dtype)))
+
+
+def reference_log_probs(
+    reference: Callable[[], PersonalizedLM],
+    comparisons: Sequence[EncodedComparison],
+    batch_size: int,
+    weights: str,
+    where: str,
+    folder: Path | None = None,
+) -> ResponseLogProbs:
+    """log pi_SFT(y|x) of both responses, each (N,) on the CPU; from the cache where it holds exactly these.
+
+    reference: gives the model, asked for only where the cache does not hold what is needed.
+    weights: its `weights_fingerprint`, taken while the weights still are the reference's.
+    where: what it `computes_on`.
+    """
+
+    def compute() -> Tensor:
+        scored = score(reference(), comparisons, None, batch_size, title="reference")
+        return torch.stack([scored.chosen, scored.rejected])
+
+    seen = [[c.reference_prefix, c.chosen, c.rejected] for c in comparisons]
+    path = (folder or cache_dir() / "reference") / f"{fingerprint_of(weights, where, seen)}.safetensors"
+    cached = from_cache(path, len(comparisons), compute)
+    lengths = [torch.tensor([len(ids) for ids in side]) for side in zip(*((c.chosen, c.rejected) for c in comparisons))]
+    return ResponseLogProbs(cached[0], cached[1], lengths[0], lengths[1])
+
+
+def _base_parameters(backbone: nn.Module) -> list[tuple[str, Tensor]]:
+    adapters = {id(p) for m in backbone.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)}
+    named = named_parameters(backbone).items()
+    return sorted((name.replace(".base.", "."), p) for name, p in named if id(p) not in adapters)

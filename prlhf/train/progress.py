@@ -1,0 +1,102 @@
+"""What training remembers from one update to the next, and what it decides by its evaluations: which one is the best,
+whether it is time to stop, and whether training leaves held-out data behind.
+
+All of it is part of every checkpoint, so that a resumed run decides as an uninterrupted one.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from prlhf.train.log import Sums
+
+GAP = 0.1  # how far training accuracy may lie above held-out accuracy before it is worth a sentence
+
+
+@dataclass
+class Progress:
+    """Where training is: what a checkpoint's state.json holds."""
+
+    started_from: str  # fingerprint of base weights, users and training data
+    step: int = 0
+    skipped: int = 0  # updates refused in a row
+    best: dict[str, Any] | None = None  # step, loss and accuracy_top of the best evaluation
+    since_best: int = 0  # evaluations since then
+    latest: dict[str, Any] | None = None  # the last evaluation's held-out accuracy and overfitting
+    sums: Sums = field(default_factory=Sums)  # since the last record of metrics.jsonl
+    since_evaluation: Sums = field(default_factory=Sums)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Progress":
+        """What state.json holds. KeyError or TypeError where it holds something else.
+
+        A checkpoint from before early stopping knows fewer fields. Its next evaluation's training accuracy is that of the
+        updates since it.
+        """
+        sums, since = Sums(**state["sums"]), Sums(**state.get("since_evaluation", {}))
+        return cls(**{**state, "sums": sums, "since_evaluation": since})
+
+    @property
+    def best_step(self) -> int | None:
+        """The update of the best evaluation, if there is one."""
+        return int(self.best["step"]) if self.best else None
+
+    def add(self, sums: Sums) -> None:
+        """Count an update that was applied."""
+        self.skipped = 0
+        self.sums.add(sums)
+        self.since_evaluation.add(sums)
+
+    def judge(self, record: dict[str, Any], best_by: str) -> bool:
+        """Whether this eval record is the best so far, which is noted."""
+        improved = is_better(record, self.best, best_by)
+        if improved:
+            self.best = {"step": self.step, "loss": record["loss"], "accuracy": record["accuracy_top"]}
+        self.since_best = 0 if improved else self.since_best + 1
+        return improved
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations brought nothing better; null waits for ever."""
+        return patience is not None and self.since_best >= patience
+
+    def generalisation(self, record: dict[str, Any], branch: str) -> dict[str, float | None]:
+        """What an eval record says of overfitting, with the updates since the last one, which are counted anew from here.
+
+        training_accuracy: of the branch ("user" or "generic"), each comparison scored before it was learned from.
+        overfitting: that less the held-out accuracy, in [-1, 1]. None where nothing was counted.
+        """
+        training, held_out = self.since_evaluation.accuracy(branch), held_out_accuracy(record)
+        self.since_evaluation = Sums()
+        gap = None if training is None or held_out is None else training - held_out
+        return {"training_accuracy": training, "overfitting": gap}
+
+    def overfitting_warning(self, record: dict[str, Any]) -> str | None:
+        """A sentence where training accuracy leaves held-out accuracy behind, more than at the last evaluation; this one
+        is noted."""
+        before, now = self.latest, {"accuracy": held_out_accuracy(record), "overfitting": record["overfitting"]}
+        self.latest = now
+        if before is None or None in (*before.values(), *now.values()):
+            return None
+        if not (now["overfitting"] > max(GAP, before["overfitting"]) and now["accuracy"] <= before["accuracy"]):
+            return None
+        return (
+            f"warning: overfitting at update {record['step']}: training accuracy {record['training_accuracy']:.3f}, "
+            f"held-out accuracy {now['accuracy']:.3f} (before: {before['accuracy']:.3f}); see train.final, train.patience and "
+            "user_model.prior"
+        )
+
+
+def held_out_accuracy(record: dict[str, Any]) -> float | None:
+    """An eval record's accuracy for known users, or, where it has none, for unknown ones."""
+    known = record["accuracy_top"]
+    return record["accuracy_generic"] if known is None else known
+
+
+def is_better(record: dict[str, Any], best: dict[str, Any] | None, best_by: str) -> bool:
+    """Whether an eval record has a lower loss than the best one; by accuracy: a higher accuracy_top or, where that is
+    equal, a lower loss. A loss that is not finite is never better."""
+    if not math.isfinite(record["loss"]) or best is None:
+        return math.isfinite(record["loss"])
+    if best_by == "accuracy" and record["accuracy_top"] != best["accuracy"]:
+        return record["accuracy_top"] > best["accuracy"]
+    return record["loss"] < best["loss"]
