@@ -265,7 +265,7 @@ def test_counts_are_compared_with_the_published_ones(persona_raw):
     assert published(tldr.read_length(RAW / "tldr", Options()))[6:] == ["68.50 %", "63.63 %"]
     assert published(tldr.read_length(RAW / "tldr", Options(known_users=40)))[6:] == ["63.56 %", "71.34 %"]
     assert published(prism.read(RAW / "prism", Options())) == [1_500, 1_396, 8_011]
-    assert prepare.SAMPLES == {"prism": (6_431, 3_982)}
+    assert prepare.SAMPLE_SIZES == {"prism": (6_431, 3_982)}
     rows_and_kept = [48_300, 8_959, 48_825, 9_069, 47_350, 8_239, 49_220, 8_626, 49_155, 9_356, 48_565, 9_222]
     found = published(psoups.read(RAW / "psoups", Options()))
     assert found == [*rows_and_kept, 0] and sum(found[1:12:2]) == 53_471

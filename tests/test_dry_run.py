@@ -25,7 +25,7 @@ from prlhf.method.build import build_model
 from prlhf.method.losses import ResponseLogProbs
 from prlhf.store.checkpoints import save_step
 from prlhf.train import __main__ as train
-from prlhf.train import step as updates
+from prlhf.train import plan
 from prlhf.train.optimizer import make_optimizer
 from prlhf.train.plan import update_parts
 from prlhf.train.step import part_loss
@@ -154,7 +154,7 @@ def test_memory_as_the_real_model_holds_it(family, overrides):
 def test_a_checkpoint_on_disk_is_as_large_as_is_said(tmp_path, overrides):
     config, data, prediction = prediction_of(*overrides)
     model = build_model(config, TOKENIZER, len(data.users), load_backbone(config.model, TOKENIZER, 0))
-    step = save_step(tmp_path, model, make_optimizer(config, model, total_steps=1), data.users, {"step": 1})
+    step = save_step(tmp_path, model, make_optimizer(config, model, total_steps=1).state, data.users, {"step": 1})
     files = list(step.glob("*.safetensors"))
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
     size = sum(file.stat().st_size for file in files) - headers
@@ -229,7 +229,7 @@ def test_processes_share_an_update_in_the_dry_run_as_they_do_in_training(monkeyp
     few = ("optim.batch_size=8", "optim.micro_batch_size=8", "data.limit=8")
     alone = prediction_of(*few)[2].largest
     eight = prediction_of(*few, processes=8)[2].largest
-    monkeypatch.setattr(updates, "world_size", lambda: 8)  # as in a process of eight
+    monkeypatch.setattr(plan, "world_size", lambda: 8)  # as in a process of eight
     config, data, _ = prediction_of(*few)
     model = build_model(config, TOKENIZER, len(data.users), load_backbone(config.model, TOKENIZER, 0))
     comparisons = data.train.comparisons

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from prlhf.errors import UserError
+from prlhf.kernels import chunked
 from prlhf.kernels import log_probs as logprobs
 from prlhf.kernels.log_probs import IGNORED, log_probs
 
@@ -20,11 +21,11 @@ TYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several chunks and tiles, and ragged last ones, at these sizes."""
-    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 5000)
+    monkeypatch.setattr(chunked, "CHUNK_LOGITS", 5000)
     monkeypatch.setattr(logprobs, "KEPT_SLOPES", 800)
     monkeypatch.setattr(logprobs, "RECOMPUTED", 30)
     if find_spec("triton"):
-        kernels = import_module("prlhf.logprobs_triton")
+        kernels = import_module("prlhf.kernels.triton")
         for name, size in (("ROWS", 16), ("TILE", 512), ("BLOCK_N", 16), ("BLOCK_V", 64), ("BLOCK_D", 32)):
             monkeypatch.setattr(kernels, name, size)
 

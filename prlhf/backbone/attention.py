@@ -43,11 +43,6 @@ def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
     return create_block_mask(mask, R, None, T, T, device=device, _compile=device.type == "cuda")
 
 
-def takes_grouped_keys(query: Tensor) -> bool:
-    """Whether scaled_dot_product_attention with a mask has a kernel there for fewer key heads than query heads."""
-    return query.device.type == "cpu"
-
-
 def _tree_attention(
     attention: nn.Module,
     query: Tensor,
@@ -58,10 +53,10 @@ def _tree_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention.
 
-    Where several query heads read one key head (GQA), a CPU's kernel takes the keys as they are; Hugging Face's function
-    repeats them for it, as kernels for a GPU want it, and the copies would be kept for the backward pass.
+    Where several query heads read one key head (GQA), a CPU's kernel takes the keys as they are. Kernels for a GPU want
+    them repeated, as Hugging Face's function does; on a CPU the copies would only be kept for the backward pass.
     """
-    if isinstance(attention_mask, Tensor) and takes_grouped_keys(query):
+    if isinstance(attention_mask, Tensor) and query.device.type == "cpu":
         output_RHTd = nn.functional.scaled_dot_product_attention(
             query,
             key,
@@ -77,6 +72,7 @@ def _tree_attention(
 
 
 AttentionInterface.register("trees", _tree_attention)
+AttentionInterface.register("trees_as_on_a_gpu", sdpa_attention_forward)  # for the dry run, which has no GPU
 
 
 def _gptj_attention(
@@ -89,13 +85,16 @@ def _gptj_attention(
     return output_RTHd.transpose(1, 2), None
 
 
-def use_tree_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model's attention take the masks of `attention_mask`, and compute GPT-J's GELU in one operation."""
+def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTrainedModel:
+    """Let a model's attention take the masks of `attention_mask`, and compute GPT-J's GELU in one operation.
+
+    as_on_gpu: keep, on a CPU, the copies of keys that a GPU's kernels need.
+    """
     if model.config.model_type == "gptj":
         for block in model.transformer.h:
             block.attn._attn = types.MethodType(_gptj_attention, block.attn)
             if isinstance(block.mlp.act, NewGELUActivation):
                 block.mlp.act = nn.GELU(approximate="tanh")
     else:
-        model.set_attn_implementation("trees")
+        model.set_attn_implementation("trees_as_on_a_gpu" if as_on_gpu else "trees")
     return model

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 from prlhf.batch.tokens import EncodedComparison
 
-READERS = (
+READERS_PER_TREE = (
     16  # comparisons per tree, on average, that a forward pass may take: what is behind the backbone is each one's own
 )
 
@@ -74,7 +74,7 @@ def updates_of_epoch(
 def micro_batches(trees: Sequence[Hashable], lengths: Sequence[int], size: int) -> list[list[int]]:
     """Cut the indices of `trees` into groups with at most `size` different trees each, of similar length.
 
-    The longest come first (memory peaks at once); equal trees stay together, up to READERS * size of them.
+    The longest come first (memory peaks at once); equal trees stay together, up to READERS_PER_TREE * size of them.
     """
     first: dict[Hashable, int] = {}
     for i, tree in enumerate(trees):
@@ -82,7 +82,7 @@ def micro_batches(trees: Sequence[Hashable], lengths: Sequence[int], size: int) 
     groups: list[list[int]] = []
     inside: set[Hashable] = set()
     for i in sorted(range(len(trees)), key=lambda i: (-lengths[i], first[trees[i]], i)):
-        full = len(groups[-1]) == READERS * size if groups else True
+        full = len(groups[-1]) == READERS_PER_TREE * size if groups else True
         if full or (trees[i] not in inside and len(inside) == size):
             groups.append([])
             inside = set()

@@ -13,12 +13,18 @@ divides a file of your own (prlhf/data/sets/prepare.py); `check` reports on file
 import argparse
 from typing import Any
 
+from prlhf.backbone.loading import load_tokenizer
+from prlhf.batch.datasets import encode_file
+from prlhf.batch.tokens import Encoder
 from prlhf.config.keys import KEYS, DataConfig
+from prlhf.config.load import find_config, load_config
 from prlhf.data.check import report as data_check
+from prlhf.data.comparisons import ComparisonFile
 from prlhf.data.fetch import fetch
 from prlhf.data.sets import prepare, splits
 from prlhf.data.sets.raw import Options
 from prlhf.data.sources import DATA_SETS, source_name
+from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, check_range, run_command
 
 
@@ -55,7 +61,7 @@ def main() -> None:
     command.add_argument("files", nargs="+", metavar="FILE", help="the training comparisons, then any held-out ones")
     command.add_argument("--config", help="also tell what this config drops and cuts; a YAML file, or one in configs/")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
-    command.set_defaults(run=lambda args: data_check.run(args.files, args.config, args.set))
+    command.set_defaults(run=run_check)
     args = parser.parse_args()
     args.run(args)
 
@@ -117,6 +123,23 @@ def run_split(args: argparse.Namespace) -> None:
     options = Options(seed=args.seed, few_shot=args.few_shot)
     form = DataConfig(format=args.format, user_column=args.user_column)
     prepare.split_file(args.file, args.out, args.by, form, args.users, args.groups, options, args.overwrite)
+
+
+def run_check(args: argparse.Namespace) -> None:
+    """`check`: with a config, what it makes of the files as tokens too."""
+    if args.config is None:
+        if args.set:
+            raise UserError(f"--set {args.set[0]}: found no --config, expected one with it")
+        return data_check.run(args.files)
+    config = load_config(find_config(args.config), args.set)
+    encoder = Encoder(load_tokenizer(config.model), config.data, config.method)
+
+    def encode(file: ComparisonFile, users: UserIndex) -> data_check.AsTokens:
+        data, report = encode_file(file, encoder, users)[::2]
+        counts = report.too_long_dropped, report.prompts_truncated, report.user_texts_truncated
+        return data_check.AsTokens([c.length for c in data], report.lines(), *counts)
+
+    data_check.run(args.files, config.data, encode)
 
 
 def _check_ranges(args: argparse.Namespace) -> None:

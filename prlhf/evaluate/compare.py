@@ -22,7 +22,7 @@ from prlhf.evaluate.report import cell, interval_text, label, optional_pyplot, p
 from prlhf.evaluate.stats.paired import LEVEL, compare
 
 MEASURES = {"top": "Accuracy-top", "average_mean": "Accuracy-average", "generic": "Accuracy-generic"}
-SHOWN = 10  # users in the table
+USERS_SHOWN = 10  # users in the table
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -153,10 +153,10 @@ def _users_table(name: str, baseline: str, users: dict[str, Any]) -> list[str]:
     table, level = users["users"], f"{LEVEL:.0%}"
     lines = [f"{name} against {baseline}, user by user (paired permutation test, Holm-adjusted over {len(table)} users): "
              f"significantly better for {users['better']}, worse for {users['worse']} at {level}."]  # fmt: skip
-    if len(table) > SHOWN:
-        lines[0] += f" The {SHOWN} largest differences:"
+    if len(table) > USERS_SHOWN:
+        lines[0] += f" The {USERS_SHOWN} largest differences:"
     lines += ["", "| user | comparisons | difference, % | p | p after Holm |", "|---|---|---|---|---|"]
-    for row in table[:SHOWN]:
+    for row in table[:USERS_SHOWN]:
         numbers = _signed(row["difference"]), f"{row['p']:.4f}", f"{row['p_holm']:.4f}"
         lines.append(_row(row["user"], str(row["n"]), *numbers))
     return lines

@@ -5,7 +5,6 @@ step. What is counted there (`phases`) is what the real ones take; `memory` says
 user model that is solved (`exact`) has no updates.
 """
 
-import contextlib
 import math
 import os
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from prlhf.batch.datasets import TrainingData
 from prlhf.config.keys import Config, solves_exactly
 from prlhf.errors import UserError
 from prlhf.forecast.memory import CUDA_CONTEXT, Memory, predicted_memory, resident_after_a_toy_update, solved_memory
-from prlhf.forecast.phases import bytes_of, counted_update, fake_training, gpu_stand_ins, largest_parts, shape
+from prlhf.forecast.phases import bytes_of, counted_update, fake_training, largest_parts, shape
 from prlhf.method.models import PersonalizedModel
 from prlhf.parallel.ranks import check_processes
 from prlhf.score.states import readings_of
@@ -79,15 +78,14 @@ def predict(
     if needs_solver(config):
         check_size(len(data.users), len(readings_of(fake.comparisons)))
     exact, checkpoint, largest = solves_exactly(config), 0, None
-    with gpu_stand_ins(fake) if gpu else contextlib.nullcontext():
-        if exact:
-            memory = solved_memory(config, fake, process, processes)
-        else:
-            update, parts = largest_parts(fake, processes)
-            whole = counted_update(fake, update, parts)
-            memory = predicted_memory(config, fake, whole, parts, process, processes)
-            largest = max((shape(fake, part) for part in parts), key=math.prod)
-            checkpoint = whole.gradients + bytes_of(fake.model.user_model.tables) + whole.moments
+    if exact:
+        memory = solved_memory(config, fake, process, processes)
+    else:
+        update, parts = largest_parts(fake, processes)
+        whole = counted_update(fake, update, parts)
+        memory = predicted_memory(config, fake, whole, parts, process, processes)
+        largest = max((shape(fake, part) for part in parts), key=math.prod)
+        checkpoint = whole.gradients + bytes_of(fake.model.user_model.tables) + whole.moments
     steps = Schedule(0, 0) if exact else schedule(config.optim, len(fake.comparisons))
     reports = {"train": data.train.report.lines()}
     if data.valid is not None:

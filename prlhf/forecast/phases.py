@@ -1,6 +1,6 @@
 """What the phases of a training take in memory: the real code runs on fake tensors (`allocations`), and is counted.
 
-Fake tensors are on a CPU. What a GPU alone runs is replaced by what allocates alike (`gpu_stand_ins`):
+Fake tensors are on a CPU. What a GPU alone runs is replaced by what allocates alike (`computation_on_gpu`):
 
     FlexAttention           keeps what causal attention without a mask keeps
     Triton's log-probs      take a tile of logits (`logprobs_triton.ROWS` x `TILE`) instead of a chunk
@@ -11,7 +11,7 @@ All sizes are in bytes.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,24 +19,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prlhf.backbone import attention
-from prlhf.backbone.attention import takes_flex_attention
+from prlhf.backbone.attention import attention_mask, takes_flex_attention, use_tree_attention
 from prlhf.backbone.families import head
 from prlhf.backbone.loading import empty_backbone
 from prlhf.batch.datasets import TrainingData
 from prlhf.batch.order import micro_batches
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import PreferenceBatch
-from prlhf.config.keys import Config
+from prlhf.config.keys import Config, ModelConfig
 from prlhf.forecast.allocations import Allocations, give_fake_storage
 from prlhf.forecast.heap import Event, growth, twice
-from prlhf.kernels import log_probs as kernels
 from prlhf.kernels.log_probs import log_probs
-from prlhf.kernels.passes import HeadGradients, Pass, Softmax
-from prlhf.method import models
+from prlhf.kernels.passes import HeadGradients, Pass, Passes, Softmax
 from prlhf.method.build import build_model
 from prlhf.method.losses import ResponseLogProbs, needs_reference
-from prlhf.method.models import PersonalizedModel
+from prlhf.method.models import Computation, PersonalizedModel
 from prlhf.parallel.tensors import FILE_BYTES
 from prlhf.score.score import tree_keys
 from prlhf.score.states import readings_of, remembers_states
@@ -74,10 +71,13 @@ def fake_training(config: Config, tokenizer: PreTrainedTokenizerBase, data: Trai
         layout = "packed" if gpu and takes_flex_attention(backbone) else "tree"
     log_probs = "torch" if model_config.log_probs == "torch" else "chunked"
     config = replace(config, model=replace(model_config, layout=layout, log_probs=log_probs, compile=False))
+    compute = computation_on_gpu(config.model) if gpu else None
+    if gpu:
+        use_tree_attention(backbone, as_on_gpu=True)
     allocations = Allocations()
     with allocations.fake():
         give_fake_storage(backbone)
-        model = build_model(config, tokenizer, len(data.users), backbone)
+        model = build_model(config, tokenizer, len(data.users), backbone, compute=compute)
     model.check_lengths(data.train.comparisons)
     valid = data.valid.comparisons if data.valid is not None else None
     return FakeTraining(config, model, data.train.comparisons, valid, allocations, gpu)
@@ -250,26 +250,11 @@ def log_prob_bytes(fake: FakeTraining, parts: Sequence[Sequence[Item]]) -> int:
         weight_VD, bias_V = head(fake.model.backbone)
         hidden_ND = torch.empty(len(targets_N), weight_VD.shape[1], dtype=weight_VD.dtype, requires_grad=True)
         before = allocations.restart()
-        log_p_N = log_probs(hidden_ND, weight_VD, bias_V, targets_N, fake.config.model.log_probs)
+        log_p_N = log_probs(hidden_ND, weight_VD, bias_V, targets_N, fake.model.compute.log_probs)
         trained = [hidden_ND, *(t for t in (weight_VD, bias_V) if t is not None and t.requires_grad)]
         gradients = torch.autograd.grad(log_p_N.sum(), trained)
         del gradients
         return allocations.peak - before
-
-
-@contextlib.contextmanager
-def gpu_stand_ins(fake: FakeTraining) -> Iterator[None]:
-    """Within the context, what runs on a GPU alone is replaced by what allocates alike."""
-    mask, passes, grouped = models.attention_mask, kernels._passes, attention.takes_grouped_keys
-    attention.takes_grouped_keys = lambda query: False
-    if fake.config.model.layout == "packed":
-        models.attention_mask = lambda batch: None  # a BlockMask is small
-    if fake.config.model.log_probs == "chunked":
-        kernels._passes = lambda impl: (_tile_pass, _tile_head_gradients)
-    try:
-        yield
-    finally:
-        models.attention_mask, kernels._passes, attention.takes_grouped_keys = mask, passes, grouped
 
 
 def _tile_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, slope: bool) -> Pass:
@@ -288,3 +273,12 @@ def _tile_head_gradients(
     tile = torch.empty(TRITON_LOGITS, dtype=torch.float32)
     tile.to(hidden_ND.dtype)
     return HeadGradients(torch.empty_like(weight_VD), None if bias_V is None else torch.empty_like(bias_V))
+
+
+TILES = Passes(_tile_pass, _tile_head_gradients)
+
+
+def computation_on_gpu(config: ModelConfig) -> Computation:
+    """What takes memory as a GPU's computation does: no mask for a packed row, whose blocks are small, and log-probs by tiles."""
+    mask = (lambda batch: None) if config.layout == "packed" else attention_mask
+    return Computation(mask, TILES if config.log_probs == "chunked" else config.log_probs)

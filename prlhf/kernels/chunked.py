@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prlhf.kernels.passes import HeadGradients, Pass, Softmax, accumulation_type
+from prlhf.kernels.passes import HeadGradients, Pass, Passes, Softmax, accumulation_type
 
 CHUNK_LOGITS = 2**24  # logits in memory at once, for `chunked`: 64 MB in float32; fewer are slower on a CPU
 
@@ -50,3 +50,6 @@ def chunked_head_gradients(
         weight_grad_VD.addmm_(logits_grad_CV.T, hidden_CD.to(dtype))
         bias_grad_V += logits_grad_CV.sum(dim=0)
     return HeadGradients(weight_grad_VD.to(weight_VD.dtype), None if bias_V is None else bias_grad_V.to(bias_V.dtype))
+
+
+CHUNKED = Passes(chunked_pass, chunked_head_gradients)

@@ -19,14 +19,13 @@ Shape suffixes: N positions, D width, V vocabulary, C positions of a chunk.
 
 import importlib.util
 import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from prlhf.errors import UserError
-from prlhf.kernels.chunked import chunked_head_gradients, chunked_pass
-from prlhf.kernels.passes import HeadGradients, Pass, Softmax, accumulation_type
+from prlhf.kernels.chunked import CHUNKED
+from prlhf.kernels.passes import HeadGradients, Passes, Softmax, accumulation_type
 
 IMPLEMENTATIONS = ("torch", "chunked", "triton")
 IGNORED = -100  # a target that counts nothing: its log-prob and gradient are 0
@@ -35,13 +34,13 @@ RECOMPUTED = 1024  # positions whose slopes are computed at a time in the backwa
 
 
 def log_probs(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, impl: str | None = None
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, impl: str | Passes | None = None
 ) -> Tensor:
     """log p(target) at each position, (N,), in float32 (float64 for float64 inputs); 0 where a target is IGNORED.
 
     impl: "torch" computes all logits at once and is the readable reference; "chunked" the logits of some positions at a
-    time; "triton" those of a tile of the vocabulary (a GPU, or TRITON_INTERPRET=1; not for float64). None: triton on a GPU,
-    else chunked. ValueError for another one, UserError for triton where it does not run. Logits are accumulated in float32
+    time; "triton" those of a tile of the vocabulary (a GPU, or TRITON_INTERPRET=1; not for float64); `Passes` are an
+    implementation themselves. None: triton on a GPU, else chunked. ValueError for another one, UserError for triton where it does not run. Logits are accumulated in float32
     whatever the inputs' type.
     """
     if impl is None:
@@ -49,7 +48,7 @@ def log_probs(
         impl = "triton" if kernels else "chunked"
     if impl == "triton" and not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         raise UserError("model.log_probs: found 'triton', but the model is not on a GPU; expected null or 'chunked'")
-    if impl not in IMPLEMENTATIONS:
+    if not isinstance(impl, Passes) and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     real_N = targets_N != IGNORED
     targets_N = torch.where(real_N, targets_N, 0)
@@ -57,14 +56,14 @@ def log_probs(
         log_p_N = _readable(hidden_ND, weight_VD, bias_V, targets_N)
     else:
         slope = torch.is_grad_enabled() and hidden_ND.requires_grad
-        log_p_N = _LogProbs.apply(hidden_ND, weight_VD, bias_V, targets_N, slope, impl)
+        log_p_N = _LogProbs.apply(hidden_ND, weight_VD, bias_V, targets_N, slope, _passes(impl))
     return torch.where(real_N, log_p_N, 0.0)
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, slope: bool, impl: str) -> Tensor:
-        one_pass, _ = _passes(impl)
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, slope: bool, passes: Passes) -> Tensor:
+        one_pass = passes.one_pass
         kept = min(len(hidden_ND), KEPT_SLOPES // hidden_ND.shape[1]) if slope else 0
         parts, slope_KD = [], None
         if kept:
@@ -74,7 +73,7 @@ class _LogProbs(torch.autograd.Function):
             parts.append(one_pass(hidden_ND[kept:], weight_VD, bias_V, targets_N[kept:], False))
         softmax = Softmax(*(torch.cat(both) for both in zip(*(part.softmax for part in parts))))
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, *softmax, slope_KD)
-        ctx.impl = impl
+        ctx.passes = passes
         return torch.cat([part.log_p_N for part in parts])
 
     @staticmethod
@@ -82,7 +81,7 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx, grad_N: Tensor):
         *inputs, max_N, sum_N, slope_KD = ctx.saved_tensors
         hidden_ND, weight_VD, bias_V, targets_N = inputs
-        one_pass, head_gradients = _passes(ctx.impl)
+        one_pass, head_gradients = ctx.passes
         hidden_grad_ND, head_grad = None, HeadGradients(None, None)
         if ctx.needs_input_grad[0]:
             hidden_grad_ND, kept = torch.empty_like(hidden_ND), 0 if slope_KD is None else len(slope_KD)
@@ -97,15 +96,11 @@ class _LogProbs(torch.autograd.Function):
         return hidden_grad_ND, head_grad.weight_VD, head_grad.bias_V, None, None, None
 
 
-def _passes(impl: str) -> tuple[Callable[..., Pass], Callable[..., HeadGradients]]:
-    """The pass over the vocabulary and the head's gradients of an implementation.
-
-    Triton's are imported where they are used: Triton comes with torch for GPUs alone.
-    """
-    if impl == "chunked":
-        return chunked_pass, chunked_head_gradients
-    kernels = importlib.import_module("prlhf.kernels.triton")
-    return kernels.one_pass, kernels.head_gradients
+def _passes(impl: str | Passes) -> Passes:
+    """An implementation by its name. Triton is imported here, where it is used: it comes with torch for GPUs alone."""
+    if isinstance(impl, Passes):
+        return impl
+    return CHUNKED if impl == "chunked" else importlib.import_module("prlhf.kernels.triton").TRITON
 
 
 def _readable(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:

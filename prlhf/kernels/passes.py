@@ -1,5 +1,6 @@
 """What one pass over the vocabulary gives: the types that all implementations of `log_probs` share."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,3 +35,10 @@ class HeadGradients(NamedTuple):
 
     weight_VD: Tensor
     bias_V: Tensor | None
+
+
+class Passes(NamedTuple):
+    """An implementation of `log_probs`: a pass over the vocabulary, and the head's gradients."""
+
+    one_pass: Callable[..., Pass]
+    head_gradients: Callable[..., HeadGradients]

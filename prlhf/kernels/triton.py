@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prlhf.kernels.passes import HeadGradients, Pass, Softmax
+from prlhf.kernels.passes import HeadGradients, Pass, Passes, Softmax
 
 ROWS, TILE = 1024, 2048  # positions and vocabulary of a tile of logits: 8 MB in float32
 BLOCK_N, BLOCK_V, BLOCK_D = 128, 128, 64  # of the fused kernel: 96 KB of shared memory in its three stages
@@ -221,3 +221,6 @@ def _checked(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Ten
     if not weight_VD.is_contiguous():
         raise ValueError("the head's weight is not contiguous")
     return hidden_ND.contiguous()
+
+
+TRITON = Passes(one_pass, head_gradients)

@@ -10,7 +10,14 @@ from prlhf.backbone.lora import add_lora
 from prlhf.backbone.recompute import prepare_blocks
 from prlhf.batch.tokens import bos_ids, pair_question
 from prlhf.config.keys import Config, UserModelConfig
-from prlhf.method.models import LinearAggregator, PersonalizedLM, PersonalizedModel, PersonalizedRewardModel
+from prlhf.method.models import (
+    Computation,
+    Core,
+    LinearAggregator,
+    PersonalizedLM,
+    PersonalizedModel,
+    PersonalizedRewardModel,
+)
 from prlhf.method.pairwise import PairwisePreferenceModel
 from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
 
@@ -85,10 +92,12 @@ def build_model(
     users: int,
     backbone: PreTrainedModel | None = None,
     vocabulary_VD: Tensor | None = None,
+    compute: Computation | None = None,
 ) -> PersonalizedModel:
     """The model of a config for `users` known users: backbone (loaded unless given), LoRA, user model, aggregator.
 
     vocabulary_VD: the word embeddings that user vectors start from, where the backbone given has no values yet.
+    compute: by default as this device computes.
     """
     backbone = backbone if backbone is not None else load_backbone(config.model, tokenizer, config.seed)
     embeddings_VD = backbone.get_input_embeddings().weight
@@ -106,13 +115,14 @@ def build_model(
     elif config.method == "prm" and backbone.get_output_embeddings().weight is not embeddings_VD:
         backbone.get_output_embeddings().requires_grad_(False)  # the LM head, of which a reward model has no use
     prepare_blocks(backbone, config.model, config.lora.rank)
-    slot = len(bos_ids(tokenizer))
+    compute = compute or Computation(log_probs=config.model.log_probs)
+    core = Core(backbone, user_model, users, len(bos_ids(tokenizer)), config.model, compute)
     if config.method == "pairwise":
-        return PairwisePreferenceModel(backbone, user_model, pair_question(tokenizer), users, slot, config.model)
+        return PairwisePreferenceModel(core, pair_question(tokenizer))
     if config.method == "prm":
         value_head = None if linear else nn.Linear(pooled * width, 1, bias=False, dtype=dtype)
         if value_head is not None:
             nn.init.zeros_(value_head.weight)  # every reward starts at 0
-        return PersonalizedRewardModel(backbone, user_model, value_head, users, slot, config.model)
+        return PersonalizedRewardModel(core, value_head)
     aggregator = LinearAggregator(width, config.user_model.tokens, dtype) if linear else None
-    return PersonalizedLM(backbone, user_model, aggregator, users, slot, config.model)
+    return PersonalizedLM(core, aggregator)

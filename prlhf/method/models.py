@@ -18,7 +18,8 @@ D width, N response tokens, W pooled width.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import Layout, PreferenceBatch, Reading, collate, lay_out
 from prlhf.config.keys import ModelConfig
 from prlhf.kernels.log_probs import log_probs
+from prlhf.kernels.passes import Passes
 from prlhf.method.losses import ResponseLogProbs, Rewards
 from prlhf.method.prior import Prior
 
@@ -53,18 +55,32 @@ class LinearAggregator(nn.Module):
         return self.linear(both).to(hidden_ND.dtype)
 
 
+class Computation(NamedTuple):
+    """How a device computes what devices compute differently. The dry run has one that takes memory as a GPU does."""
+
+    attention_mask: Callable[[PreferenceBatch], Tensor | BlockMask | None] = attention_mask
+    log_probs: str | Passes | None = None  # the `impl` of log_probs
+
+
+class Core(NamedTuple):
+    """What all personalised models are made of."""
+
+    backbone: PreTrainedModel
+    user_model: nn.Module
+    users: int  # known ones, numbered 1..users
+    user_slot: int  # where in a tree the user vectors go: behind BOS, or 0
+    config: ModelConfig  # layout, sharing, pooling
+    compute: Computation = Computation()
+
+
 class PersonalizedModel(nn.Module):
     """What the models share: a backbone that may read user vectors before the prompt."""
 
-    def __init__(
-        self, backbone: PreTrainedModel, user_model: nn.Module, users: int, user_slot: int, config: ModelConfig
-    ):
+    def __init__(self, core: Core):
         super().__init__()
-        self.config = config  # how it computes: layout, sharing, log-probs
-        self.users = users  # known ones, numbered 1..users
-        self.user_slot = user_slot  # where in a tree the user vectors go: behind BOS, or 0
-        self.backbone = backbone
-        self.user_model = user_model
+        self.config, self.compute = core.config, core.compute
+        self.users, self.user_slot = core.users, core.user_slot
+        self.backbone, self.user_model = core.backbone, core.user_model
         self.prior: Prior | None = None  # on the user model, in training
         self._device: torch.device | None = None
 
@@ -124,23 +140,15 @@ class PersonalizedModel(nn.Module):
                 0, batch.vectors_at_SU.flatten(), vectors_SUD.flatten(0, 1)
             )
             embeddings_RTD = flat_ND.view_as(embeddings_RTD)
-        hidden_RTD = self.states(embeddings_RTD, attention_mask(batch), batch.positions_RT)
+        hidden_RTD = self.states(embeddings_RTD, self.compute.attention_mask(batch), batch.positions_RT)
         return hidden_RTD.flatten(0, 1).index_select(0, at_N)
 
 
 class PersonalizedLM(PersonalizedModel):
     """A language model that answers each known user as that user prefers, and user 0 as is commonly preferred."""
 
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        user_model: nn.Module,
-        aggregator: LinearAggregator | None,
-        users: int,
-        user_slot: int,
-        config: ModelConfig,
-    ):
-        super().__init__(backbone, user_model, users, user_slot, config)
+    def __init__(self, core: Core, aggregator: LinearAggregator | None):
+        super().__init__(core)
         self.aggregator = aggregator  # None: soft prompt
 
     @property
@@ -171,7 +179,7 @@ class PersonalizedLM(PersonalizedModel):
             user_NUD = self.user_model(batch.users_M).index_select(0, batch.reading_N)
         weight_VD, bias_V = head(self.backbone)
         read_ND = self.read_out(hidden_ND, user_NUD)
-        token_log_probs_N = log_probs(read_ND, weight_VD, bias_V, batch.targets_N, self.config.log_probs)
+        token_log_probs_N = log_probs(read_ND, weight_VD, bias_V, batch.targets_N, self.compute.log_probs)
         return sum_by_response(token_log_probs_N, batch)
 
     @contextlib.contextmanager
@@ -193,18 +201,10 @@ class PersonalizedRewardModel(PersonalizedModel):
     change: each response is computed once for all.
     """
 
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        user_model: nn.Module,
-        value_head: nn.Linear | None,
-        users: int,
-        user_slot: int,
-        config: ModelConfig,
-    ):
-        super().__init__(backbone, user_model, users, user_slot, config)
+    def __init__(self, core: Core, value_head: nn.Linear | None):
+        super().__init__(core)
         self.value_head = value_head  # None: linear head, e_u itself
-        self.keeps_states = config.frozen and value_head is None
+        self.keeps_states = core.config.frozen and value_head is None
         self.known_states: dict[Reading, Tensor] = {}  # by user 0, as no user changes them
 
     @property

@@ -5,14 +5,12 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from prlhf.backbone.families import head
 from prlhf.batch.tokens import EncodedComparison, PairQuestion
 from prlhf.batch.trees import PreferenceBatch
-from prlhf.config.keys import ModelConfig
 from prlhf.method.losses import Answers
-from prlhf.method.models import PersonalizedModel, of_comparisons
+from prlhf.method.models import Core, PersonalizedModel, of_comparisons
 
 
 class PairwisePreferenceModel(PersonalizedModel):
@@ -21,16 +19,8 @@ class PairwisePreferenceModel(PersonalizedModel):
     The pairwise preference model of Dong et al. 2024 (arXiv 2405.07863, section 2.2) with a user model.
     """
 
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        user_model: nn.Module,
-        question: PairQuestion,
-        users: int,
-        user_slot: int,
-        config: ModelConfig,
-    ):
-        super().__init__(backbone, user_model, users, user_slot, config)
+    def __init__(self, core: Core, question: PairQuestion):
+        super().__init__(core)
         self.answers = [question.answer_a, question.answer_b]
 
     def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:

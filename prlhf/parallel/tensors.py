@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import get_total_norm
 
 from prlhf.backbone.loading import weight_files
 from prlhf.errors import UserError
@@ -63,7 +64,7 @@ def read_tensors(values: dict[str, Tensor], folder: Path, files: Sequence[Path] 
 def write_tensors(values: dict[str, Tensor], folder: Path) -> None:
     """Write tensors, sharded or not, as safetensors into a folder, each rank files of what it holds.
 
-    The writer holds a file two times over, beside the tensors, while it writes it: hence files of some FILE_BYTES.
+    OSError where that fails on any rank. The writer holds a file two times over, beside the tensors, while it writes it: hence files of some FILE_BYTES.
     """
     file, size, file_of = 1, 0.0, {}
     for name, tensor in values.items():  # the same names in the same order on every rank
@@ -72,8 +73,11 @@ def write_tensors(values: dict[str, Tensor], folder: Path) -> None:
             file, size = file + 1, 0.0
         file_of[name], size = file, size + held
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
-    with _silence():
-        dcp.save(values, storage_writer=writer, no_dist=world_size() == 1)
+    try:
+        with _silence():
+            dcp.save(values, storage_writer=writer, no_dist=world_size() == 1)
+    except CheckpointException as error:
+        raise OSError(reason(error)) from None
 
 
 @contextlib.contextmanager
@@ -114,3 +118,11 @@ def put(parameter: nn.Parameter, values: Tensor) -> None:
 def full(tensor: Tensor) -> Tensor:
     """A sharded tensor whole, on every rank; another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    """The norm of all tensors together, sharded ones and others, as if they were one vector."""
+    sharded = [t for t in tensors if isinstance(t, DTensor)]
+    others = [t for t in tensors if not isinstance(t, DTensor)]
+    parts = [full(get_total_norm(part)).cpu() for part in (sharded, others) if part]
+    return torch.stack(parts).norm().item() if parts else 0.0

@@ -8,33 +8,35 @@ final/                for use: model.safetensors or adapter_model.safetensors (n
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from prlhf.data.users import UserIndex
 from prlhf.errors import TrainingError, UserError
 from prlhf.parallel.ranks import on_main, rank, reason, summed, text_from_main, world_size
 from prlhf.parallel.tensors import named_parameters, read_tensors, write_tensors
 from prlhf.store.files import checksum, written_aside
-from prlhf.train.optimizer import Optimizers
+
+OptimizerState = Mapping[torch.Tensor, dict[str, torch.Tensor]]  # by parameter
 
 
-def training_tensors(model: nn.Module, optimizer: Optimizers | None) -> dict[str, torch.Tensor]:
+def training_tensors(model: nn.Module, state: OptimizerState) -> dict[str, torch.Tensor]:
     """What training changes, by name: the trained weights, and the optimiser's state of each."""
     weights = {name: p for name, p in named_parameters(model).items() if p.requires_grad and p.numel()}
     tensors = {f"model.{name}": p.detach() for name, p in weights.items()}
-    state = optimizer.state if optimizer else {}
     for name, p in weights.items():
         for key, value in state.get(p, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value.view(1) if value.ndim == 0 else value
     return tensors
 
 
-def save_step(folder: Path, model: nn.Module, optimizer: Optimizers, users: UserIndex, state: dict[str, Any]) -> Path:
+def save_step(
+    folder: Path, model: nn.Module, optimizer: OptimizerState, users: UserIndex, state: dict[str, Any]
+) -> Path:
     """Write folder/step_N with all that exact resumption needs: weights, optimiser, `state`; each rank its shards.
 
     TrainingError where it cannot be written (a full disk, say); what was there before stays good.
@@ -55,7 +57,7 @@ def save_step(folder: Path, model: nn.Module, optimizer: Optimizers, users: User
             names = [n for n in names if n.startswith(own) or (rank() == 0 and not n.startswith(others))]
             checksums = {name: checksum(aside / name) for name in names}
             (aside / f"checksums-{rank()}.json").write_text(json.dumps(checksums))
-    except (OSError, CheckpointException) as error:
+    except OSError as error:
         raise TrainingError(f"{path}: cannot be written ({reason(error)}); checkpoints before it are good") from None
     return path
 
@@ -85,12 +87,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads(text_from_main(lambda: (path / "state.json").read_text(encoding="utf-8")))
 
 
-def load_step(path: Path, model: nn.Module, optimizer: Optimizers | None = None) -> None:
-    """Put a step's weights, and, where one is given, the optimiser's state back, whatever the number of ranks that saved.
+def load_step(path: Path, model: nn.Module, optimizer: OptimizerState | None = None) -> None:
+    """Put a step's weights, and, where it is given, the optimiser's state back, whatever the number of ranks that saved.
 
     UserError where it is of another model. `read_state` says whether it is damaged.
     """
-    read_tensors(training_tensors(model, optimizer), path)
+    read_tensors(training_tensors(model, optimizer or {}), path)
 
 
 def _damaged(path: Path, reason: str) -> UserError:

@@ -18,7 +18,7 @@ from prlhf.config.load import differing_keys, dump, load_resolved
 from prlhf.data.users import UserIndex
 from prlhf.errors import TrainingError, UserError, did_you_mean
 from prlhf.method.build import build_model
-from prlhf.method.models import PersonalizedLM, PersonalizedModel
+from prlhf.method.models import Core, PersonalizedLM, PersonalizedModel
 from prlhf.method.users import UniformUsers, is_personal
 from prlhf.parallel.ranks import on_main, reason
 from prlhf.parallel.tensors import named_parameters, whole
@@ -72,7 +72,7 @@ def save_final(
 
 # What decides which model the saved weights are, and what of it may still change: where the base lies, how it computes.
 FIXED = ("method", "model.", "user_model.", "lora.")
-MAY_CHANGE = (
+FREE_KEYS = (
     "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.gradient_checkpointing",
     "model.checkpoint_every", "model.recompute", "model.compile", "model.compute_dtype",
 )  # fmt: skip
@@ -118,7 +118,7 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
     path = find_final(checkpoint)
     config = load_resolved(path / "config.yaml", overrides)
     differing = differing_keys(load_resolved(path / "config.yaml"), config)
-    fixed = [line for line in differing if line.startswith(FIXED) and not line.startswith(MAY_CHANGE)]
+    fixed = [line for line in differing if line.startswith(FIXED) and not line.startswith(FREE_KEYS)]
     if fixed:
         raise UserError(f"{path}: --set would make it another model than was trained: {', '.join(fixed)}")
     users = UserIndex.load(path / "users.json")
@@ -158,7 +158,8 @@ def reference_model(loaded: Loaded) -> PersonalizedLM:
     _check_base(loaded.path, loaded.config, weights_fingerprint(backbone))
     _to_compute_type(backbone, loaded.config)
     nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
-    return PersonalizedLM(backbone, nobody, None, 0, loaded.model.user_slot, loaded.model.config)
+    model = loaded.model
+    return PersonalizedLM(Core(backbone, nobody, 0, model.user_slot, model.config, model.compute), None)
 
 
 def base_fingerprint(path: Path) -> str:

@@ -19,7 +19,7 @@ from prlhf.parallel.ranks import on_any, on_main, rank
 from prlhf.store.checkpoints import steps
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without flock says (Lustre, some NFS)
-MAY_CHANGE = "fsdp."  # how processes share the work may change from one start to the next, as their number may
+FREE_GROUP = "fsdp."  # how processes share the work may change from one start to the next, as their number may
 WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "final", "eval", "tensorboard")  # what --overwrite removes
 
 
@@ -116,7 +116,7 @@ def _held(path: Path, config: Config, overwrite: bool) -> IO[str]:
     begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
     if begun and not overwrite:
         differing = differing_keys(load_resolved(path / "config.yaml"), config)
-        differing = [line for line in differing if not line.startswith(MAY_CHANGE)]
+        differing = [line for line in differing if not line.startswith(FREE_GROUP)]
         if differing:
             raise UserError(
                 f"run_dir: {path} belongs to a run with another config:\n"

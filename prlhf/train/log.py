@@ -17,7 +17,7 @@ from prlhf.errors import UserError
 from prlhf.parallel.ranks import rank, summed
 from prlhf.store.runs import Run
 
-SHOWN = ("loss", "user_accuracy", "generic_accuracy", "accuracy_top", "accuracy_generic")
+SHOWN_NUMBERS = ("loss", "user_accuracy", "generic_accuracy", "accuracy_top", "accuracy_generic")
 
 
 @dataclass
@@ -117,7 +117,7 @@ class TrainingLog:
         if self.writer is not None:
             for name, value in numbers.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, record["step"])
-        text = ", ".join(f"{name} {numbers[name]:.3f}" for name in SHOWN if name in numbers)
+        text = ", ".join(f"{name} {numbers[name]:.3f}" for name in SHOWN_NUMBERS if name in numbers)
         if text:
             self.say(f"{kind:5} {record['step']:>6}: {text}")
 

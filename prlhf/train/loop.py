@@ -221,7 +221,7 @@ def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_fr
             f"data.train: the comparisons, users or base model are not those that {path} was trained with; "
             "restore them or use --overwrite"
         )
-    load_step(path, model, optimizer)
+    load_step(path, model, optimizer.state)
     on_main(lambda: run.forget_after(progress.step))
     if rank() == 0:
         print(f"resuming after update {progress.step}", file=sys.stderr)
@@ -297,7 +297,7 @@ def evaluate_and_judge(job: Job, valid: Referenced) -> bool:
 def save(job: Job) -> None:
     """Write a checkpoint, and remove those that are not to be kept."""
     run, progress = job.run, job.progress
-    save_step(run.checkpoints, job.model, job.optimizer, job.users, asdict(progress))
+    save_step(run.checkpoints, job.model, job.optimizer.state, job.users, asdict(progress))
     on_main(lambda: prune_checkpoints(run, job.config.train.keep_checkpoints, progress.best_step))
 
 

@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from prlhf.config.keys import Config, OptimConfig, UserModelConfig
 from prlhf.method.models import PersonalizedModel
-from prlhf.parallel.tensors import full, named_parameters
+from prlhf.parallel.tensors import named_parameters, norm_of
 from prlhf.train.row_adamw import RowAdamW
 
 
@@ -81,9 +79,7 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     for table in (p for p in parameters if p.grad.is_sparse):
         table.grad = table.grad.coalesce()
     gradients = [p.grad.values() if p.grad.is_sparse else p.grad for p in parameters]
-    sharded = [g for g in gradients if isinstance(g, DTensor)]
-    whole = [g for g in gradients if not isinstance(g, DTensor)]
-    norm = torch.stack([full(get_total_norm(part)).cpu() for part in (sharded, whole) if part]).norm().item()
+    norm = norm_of(gradients)
     factor = min(1.0, max_norm / (norm + 1e-6))
     for gradient in gradients if factor < 1 else ():
         gradient.mul_(factor)

@@ -9,22 +9,17 @@ data.train and data.limit say. Texts that differ only in white space or in how U
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from prlhf.backbone.loading import load_tokenizer
-from prlhf.batch.datasets import encode_file
-from prlhf.batch.tokens import Encoder, EncodingReport
-from prlhf.config.keys import Config
-from prlhf.config.load import find_config, load_config
+from prlhf.config.keys import DataConfig
 from prlhf.data.check.leaks import JUDGED, LEAKS, judged_leaks, leak
 from prlhf.data.check.rules import RULES, FittedRules, as_read, conflicts, fit, majority_share, pair_key, prompt_key
 from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, Messages, read_comparisons, words
 from prlhf.data.users import UserIndex
-from prlhf.errors import UserError
 
 FEW = 5  # fewer training comparisons than this tell little about a user
 MUCH = 0.05  # a larger share than this that is dropped or cut deserves a warning
@@ -62,24 +57,35 @@ class Spread(NamedTuple):
     high: float
 
 
-def run(files: Sequence[str], config_name: str | None, overrides: Sequence[str]) -> None:
-    """Print the report on the files, the warnings last. UserError for a bad file or config."""
-    if overrides and config_name is None:
-        raise UserError(f"--set {overrides[0]}: found no --config, expected one with it")
-    config = None if config_name is None else load_config(find_config(config_name), overrides)
+class AsTokens(NamedTuple):
+    """What becomes of a file's comparisons as tokens: the length of each that is left, and the counts, in words and by name."""
+
+    lengths: list[int]
+    said: str
+    too_long_dropped: int
+    prompts_truncated: int
+    user_texts_truncated: int
+
+
+Encode = Callable[[ComparisonFile, UserIndex], AsTokens]
+
+
+def run(files: Sequence[str], form: DataConfig = CANONICAL, encode: Encode | None = None) -> None:
+    """Print the report on the files, the warnings last. UserError for a bad file.
+
+    form: how they are read, and how many users are known; encode: makes tokens of a file, where that is to be reported.
+    """
     warnings = []
-    for section in check(files, config):
+    for section in check(files, form, encode):
         print(section.text, flush=True)
         warnings += section.warnings
     print("\n".join(f"warning: {warning}" for warning in warnings) or "No warnings.")
 
 
-def check(files: Sequence[str], config: Config | None) -> Iterator[Section]:
-    """The report, part by part. UserError, before the first part, for a file or tokenizer that cannot be read."""
-    encoder = None if config is None else Encoder(load_tokenizer(config.model), config.data, config.method)
-    form = config.data if config else CANONICAL
+def check(files: Sequence[str], form: DataConfig, encode: Encode | None) -> Iterator[Section]:
+    """The report, part by part. UserError, before the first part, for a file that cannot be read."""
     read = [read_comparisons(path, form) for path in files]
-    users = UserIndex.from_comparisons(read[0].comparisons, config.data.known_users if config else None)
+    users = UserIndex.from_comparisons(read[0].comparisons, form.known_users)
     labels = [Path(path).name for path in files]
     labels = labels if len(set(labels)) == len(labels) else list(files)
     splits = [
@@ -96,8 +102,8 @@ def check(files: Sequence[str], config: Config | None) -> Iterator[Section]:
     if len(splits) > 1:
         yield leaks_section(splits, rules)
     yield lengths_section(splits)
-    if encoder is not None:
-        yield tokens_section(splits, users, encoder)
+    if encode is not None:
+        yield tokens_section(splits, users, encode)
     yield rules_section(splits, rules)
 
 
@@ -237,19 +243,18 @@ def lengths_section(splits: Sequence[CheckedFile]) -> Section:
     return Section(f"\n{lengths}\n\n{markdown_table(['chosen is', 'longer', 'as long', 'shorter'], shares)}", [])
 
 
-def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encoder: Encoder) -> Section:
+def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Encode) -> Section:
     """What becomes of the files under a config. UserError where nothing of a file fits data.max_tokens."""
     rows, warnings = [], []
     for split in splits:
-        dataset = encode_file(split.file, encoder, users)
-        lies = spread([comparison.length for comparison in dataset.comparisons])
-        rows.append([split.label, dataset.report.lines(), *lies[1:]])
-        warnings += encoding_warnings(split.path, dataset.report, len(split.comparisons))
+        found = encode(split.file, users)
+        rows.append([split.label, found.said, *spread(found.lengths)[1:]])
+        warnings += encoding_warnings(split.path, found, len(split.comparisons))
     header = ["in tokens", "what became of it", "tree: mean", "median", "95th percentile", "most"]
     return Section(f"\n{markdown_table(header, rows)}", warnings)
 
 
-def encoding_warnings(path: str, report: EncodingReport, comparisons: int) -> list[str]:
+def encoding_warnings(path: str, report: AsTokens, comparisons: int) -> list[str]:
     """A sentence about each way in which more than MUCH of the comparisons lose something."""
     counts = {
         "are dropped: their responses leave too little room for the prompt (data.max_tokens)": report.too_long_dropped,

@@ -43,7 +43,7 @@ READERS = {
     "persona": Reader(persona.read, persona.FILES),
     "multipref": Reader(multipref.read, multipref.FILES),
 }
-SAMPLES = {"prism": (6_431, 3_982)}  # published: comparisons trained on, and held out
+SAMPLE_SIZES = {"prism": (6_431, 3_982)}  # published: comparisons trained on, and held out
 
 
 def prepare(name: str, raw: str | None, out: str | None, options: Options, overwrite: bool = False) -> None:
@@ -61,9 +61,9 @@ def prepare(name: str, raw: str | None, out: str | None, options: Options, overw
     else:
         made = split(reading.records, reader.shares, options.seed, options.few_shot, reading.dialogues)
     counts = list(reading.counts)
-    if name in SAMPLES:
+    if name in SAMPLE_SIZES:
         held_out = len(made.valid) + len(made.few_shot)
-        counts += map(Count, ("comparisons trained on", "held out"), (len(made.train), held_out), SAMPLES[name])
+        counts += map(Count, ("comparisons trained on", "held out"), (len(made.train), held_out), SAMPLE_SIZES[name])
     write(target, made, settings, counts, reading.dropped, reading.prompts)
 
 

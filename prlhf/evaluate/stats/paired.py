@@ -26,7 +26,7 @@ from prlhf.evaluate.stats.metrics import (
     user_labels,
 )
 
-SAMPLES = 2000  # bootstrap samples
+BOOTSTRAP_SAMPLES = 2000  # bootstrap samples
 FLIPS = 10_000  # sign flips of a user's test
 SEED = 0
 LEVEL = 0.05
@@ -79,9 +79,9 @@ def summary(comparisons: Comparisons, model: Model) -> dict[str, Any]:
         "reported_std_over_seeds": reported.std,
         "own_record_explains_gain": model.explained,  # of each seed
         "interval": {
-            "top": pooled_interval(both.known, SAMPLES, np.random.default_rng(SEED)),
-            "average_mean": mean_interval(both.known, SAMPLES, np.random.default_rng(SEED)),
-            "generic": pooled_interval(both.unknown, SAMPLES, np.random.default_rng(SEED)),
+            "top": pooled_interval(both.known, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED)),
+            "average_mean": mean_interval(both.known, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED)),
+            "generic": pooled_interval(both.unknown, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED)),
         },
     }
 
@@ -116,7 +116,7 @@ def difference(comparisons: Comparisons, baseline: Model, model: Model) -> dict[
         ("average_mean", mean, alike(a.known), alike(b.known), None),
         ("generic", pooled, a.unknown, b.unknown, ~comparisons.known_B),
     ):
-        between = pooled_difference_interval(x, y, SAMPLES, np.random.default_rng(SEED))
+        between = pooled_difference_interval(x, y, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED))
         found[name] = {
             "difference": value(x) - value(y) if x.users else None,
             "interval": between,
