@@ -22,6 +22,7 @@ from prlhf.config import load as config
 from prlhf.errors import OtherRankFailed, UserError
 from prlhf.evaluate import __main__ as evaluate
 from prlhf.parallel import ranks as distributed
+from prlhf.parallel import tensors
 from prlhf.parallel.ranks import process_group
 from prlhf.parallel.shard import training_model
 from prlhf.parallel.tensors import full, read_tensors, write_tensors
@@ -340,7 +341,7 @@ def saved_model(folder, **options):
 
 def test_a_checkpoint_is_written_in_files_of_which_memory_holds_two(monkeypatch, tmp_path):
     """Beside the tensors: the writer has a file twice, and a checkpoint in one file would be there twice."""
-    monkeypatch.setattr(distributed, "FILE_BYTES", 1_000_000)
+    monkeypatch.setattr(tensors, "FILE_BYTES", 1_000_000)
     values = {f"a{i}": torch.randn(100, 1000) for i in range(20)} | {
         "large": torch.randn(1000, 1000),
         "one": torch.ones(1),

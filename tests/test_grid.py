@@ -244,7 +244,7 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     monkeypatch.setattr(grid, "call", recorded)
     common = ("--out", tmp_path, "--seeds", "0", "1")
     assert call(polis.main, *common, "--data", data, "--arms", "vanilla", "cluster5", "--set", "optim.lr=1")[0] == 0
-    trained = [given for module, given in calls if module == "train"]
+    trained = [given for module, given in calls if module == "prlhf.train.__main__"]
     assert [f"run_dir={tmp_path}/{arm}_seed{s}" in given for (s, arm), given in zip(
         [(0, "vanilla"), (0, "cluster5"), (1, "vanilla"), (1, "cluster5")], trained)] == [True] * 4  # fmt: skip
     last = trained[-1]
@@ -257,7 +257,7 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
         "user_model.clusters=5",
     }
     assert expected < set(last)
-    evaluated = [given for module, given in calls if module == "evaluate"]
+    evaluated = [given for module, given in calls if module == "prlhf.evaluate.__main__"]
     run, held_out = f"{tmp_path}/cluster5_seed1", f"{data}/unseen_users_test.jsonl"
     assert len(evaluated) == 12
     assert evaluated[-1] == ("--checkpoint", run, "--data", held_out, "--out", f"{run}/eval/unseen_users_test")

@@ -16,8 +16,7 @@ from prlhf.data.users import UserIndex
 from prlhf.method.users import IndividualUsers
 from prlhf.score.score import score
 from prlhf.store.runs import open_run
-from prlhf.train import loop
-from prlhf.train import optimizer as optim
+from prlhf.train import loop, row_adamw
 from prlhf.train import step as updates
 from prlhf.train.optimizer import Optimizers, clip
 from prlhf.train.row_adamw import NEGLECTED, RowAdamW, momentum_steps
@@ -134,7 +133,7 @@ def test_in_how_many_parts_rows_catch_up_changes_no_bit(monkeypatch, dtype):
         parts.catch_up(other, rows)
         take_step(other, parts, step)
     optimizer.catch_up(one)
-    monkeypatch.setattr(optim, "WORKING_SET", 600)  # three rows, some of their steps
+    monkeypatch.setattr(row_adamw, "WORKING_SET", 600)  # three rows, some of their steps
     parts.catch_up(other)
     assert torch.equal(one, other)
 

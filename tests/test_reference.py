@@ -7,7 +7,7 @@ from helpers import random_comparisons, tiny_config, tiny_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from prlhf.score import reference as reference_module
+from prlhf.score import cache
 from prlhf.score.reference import reference_log_probs, weights_fingerprint
 
 
@@ -90,7 +90,7 @@ def test_a_kill_while_writing_leaves_no_cache(counted, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     comparisons = random_comparisons(5)
-    monkeypatch.setattr(reference_module, "save_file", killed)
+    monkeypatch.setattr(cache, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         counted(model_of(), comparisons)
     assert not list(tmp_path.glob("*.safetensors"))
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_no_cache_and_the_training_goes_on(counted, tmp_path,
     whole, _ = counted(model_of(), comparisons)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
-    monkeypatch.setattr(reference_module, "save_file", full)
+    monkeypatch.setattr(cache, "save_file", full)
     found, calls = counted(model_of(), comparisons)
     assert calls == 2 and torch.equal(found.chosen, whole.chosen)
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
