@@ -273,7 +273,7 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     folders = {path.parent.parent.name for path in tmp_path.glob("*/eval/report.json")}
     assert {"vanilla(uniform)_seed1", "individual_alpha0.5_notshared_seed0", "cluster_K10_seed1"} < folders
     calls.clear()
-    assert call(ablation.main, *common, *keys)[0] == 0 and {module for module, _ in calls} == {"train"}
+    assert call(ablation.main, *common, *keys)[0] == 0 and {module for module, _ in calls} == {"prlhf.train.__main__"}
 
 
 def test_conformity_of_several_seeds_and_bad_groups(call, tmp_path):
