@@ -21,7 +21,8 @@ from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write
 from prlhf.method.losses import needs_reference
 from prlhf.parallel.ranks import check_started_alone
 from prlhf.score.reference import computes_on, reference_log_probs
-from prlhf.score.states import remember_states
+from prlhf.score.states import fixed_states
+from prlhf.score.task import Task
 from prlhf.store.final import base_fingerprint, load_final, reference_model
 
 
@@ -57,19 +58,18 @@ def main() -> None:
             lambda: reference_model(loaded).to(device), data.comparisons,
             config.evaluate.batch_size, base, computes_on(config.model, device),
         )  # fmt: skip
-    loaded.model.to(device)
-    remember_states(loaded.model, data.comparisons, config.evaluate.batch_size, base)
-    scores = score_users(config, loaded.model, data.comparisons)
-    users = [c.user for c in data.comparisons]
+    model = loaded.model.to(device)
+    states = fixed_states(model, data.comparisons, config.evaluate.batch_size, base)
+    task = Task(config, model, data.comparisons, reference, states, data.names)
+    margins = reward_margins(task, score_users(task))
     report = {
         "checkpoint": str(loaded.path),
         "data": str(source),
         "encoding": asdict(data.report),
-        **summarize(config, scores, reference, users, data.names, rules, others=loaded.model.users > 1),
+        **summarize(config.evaluate, margins, task.users, task.names, rules, others=model.users > 1),
     }
-    margins = reward_margins(config.loss, scores, reference)
     (out / "report.json").unlink(missing_ok=True)  # of an evaluation before: its margins are replaced
-    write_margins(out, data.raw, [user > 0 for user in users], margins)
+    write_margins(out, data.raw, [user > 0 for user in task.users], margins)
     if (run_dir / "metrics.jsonl").exists():
         try:
             accuracy_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")

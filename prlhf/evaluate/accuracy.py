@@ -1,8 +1,8 @@
 """Implicit-reward accuracy of a model on held-out comparisons, with the controls that show whether it is personal.
 
 A comparison counts as right when the chosen response has the larger implicit reward. Known users' comparisons are
-scored three times: with the true user, with the generic user, and with another known user drawn at random. Where
-personalisation is real, the first is well above the other two.
+scored three times: with the true user, the generic user, and another known user drawn at random. Where personalisation
+is real, the first is well above the other two.
 """
 
 import random
@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from prlhf.batch.tokens import EncodedComparison
-from prlhf.config.keys import Config, LossConfig
+from prlhf.config.keys import EvaluateConfig
 from prlhf.errors import UserError
 from prlhf.evaluate.stats.intervals import std_interval, worst_user_interval
 from prlhf.evaluate.stats.metrics import (
@@ -28,14 +27,14 @@ from prlhf.evaluate.stats.metrics import (
     pooled_interval,
     user_labels,
 )
-from prlhf.method.losses import Outputs, ResponseLogProbs, branch_weights, preference_loss, reward_margin
-from prlhf.method.models import PersonalizedModel
+from prlhf.method.losses import Outputs, branch_weights, preference_loss, reward_margin
 from prlhf.method.users import is_personal
-from prlhf.score.score import score
+from prlhf.score.score import score_readers
+from prlhf.score.task import Task
 
 
 class Scores(NamedTuple):
-    """What the model says of the same comparisons under the true, the generic and a random other user."""
+    """What the model says of the same comparisons, read by the true, the generic and a random other user."""
 
     true_user: Outputs
     generic_user: Outputs
@@ -49,50 +48,35 @@ def shuffled(users: Sequence[int], known: int, seed: int) -> list[int]:
     return [0 if u == 0 else d + (known > 1 and d >= u) for u, d in zip(users, draw)]
 
 
-def score_users(
-    config: Config,
-    model: PersonalizedModel,
-    comparisons: Sequence[EncodedComparison],
-    controls: bool = True,
-) -> Scores:
-    """Score all comparisons; nothing is computed twice (an unknown user's three scores are one).
+def score_users(task: Task, controls: bool = True) -> Scores:
+    """Score all comparisons as each of the three users reads them. Nothing is computed twice.
 
-    With a uniform user model, and with alpha = 0, which trains no user's own vectors, known users are scored as user 0.
-
+    Where training gave users no vectors of their own (uniform users, alpha = 0) all are user 0.
     controls=False leaves `shuffled_users` as `true_user` and saves a pass.
     """
-    users = [c.user for c in comparisons]
+    config, model, users = task.config, task.model, task.users
+    others = shuffled(users, model.users, config.evaluate.seed) if controls else users
+    nobody = [0] * len(users)
     personal = is_personal(model.user_model, config.loss.alpha)
-    known = [i for i, user in enumerate(users) if user > 0 and personal]
-    readers = [users, shuffled(users, model.users, config.evaluate.seed)] if controls else [users]
-    # In one go, so that what does not depend on the reader is shared: everything as user 0, then known users' own.
-    rows = [*range(len(users)), *(i for _ in readers for i in known)]
-    as_users = [0] * len(users) + [as_users[i] for as_users in readers for i in known]
-    scored = score(model, [comparisons[i] for i in rows], as_users, config.evaluate.batch_size, title="evaluation")
-    generic = type(scored)(*(t[: len(users)] for t in scored))
-    rows_K = torch.tensor(known, dtype=torch.long)
-
-    def with_own(start: int) -> Outputs:
-        own = (t[start : start + len(known)] for t in scored)
-        return type(scored)(*(g.index_copy(0, rows_K, o) for g, o in zip(generic, own)))
-
-    true = with_own(len(users))
-    return Scores(true, generic, with_own(len(users) + len(known)) if controls else true)
+    readers = {"generic_user": nobody, "true_user": users, "shuffled_users": others}
+    as_read = {name: users if personal else nobody for name, users in readers.items()}
+    return Scores(**score_readers(model, task.comparisons, as_read, config.evaluate.batch_size, task.states))
 
 
-def mixed_loss(config: LossConfig, scores: Scores, reference: ResponseLogProbs | None, users: Sequence[int]) -> float:
+def mixed_loss(task: Task, scores: Scores) -> float:
     """The training objective on scored comparisons: mean of alpha loss(true user) + (1 - alpha) loss(generic user)."""
-    weights = branch_weights(torch.tensor(users), config.alpha)
-    losses_B = [preference_loss(config, branch, reference) for branch in (scores.true_user, scores.generic_user)]
-    return (weights.user * losses_B[0] + weights.generic * losses_B[1]).mean().item()
+    config = task.config.loss
+    weights = branch_weights(torch.tensor(task.users), config.alpha)
+    own_B, generic_B = (preference_loss(config, branch, task.reference) for branch in scores[:2])
+    return (weights.user * own_B + weights.generic * generic_B).mean().item()
 
 
-def reward_margins(config: LossConfig, scores: Scores, reference: ResponseLogProbs | None) -> np.ndarray:
-    """(3, B): every comparison's reward margin, chosen minus rejected, under the true, generic and shuffled users.
+def reward_margins(task: Task, scores: Scores) -> np.ndarray:
+    """(3, B): every comparison's reward margin, chosen less rejected, under the true, generic and shuffled users.
 
     UserError where one is not finite.
     """
-    margins = np.stack([reward_margin(config, branch, reference).numpy() for branch in scores])
+    margins = np.stack([reward_margin(task.config.loss, branch, task.reference).numpy() for branch in scores])
     bad = ~np.isfinite(margins).all(axis=0)
     if bad.any():
         raise UserError(
@@ -102,23 +86,21 @@ def reward_margins(config: LossConfig, scores: Scores, reference: ResponseLogPro
 
 
 def summarize(
-    config: Config,
-    scores: Scores,
-    reference: ResponseLogProbs | None,
+    config: EvaluateConfig,
+    margins: np.ndarray,
     users: Sequence[int],
     names: Sequence[str | None],
     rules: dict[str, Sequence[float]] | None = None,
     others: bool = True,
 ) -> dict[str, Any]:
-    """The numbers of report.json: accuracies, intervals, calibration, controls, rules, what the rule own_record explains
-    (see `own_record_summary`; None where it does not apply) and the table of known users.
+    """The numbers of report.json: accuracies, intervals, calibration, controls, rules, and a row for each known user.
 
-    users: user numbers (0 unknown); names: the users' names in the data, by which unknown users are resampled; rules:
-    what each trivial rule gets right of every comparison (1, 0, or 0.5); others: whether the model knows more than one
-    user, without which there is nobody to shuffle with, and what would need it is None.
+    margins: (3, B), as `reward_margins`; users: numbers, 0 unknown; names: who chose, by which unknown users are
+    resampled; rules: what each trivial rule gets right of every comparison (1, 0, or 0.5), with which the report also says
+    what the rule own_record explains; others: whether the model knows more than one user. Without that there is nobody to
+    shuffle with, and what needs it is None.
     """
-    margins = reward_margins(config.loss, scores, reference)
-    samples, rng = config.evaluate.bootstrap, np.random.default_rng(config.evaluate.seed)
+    samples, rng = config.bootstrap, np.random.default_rng(config.seed)
     known, labels = np.asarray(users) > 0, np.asarray(user_labels(names), dtype=object)
     true, generic, other = (by_user(labels[known], values[known]) for values in margins)
     strangers = by_user(labels[~known], margins[1][~known])
@@ -154,13 +136,12 @@ def summarize(
 def own_record_summary(
     right_B: np.ndarray, users: Sequence[str], margins: np.ndarray, samples: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Whether what a model gains by knowing its users is no more than their own record of the very responses.
+    """Whether a rule that only remembers each user's own record of the very responses explains what the model gains.
 
-    right_B: what the rule own_record gets right of known users' comparisons, 1/2 where it does not decide; margins:
-    (2, B), as the true and as the generic user. The gain, true less generic accuracy, is computed apart where the rule
-    decides and where it does not. The rule explains the gain where there is one, the rule is right on more than half, most
-    of the gain lies where it decides, and none is shown where it does not: the interval reaches 0, or there are too few users
-    or comparisons for one.
+    right_B: what own_record gets right of known users' comparisons, 1/2 where it does not decide; margins: (2, B), as the
+    true and as the generic user. The gain (true less generic accuracy) is computed apart where the rule decides and where
+    it does not. The rule explains it if there is a gain, the rule is right on more than half, most of the gain lies where
+    it decides, and none is shown where it does not: the interval reaches 0, or there is too little data for one.
     """
     labels, decides = np.asarray(users, dtype=object), right_B != 0.5
 

@@ -28,12 +28,12 @@ from prlhf.method.build import build_model
 from prlhf.method.models import PersonalizedModel, PersonalizedRewardModel
 from prlhf.parallel.ranks import sharded
 from prlhf.parallel.tensors import FILE_BYTES
-from prlhf.score.states import readings_of, remembers_states
+from prlhf.score.states import has_fixed_states, readings_of
 from prlhf.solve.linear import MEMORY
 from prlhf.solve.prior import needs_solver
 from prlhf.train.log import peak_memory_gb
 from prlhf.train.optimizer import make_optimizer
-from prlhf.train.plan import Item
+from prlhf.train.plan import Part
 
 CUDA_CONTEXT = 600_000_000  # what CUDA and its libraries hold on a GPU, which torch's own count leaves out
 CUBLAS_WORKSPACE = 32 * 2**20  # of 8 buffers of 4 MB, the deterministic choice
@@ -65,7 +65,7 @@ class Memory:
 
 
 def predicted_memory(
-    config: Config, fake: FakeTraining, whole: Counted, parts: Sequence[Sequence[Item]], process: int, processes: int
+    config: Config, fake: FakeTraining, whole: Counted, parts: Sequence[Part], process: int, processes: int
 ) -> Memory:
     """What each of the processes holds of what a whole update takes.
 
@@ -166,7 +166,7 @@ def bytes_sent(parameters: Sequence[nn.Parameter]) -> int:
 
 def known_states(fake: FakeTraining) -> int:
     """Bytes of the hidden states that are kept, and of the responses by which they are found."""
-    if not remembers_states(fake.model):
+    if not has_fixed_states(fake.model):
         return 0
     comparisons = [c for dataset in fake.datasets for c in dataset]
     readings = readings_of(comparisons)

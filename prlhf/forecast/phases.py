@@ -36,9 +36,10 @@ from prlhf.method.losses import ResponseLogProbs, needs_reference
 from prlhf.method.models import Computation, PersonalizedModel
 from prlhf.parallel.tensors import FILE_BYTES
 from prlhf.score.score import tree_keys
-from prlhf.score.states import readings_of, remembers_states
+from prlhf.score.states import States, has_fixed_states, readings_of
+from prlhf.score.task import Task
 from prlhf.train.optimizer import make_optimizer
-from prlhf.train.plan import Item, epoch_updates, schedule, update_parts
+from prlhf.train.plan import Part, epoch_updates, plan_update, schedule
 from prlhf.train.step import part_loss
 
 TRITON_LOGITS = 1024 * 2048  # positions and vocabulary of Triton's tile
@@ -83,17 +84,17 @@ def fake_training(config: Config, tokenizer: PreTrainedTokenizerBase, data: Trai
     return FakeTraining(config, model, data.train.comparisons, valid, allocations, gpu)
 
 
-def collated(fake: FakeTraining, items: Sequence[Item]) -> PreferenceBatch:
+def collated(fake: FakeTraining, part: Part) -> PreferenceBatch:
     """A micro-batch as training lays it out."""
-    return fake.model.collate([fake.comparisons[item.index] for item in items], [item.user for item in items])
+    return fake.model.collate([fake.comparisons[i] for i in part.indices], part.users)
 
 
-def shape(fake: FakeTraining, items: Sequence[Item]) -> tuple[int, int]:
+def shape(fake: FakeTraining, part: Part) -> tuple[int, int]:
     """Rows and positions of a micro-batch."""
-    return tuple(collated(fake, items).input_ids_RT.shape)  # type: ignore[return-value]
+    return tuple(collated(fake, part).input_ids_RT.shape)  # type: ignore[return-value]
 
 
-def largest_parts(fake: FakeTraining, processes: int) -> tuple[list[int], list[list[Item]]]:
+def largest_parts(fake: FakeTraining, processes: int) -> tuple[list[int], list[Part]]:
     """Of all the updates that `processes` share the one with the largest micro-batch, and its two largest, in their order."""
     config, comparisons = fake.config, fake.comparisons
     per_epoch, total = schedule(config.optim, len(comparisons))
@@ -103,9 +104,10 @@ def largest_parts(fake: FakeTraining, processes: int) -> tuple[list[int], list[l
     size = sum if config.model.layout == "packed" else max
     updates.sort(key=lambda update: size(comparisons[i].length for i in update), reverse=True)
 
-    best: tuple[int, list[int], list[list[Item]]] | None = None
+    best: tuple[int, list[int], list[Part]] | None = None
+    task = Task(config, fake.model, comparisons)
     for update in updates[:CANDIDATES]:
-        parts = update_parts(config, fake.model, comparisons, update, processes)
+        parts = plan_update(task, update, processes)
         sizes = [math.prod(shape(fake, part)) for part in parts]
         if best is None or max(sizes) > best[0]:
             two = sorted(sorted(range(len(parts)), key=lambda n: -sizes[n])[:2])
@@ -138,17 +140,18 @@ class Counted(NamedTuple):
     saving: int  # what its heap has grown to when a checkpoint is written; 0 where `lost` is 0 or None
 
 
-def counted_update(fake: FakeTraining, update: Sequence[int], parts: Sequence[Sequence[Item]]) -> Counted:
+def counted_update(fake: FakeTraining, update: Sequence[int], parts: Sequence[Part]) -> Counted:
     """Run these micro-batches of an update, clipping and the optimiser's step, and count."""
     config, model, allocations = fake.config, fake.model, fake.allocations
     weights = bytes_of(model.parameters())
     gradients = bytes_of(model.parameters(), trained=True) - bytes_of(model.user_model.tables)
     reference = _reference_of_zeros(len(fake.comparisons)) if needs_reference(config) else None
-    if remembers_states(model):
-        some = readings_of([fake.comparisons[item.index] for part in parts for item in part])
+    states = None
+    if has_fixed_states(model):
+        some = readings_of([fake.comparisons[i] for part in parts for i in part.indices])
         with allocations.fake():
-            state_W = torch.empty(model.state_width, dtype=model.state_dtype)
-            model.known_states.update((reading, torch.empty_like(state_W)) for reading in some)
+            states = States(some, torch.empty(len(some), model.state_width, dtype=model.state_dtype))
+    task = Task(config, model, fake.comparisons, reference, states)
     model.train()
     with allocations.fake():
         before = allocations.now
@@ -159,9 +162,9 @@ def counted_update(fake: FakeTraining, update: Sequence[int], parts: Sequence[Se
         with events_for_heap(fake) as events:
             if not fake.gpu:  # as the loop does
                 optimizer.keep_gradients()
-            for items in parts:
+            for part in parts:
                 before, earlier = allocations.restart(), bytes_of_gradients(model)
-                loss, margins = part_loss(config, model, fake.comparisons, reference, items, len(update))
+                loss, margins = part_loss(task, part, len(update))
                 activations = max(activations, allocations.now - before)
                 loss.backward()
                 del loss, margins
@@ -208,7 +211,7 @@ def scoring_peak(fake: FakeTraining) -> int:
             batch = _first_batch(fake, comparisons, None)
             with model.as_reference():
                 peaks.append(forward_peak(fake, model, batch))
-    if remembers_states(model):
+    if has_fixed_states(model):
         size = fake.config.evaluate.batch_size
         readings = [readings_of(comparisons) for comparisons in fake.datasets]
         batches = [some[start : start + size] for some in readings for start in range(0, len(some), size)]
@@ -240,7 +243,7 @@ def forward_peak(fake: FakeTraining, forward: Callable[[Any], Any], batch: Any, 
     return max(peak, 0 if fake.gpu else growth(twice(events), kept=training) or 0)
 
 
-def log_prob_bytes(fake: FakeTraining, parts: Sequence[Sequence[Item]]) -> int:
+def log_prob_bytes(fake: FakeTraining, parts: Sequence[Part]) -> int:
     """What log-probabilities and their backward pass take for the largest micro-batch, beside hidden states and head."""
     if fake.config.method != "pdpo":
         return 0

@@ -204,8 +204,6 @@ class PersonalizedRewardModel(PersonalizedModel):
     def __init__(self, core: Core, value_head: nn.Linear | None):
         super().__init__(core)
         self.value_head = value_head  # None: linear head, e_u itself
-        self.keeps_states = core.config.frozen and value_head is None
-        self.known_states: dict[Reading, Tensor] = {}  # by user 0, as no user changes them
 
     @property
     def backbone_reads_users(self) -> bool:
@@ -251,25 +249,20 @@ class PersonalizedRewardModel(PersonalizedModel):
         self.train(training)
         return states_MW
 
-    def known_states_of(self, readings: Sequence[Reading]) -> Tensor:
-        """Pooled hidden states (M, W) of a frozen backbone, from what is known where it is."""
-        readings = [reading._replace(user=0) for reading in readings]
-        missing = [reading for reading in dict.fromkeys(readings) if reading not in self.known_states]
-        if missing:
-            self.known_states.update(zip(missing, self.states_of(missing).to(self.device).unbind()))
-        return torch.stack([self.known_states[reading] for reading in readings])
+    def read_rewards(self, batch: PreferenceBatch, states_MW: Tensor | None = None) -> Tensor:
+        """r_P(x, y, u) of each reading, (M,): v . h for the soft prompt, e_u . h for the linear head (U = 1).
 
-    def read_rewards(self, batch: PreferenceBatch) -> Tensor:
-        """r_P(x, y, u) of each reading, (M,): v . h for the soft prompt, e_u . h for the linear head (U = 1)."""
-        states_MW = self.known_states_of(batch.readings) if self.keeps_states else self.pooled_states(batch)
+        states_MW: the pooled states h, where they are known.
+        """
+        states_MW = self.pooled_states(batch) if states_MW is None else states_MW
         if self.value_head is not None:
             return self.value_head(states_MW.to(self.value_head.weight.dtype))[:, 0]
         user_MW = self.user_model(batch.users_M)[:, 0]
         return (states_MW.to(user_MW.dtype) * user_MW).sum(dim=-1)
 
-    def forward(self, batch: PreferenceBatch) -> Rewards:
-        """r_P(x, y, u) of both responses of each comparison."""
-        chosen_B, rejected_B = of_comparisons(self.read_rewards(batch), batch)
+    def forward(self, batch: PreferenceBatch, states_MW: Tensor | None = None) -> Rewards:
+        """r_P(x, y, u) of both responses of each comparison. states_MW as for `read_rewards`."""
+        chosen_B, rejected_B = of_comparisons(self.read_rewards(batch, states_MW), batch)
         return Rewards(chosen_B, rejected_B, batch.margin_B.to(chosen_B))
 
     def rewards(self, readings: Sequence[Reading]) -> Tensor:

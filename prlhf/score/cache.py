@@ -16,9 +16,9 @@ from prlhf.parallel.ranks import from_main, on_any, on_main
 
 
 def from_cache(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
-    """The tensor (_, count) in a cache file that is named by its fingerprint; computed and written where it is not.
+    """The tensor (_, count) in a cache file named by its fingerprint; computed and written where there is none.
 
-    Rank 0 reads and writes; what it knows, all know.
+    Rank 0 reads and writes; all ranks receive the tensor.
     """
     cached = on_main(lambda: _read(path, path.stem, count))
     if not on_any(cached is not None):
@@ -29,6 +29,7 @@ def from_cache(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
 
 
 def bytes_of_tensor(tensor: Tensor) -> memoryview:
+    """A tensor's values as bytes."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
@@ -37,7 +38,7 @@ def _checksum(fingerprint: str, values: Tensor) -> str:
 
 
 def _write(path: Path, fingerprint: str, values: Tensor) -> None:
-    """Keep values for the next start, which computes them again where that cannot be (a full disk, say)."""
+    """Keep values for the next start. Where they cannot be written (a full disk, say), it computes them again."""
     aside = path.with_suffix(f".partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,7 @@
-"""What a model that training does not change says of the data, computed once and kept on disk under a fingerprint:
-the reference's log-probs, and the hidden states of a frozen backbone.
+"""The reference's log-probs, computed once before training and kept on disk under a fingerprint.
 
-The fingerprint covers the model's architecture, weights and type, the kind of device, and every token it sees (so
-tokenizer, template, truncation and data). A cache file is written aside and renamed, and carries a checksum: it is
-right, or it is not used.
+The fingerprint covers the model's architecture, weights and type, the kind of device, and every token that it sees
+(so tokenizer, template, truncation and data).
 """
 
 import hashlib
@@ -26,12 +24,12 @@ from prlhf.parallel.tensors import full, named_parameters
 from prlhf.score.cache import bytes_of_tensor, from_cache
 from prlhf.score.score import score
 
-# What a model's config says beside how it computes.
+# Entries of a model's config that do not change what it computes.
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
 def weights_fingerprint(backbone: nn.Module) -> str:
-    """A hash of the backbone's architecture and all its weights, adapters left out (LoRA does not change it)."""
+    """A hash of the backbone's architecture and weights, without LoRA's."""
     shape = {k: v for k, v in backbone.config.to_dict().items() if k not in NOT_ARCHITECTURE}
     digest = hashlib.blake2b(json.dumps(shape, sort_keys=True, default=str).encode(), digest_size=16)
     weights = _base_parameters(backbone)
@@ -46,7 +44,7 @@ def weights_fingerprint(backbone: nn.Module) -> str:
 
 
 def computes_on(config: ModelConfig, device: str) -> str:
-    """What log-probs are computed on, and in which type if not the weights': others round differently."""
+    """The kind of device and, if it is not the weights' own, the type of the computation: others round differently."""
     return " ".join(filter(None, (device, config.compute_dtype)))
 
 
@@ -58,11 +56,10 @@ def reference_log_probs(
     where: str,
     folder: Path | None = None,
 ) -> ResponseLogProbs:
-    """log pi_SFT(y|x) of both responses, each (N,) on the CPU; from the cache where it holds exactly these.
+    """log pi_SFT(y|x) of both responses, each (N,) on the CPU; from the cache if it holds exactly these.
 
-    reference: gives the model, asked for only where the cache does not hold what is needed.
-    weights: its `weights_fingerprint`, taken while the weights still are the reference's.
-    where: what it `computes_on`.
+    reference: returns the model; called only where the cache does not hold them. weights: its `weights_fingerprint`, taken
+    while the weights still are the reference's. where: what it `computes_on`.
     """
 
     def compute() -> Tensor:

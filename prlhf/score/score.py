@@ -1,15 +1,24 @@
-"""What a model says of many comparisons, without gradients: the reference's log-probs, and any model's for any users."""
+"""What a model says of many comparisons, without gradients: for any users, or as the reference."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from tqdm import tqdm
 
 from prlhf.batch.order import micro_batches, pair_of
 from prlhf.batch.tokens import EncodedComparison
-from prlhf.method.losses import Outputs, ResponseLogProbs
+from prlhf.method.losses import Outputs
 from prlhf.method.models import PersonalizedModel
 from prlhf.parallel.ranks import gathered_rows, rank, share, world_size
+from prlhf.score.states import States
+
+
+def forward(
+    model: PersonalizedModel, comparisons: Sequence[EncodedComparison], users: Sequence[int], states: States | None
+) -> Outputs:
+    """What the model says of a batch of comparisons, each read by one of `users`; by its known states where there are some."""
+    batch = model.collate(comparisons, users)
+    return model(batch) if states is None else model(batch, states.of(batch.readings))
 
 
 def score(
@@ -18,11 +27,12 @@ def score(
     users: Sequence[int] | None,
     batch_size: int,
     title: str | None = None,
+    states: States | None = None,
 ) -> Outputs:
     """log p(y|x, u), or r(x, y, u), of both responses of each comparison, on the CPU in the comparisons' order.
 
-    users: one number a comparison; None is the reference pi_SFT, which sees the reference's prefix. batch_size: trees per
-    forward pass; equal ones are computed once, and are kept together. Ranks share the work, and all know the result.
+    users: who reads each comparison; None is the reference pi_SFT, which sees the reference's prefix. batch_size: trees per
+    forward pass; equal trees are computed once. Ranks share the work, and all receive the result.
     """
     model.check_lengths(comparisons)
     outputs: list[Outputs] = []
@@ -33,12 +43,12 @@ def score(
     trees = tree_keys(model, comparisons, users)
     with torch.no_grad():
         for indices, counts in share(micro_batches(trees, [c.length for c in comparisons], batch_size)):
-            chosen = [comparisons[i] for i in indices]
+            batch = [comparisons[i] for i in indices]
             if users is None:
                 with model.as_reference():
-                    scored = model(model.collate(chosen, None))
+                    scored = model(model.collate(batch, None))
             else:
-                scored = model(model.collate(chosen, [users[i] for i in indices]))
+                scored = forward(model, batch, [users[i] for i in indices], states)
             outputs.append(type(scored)(*(t[: len(indices) * counts].cpu() for t in scored)))
             order += indices * counts
             bar.update(len(indices) * world_size())
@@ -47,18 +57,28 @@ def score(
     return type(outputs[0])(*(gathered_rows(order, torch.cat(parts), len(comparisons)) for parts in zip(*outputs)))
 
 
+def score_readers(
+    model: PersonalizedModel,
+    comparisons: Sequence[EncodedComparison],
+    readers: Mapping[str, Sequence[int]],
+    batch_size: int,
+    states: States | None = None,
+) -> dict[str, Outputs]:
+    """`score` for several assignments of users to the comparisons, by name. Each (comparison, user) is computed once."""
+    row: dict[tuple[int, int], int] = {}
+    for users in readers.values():
+        for place in enumerate(users):
+            row.setdefault(place, len(row))
+    indices, as_users = zip(*row)
+    scored = score(model, [comparisons[i] for i in indices], as_users, batch_size, "evaluation", states)
+    rows = {name: [row[place] for place in enumerate(users)] for name, users in readers.items()}
+    return {name: type(scored)(*(t[rows_B] for t in scored)) for name, rows_B in rows.items()}
+
+
 def tree_keys(
     model: PersonalizedModel, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None
 ) -> list[Hashable]:
-    """What each comparison's tree is known by: its pair, and its reader where the backbone reads the user."""
+    """What makes two comparisons one tree: the same pair and, where the backbone reads the user, the same user."""
     if users is None or not model.backbone_reads_users:
         return [pair_of(c) for c in comparisons]
     return [(pair_of(c), user) for c, user in zip(comparisons, users)]
-
-
-def select(log_probs: ResponseLogProbs | None, indices: Sequence[int], device: torch.device) -> ResponseLogProbs | None:
-    """The log-probs of some of the comparisons, on `device`; None stays None."""
-    if log_probs is None:
-        return None
-    rows = torch.as_tensor(indices)
-    return ResponseLogProbs(*(t[rows].to(device) for t in log_probs))

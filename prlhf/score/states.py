@@ -1,4 +1,7 @@
-"""Hidden states of a backbone that does not change, computed once for all responses."""
+"""Hidden states of a backbone that does not change, computed once for all responses and kept on disk.
+
+With a linear reward head (r = e_u . h) no user changes h. With a frozen backbone training does not either.
+"""
 
 from collections.abc import Sequence
 from typing import TypeGuard
@@ -16,44 +19,58 @@ from prlhf.parallel.ranks import gathered_rows, rank, share, world_size
 from prlhf.score.cache import from_cache
 
 
-def response_states(
-    model: PersonalizedRewardModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
-) -> tuple[list[Reading], Tensor]:
-    """All responses, each once, and their pooled hidden states (M, W) on the CPU, from the cache where it holds exactly these.
+class States:
+    """Pooled hidden states (M, W) of M responses, found by response."""
 
-    Of a backbone that does not read the user, as it is now. Arguments as of `reference_log_probs`.
-    """
-    readings = readings_of(comparisons)
-    pooling = model.config.pooling
-    parts = (weights, model.device.type, readings, *([] if pooling == "last" else [pooling]))
-    path = cache_dir() / "states" / f"{fingerprint_of(*parts)}.safetensors"
-    states = from_cache(path, len(readings), lambda: _states(model, readings, batch_size).T)
-    return readings, states.T.contiguous()
+    def __init__(self, readings: Sequence[Reading], states_MW: Tensor):
+        self.states_MW = states_MW
+        self._row = {reading: m for m, reading in enumerate(readings)}
 
-
-def remember_states(
-    model: PersonalizedModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
-) -> None:
-    """Give a reward model with a frozen backbone and a linear head the hidden states of all responses; others need none."""
-    if remembers_states(model):
-        readings, states = response_states(model, comparisons, batch_size, weights)
-        model.known_states.update(zip(readings, states.to(model.device).unbind()))
-
-
-def remembers_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:
-    """Whether the hidden states of all responses are computed before the training, and kept."""
-    return isinstance(model, PersonalizedRewardModel) and model.keeps_states
+    def of(self, readings: Sequence[Reading]) -> Tensor:
+        """The states of some responses, whoever reads them. KeyError for a response that was not computed."""
+        rows = [self._row[reading._replace(user=0)] for reading in readings]
+        return self.states_MW.index_select(0, torch.tensor(rows, device=self.states_MW.device))
 
 
 def readings_of(comparisons: Sequence[EncodedComparison]) -> list[Reading]:
-    """All responses, each once, as nobody in particular reads them."""
+    """All responses, each once, read by user 0."""
     prefixes = (tuple(c.prefix) for c in comparisons)
     both = ((prefix, response) for prefix, c in zip(prefixes, comparisons) for response in (c.chosen, c.rejected))
     return list(dict.fromkeys(Reading(0, prefix, tuple(response)) for prefix, response in both))
 
 
-def _states(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:
-    """Last hidden states (M, D), of which each rank computes some."""
+def has_fixed_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:
+    """Whether neither training nor users change the hidden states: a frozen backbone and a linear reward head."""
+    return isinstance(model, PersonalizedRewardModel) and model.config.frozen and not model.backbone_reads_users
+
+
+def fixed_states(
+    model: PersonalizedModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
+) -> States | None:
+    """The states of all responses on the model's device, or None where they are not fixed. Arguments as below."""
+    if not has_fixed_states(model):
+        return None
+    readings, states_MW = response_states(model, comparisons, batch_size, weights)
+    return States(readings, states_MW.to(model.device))
+
+
+def response_states(
+    model: PersonalizedRewardModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
+) -> tuple[list[Reading], Tensor]:
+    """All responses, each once, and their pooled hidden states (M, W) on the CPU; from the cache if it holds exactly these.
+
+    The backbone must not read the user. batch_size: responses per forward pass; weights: the backbone's `weights_fingerprint`.
+    """
+    readings = readings_of(comparisons)
+    pooling = model.config.pooling
+    parts = (weights, model.device.type, readings, *([] if pooling == "last" else [pooling]))
+    path = cache_dir() / "states" / f"{fingerprint_of(*parts)}.safetensors"
+    states = from_cache(path, len(readings), lambda: _compute(model, readings, batch_size).T)
+    return readings, states.T.contiguous()
+
+
+def _compute(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:
+    """Pooled hidden states (M, W). Each rank computes some, and all receive all."""
     rows: list[int] = []
     parts: list[Tensor] = []
     bar = tqdm(total=len(readings), desc="hidden states", leave=False, disable=None if rank() == 0 else True)

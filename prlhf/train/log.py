@@ -22,7 +22,7 @@ SHOWN_NUMBERS = ("loss", "user_accuracy", "generic_accuracy", "accuracy_top", "a
 
 @dataclass
 class Sums:
-    """What a record of metrics.jsonl is made of, summed over updates; a part of every checkpoint."""
+    """Sums over updates, from which a record of metrics.jsonl is made. Part of every checkpoint."""
 
     loss: float = 0.0
     updates: int = 0
@@ -34,14 +34,14 @@ class Sums:
     seen: dict[str, int] = field(default_factory=lambda: {"user": 0, "generic": 0})
 
     def add_margins(self, branches: Sequence[str], margins_B: Tensor) -> None:
-        """Count reward margins, each of a branch, and how many are positive (a tie counts one half)."""
+        """Add reward margins, each of its branch, and count those that are positive (a tie counts one half)."""
         for name, margin in zip(branches, margins_B.tolist()):
             self.margin[name] += margin
             self.right[name] += 0.5 if margin == 0 else float(margin > 0)
             self.seen[name] += 1
 
     def add(self, other: "Sums") -> None:
-        """Add another's counts to these."""
+        """Add other sums to these."""
         for name in ("loss", "updates", "comparisons", "tokens", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for mine, theirs in ((self.margin, other.margin), (self.right, other.right), (self.seen, other.seen)):
@@ -49,7 +49,7 @@ class Sums:
                 mine[name] += theirs[name]
 
     def over_ranks(self) -> None:
-        """Add what the ranks saw of one update: its loss, margins and accuracies."""
+        """Add up what all processes saw of one update: loss, margins, accuracies."""
         mine = (self.margin, self.right, self.seen)
         values = torch.tensor([self.loss, *(counts[name] for counts in mine for name in counts)], dtype=torch.float64)
         self.loss, *rest = summed(values).tolist()
@@ -78,19 +78,16 @@ def _per(total: float, count: float) -> float | None:
 
 
 def peak_memory_gb() -> float:
-    """The most memory used so far, in 1e9 bytes: allocated on the GPU where there is one, else of this process.
+    """The most memory used so far, in 1e9 bytes: allocated on the GPU, or held by this process where there is none.
 
-    On Linux VmHWM, the peak of this program's memory: getrusage's counts that of the program that started it too.
+    On Linux it is VmHWM: getrusage's peak includes that of the program that started this one.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
     if status.exists():
-        return (
-            int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
-            * 1024
-            / 1e9
-        )
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
@@ -107,7 +104,7 @@ class TrainingLog:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one record, which has at least "step"; what is not finite becomes text, JSON having no such number."""
+        """Write a record, which has at least "step". Numbers that are not finite become text, as JSON has none."""
         if not self.speaks:
             return
         plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

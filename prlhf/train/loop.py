@@ -1,5 +1,6 @@
-"""The training loop: from the newest checkpoint or from the start, update after update (`updates`), evaluated, logged and
-saved where the config has it, to the weights for final/.
+"""The training loop: update after update (`step`), with evaluations, records and checkpoints where the config has them.
+
+It begins at the newest checkpoint, if there is one, and leaves the weights for final/ in the model.
 """
 
 import contextlib
@@ -14,19 +15,16 @@ from typing import Any
 
 import torch
 
-from prlhf.batch.datasets import Dataset
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.config.keys import Config
 from prlhf.data.files import fingerprint_of
 from prlhf.data.users import UserIndex
 from prlhf.errors import Stopped, TrainingError, UserError
-from prlhf.evaluate.accuracy import mixed_loss, score_users, summarize
-from prlhf.method.losses import needs_reference
+from prlhf.evaluate.accuracy import mixed_loss, reward_margins, score_users, summarize
 from prlhf.method.models import PersonalizedModel
 from prlhf.method.users import is_personal
 from prlhf.parallel.ranks import on_any, on_main, rank, text_from_main
-from prlhf.score.reference import computes_on, reference_log_probs
-from prlhf.score.states import remember_states
+from prlhf.score.task import Task
 from prlhf.store.checkpoints import load_step, read_state, save_step, steps
 from prlhf.store.runs import Run, prune_checkpoints
 from prlhf.train.log import Sums, TrainingLog
@@ -34,7 +32,7 @@ from prlhf.train.malloc import keep_freed_memory
 from prlhf.train.optimizer import Optimizers, make_optimizer
 from prlhf.train.plan import epoch_updates, schedule
 from prlhf.train.progress import Progress, held_out_accuracy
-from prlhf.train.step import Referenced, take_step
+from prlhf.train.step import Step, take_step
 
 
 def reproducible(config: Config, device: str) -> None:
@@ -43,16 +41,6 @@ def reproducible(config: Config, device: str) -> None:
     if device == "cuda" and config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-def with_reference(config: Config, model: PersonalizedModel, data: Dataset, base: str) -> Referenced:
-    """The data with its reference log-probs, which reward models and the reference-free losses do without."""
-    batch_size = config.evaluate.batch_size
-    remember_states(model, data.comparisons, batch_size, base)
-    if not needs_reference(config):
-        return Referenced(data, None)
-    where = computes_on(config.model, model.device.type)
-    return Referenced(data, reference_log_probs(lambda: model, data.comparisons, batch_size, base, where))
 
 
 @contextlib.contextmanager
@@ -84,44 +72,40 @@ def termination_noted() -> Iterator[threading.Event]:
 class Job:
     """A run at work: what the functions of the loop share."""
 
-    config: Config
     run: Run
-    model: PersonalizedModel
     users: UserIndex
-    valid: Referenced | None
+    training: Task
+    valid: Task | None
     optimizer: Optimizers
     progress: Progress
-    total: int  # updates, if it is not stopped early
+    total: int  # updates, if it does not stop early
     log: TrainingLog
 
     @property
+    def config(self) -> Config:
+        """The run's config."""
+        return self.training.config
+
+    @property
     def stopped_early(self) -> bool:
-        """Whether updates are left, but the last evaluations say that they bring nothing."""
+        """Whether updates are left, but train.patience is at its end."""
         return self.progress.step < self.total and self.progress.out_of_patience(self.config.train.patience)
 
 
 def train(
-    config: Config,
-    run: Run,
-    model: PersonalizedModel,
-    users: UserIndex,
-    base: str,
-    training: Referenced,
-    valid: Referenced | None,
-    prior: dict[str, Any] | None = None,
+    run: Run, users: UserIndex, training: Task, valid: Task | None, base: str, prior: dict[str, Any] | None = None
 ) -> None:
-    """Train `model` in place, from the newest checkpoint of the run or from the start, to the weights for final/.
+    """Train the task's model in place, from the newest checkpoint of the run or from the start.
 
-    base: the fingerprint of the weights that training starts from; prior: what to log of the prior. TrainingError after
-    config.optim.max_skipped_steps updates in a row whose loss or gradient is not finite; such an update never reaches the
-    weights.
+    base: the fingerprint of the weights that training starts from; prior: what to log of the prior. An update whose loss or
+    gradient is not finite never reaches the weights; TrainingError after config.optim.max_skipped_steps of them in a row.
     """
-    comparisons = training.data.comparisons
+    config, model, comparisons = training.config, training.model, training.comparisons
     total = schedule(config.optim, len(comparisons)).total
     optimizer = make_optimizer(config, model, total)
     progress = resume(run, model, optimizer, fingerprint_of(base, users.names, comparisons))
     log = TrainingLog(config, run, progress.step, total)
-    job = Job(config, run, model, users, valid, optimizer, progress, total, log)
+    job = Job(run, users, training, valid, optimizer, progress, total, log)
     if prior is not None and progress.step == 0:
         log.write({"step": 0, **prior})
     if model.device.type == "cpu":
@@ -132,18 +116,8 @@ def train(
         for epoch, update in updates_left(config, comparisons, progress.step):
             if job.stopped_early:
                 break
-            sums, norm, applied = take_step(config, model, optimizer, training, update, progress.step, total)
-            progress.step += 1
-            log.bar.update()
-            if applied:
-                progress.add(sums)
-            else:
-                refuse(job, sums.loss, norm)
-            if progress.step % config.train.log_every == 0 or progress.step == total:
-                lr, user_lr = optimizer.param_groups[0]["lr"], optimizer.param_groups[-1]["lr"]
-                where = {"step": progress.step, "epoch": epoch, "lr": lr, "user_lr": user_lr, "grad_norm": norm}
-                log.write({**where, **progress.sums.record()})
-                progress.sums = Sums()
+            step = take_step(training, optimizer, update, progress.step, total)
+            record(job, step, epoch)
             saved = evaluate_and_save(job)
             if on_any(told_to_stop.is_set()) and progress.step < total:
                 if not saved:
@@ -154,21 +128,35 @@ def train(
     finish(job)
 
 
-def log_solution(
-    config: Config, run: Run, model: PersonalizedModel, valid: Referenced | None, solution: dict[str, Any]
-) -> None:
-    """The records of a run without updates (`exact`): the solution, and its evaluation."""
+def record(job: Job, step: Step, epoch: int) -> None:
+    """Count an update, and write a record where one is due. TrainingError where too many in a row were not applied."""
+    progress, groups = job.progress, job.optimizer.param_groups
+    progress.step += 1
+    job.log.bar.update()
+    if step.applied:
+        progress.add(step.sums)
+    else:
+        refuse(job, step.sums.loss, step.norm)
+    if progress.step % job.config.train.log_every == 0 or progress.step == job.total:
+        rates = {"lr": groups[0]["lr"], "user_lr": groups[-1]["lr"]}
+        where = {"step": progress.step, "epoch": epoch, **rates, "grad_norm": step.norm}
+        job.log.write({**where, **progress.sums.record()})
+        progress.sums = Sums()
+
+
+def log_solution(run: Run, config: Config, valid: Task | None, solution: dict[str, Any]) -> None:
+    """The records of a run without updates: the exact solution, and its evaluation."""
     on_main(lambda: run.forget_after(-1))
     log = TrainingLog(config, run, 0, 1)
     log.write({"step": 1, "solver": "exact", **solution})
     log.bar.update()
     if valid is not None and config.train.eval_last:
-        record = evaluate(config, model, valid, 1)
-        personal = None not in (solution["user_accuracy"], record["accuracy_top"])
+        found = evaluate(valid, 1)
+        personal = None not in (solution["user_accuracy"], found["accuracy_top"])
         training = solution["user_accuracy" if personal else "generic_accuracy"]
-        held_out = held_out_accuracy(record)
+        held_out = held_out_accuracy(found)
         gap = None if held_out is None else training - held_out
-        log.write({**record, "training_accuracy": training, "overfitting": gap})
+        log.write({**found, "training_accuracy": training, "overfitting": gap})
     log.close()
 
 
@@ -184,21 +172,22 @@ def updates_left(
 
 
 def finish(job: Job) -> None:
-    """Leave in the model the weights for final/, of the last update or of the best evaluation."""
+    """Leave the weights for final/ in the model: those of the last update, or of the best evaluation."""
+    progress = job.progress
     job.optimizer.catch_up()
     if job.stopped_early and rank() == 0:
-        best = f"; the best is that of update {job.progress.best_step}" if job.progress.best else ""
+        best = f"; the best is that of update {progress.best_step}" if progress.best else ""
         print(
-            f"stopped early, after update {job.progress.step} of {job.total}: evaluations without a new best: "
-            f"{job.progress.since_best} (train.patience){best}",
+            f"stopped early, after update {progress.step} of {job.total}: evaluations without a new best: "
+            f"{progress.since_best} (train.patience){best}",
             file=sys.stderr,
         )
     if job.config.train.final == "best":
-        forget_best_if_gone(job.run, job.progress)
-    if job.config.train.final == "best" and job.progress.best is not None:
-        path = job.run.checkpoints / f"step_{job.progress.best_step}"
-        read_state(path)  # whether it is whole
-        load_step(path, job.model)
+        forget_best_if_gone(job.run, progress)
+        if progress.best is not None:
+            path = job.run.checkpoints / f"step_{progress.best_step}"
+            read_state(path)  # UserError if it is damaged
+            load_step(path, job.training.model)
 
 
 def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_from: str) -> Progress:
@@ -258,60 +247,53 @@ def refuse(job: Job, loss: float, norm: float) -> None:
 
 
 def evaluate_and_save(job: Job) -> bool:
-    """After an update: evaluate where that is due, and save where that is due, or the evaluation is the best so far or
-    ends the run.
+    """After an update: evaluate where that is due; save where that is due, at a new best, and at the end.
 
-    Returns whether there is a checkpoint of this update now.
+    Returns whether this update has a checkpoint now.
     """
     keys, step, last = job.config.train, job.progress.step, job.progress.step == job.total
 
     def due(every: int | None, at_last: bool = True) -> bool:
         return (last and at_last) or (every is not None and step % every == 0)
 
-    improved = False
-    if job.valid is not None and due(keys.eval_every, keys.eval_last):
-        improved = evaluate_and_judge(job, job.valid)
+    improved = job.valid is not None and due(keys.eval_every, keys.eval_last) and evaluate_and_judge(job, job.valid)
     saving = improved or job.stopped_early or due(keys.save_every)
     if saving:
         save(job)
     return saving
 
 
-def evaluate_and_judge(job: Job, valid: Referenced) -> bool:
-    """Log an evaluation, and what it says of overfitting and of stopping early; whether it is the best so far."""
+def evaluate_and_judge(job: Job, valid: Task) -> bool:
+    """Log an evaluation, what it says of overfitting, and an early stop. Returns whether it is the best so far."""
     config, log, progress = job.config, job.log, job.progress
     job.optimizer.catch_up()
-    record = evaluate(config, job.model, valid, progress.step)
-    personal = is_personal(job.model.user_model, config.loss.alpha) and record["accuracy_top"] is not None
-    branch = "user" if personal else "generic"
-    record |= progress.generalisation(record, branch)
-    log.write(record)
-    if warning := progress.overfitting_warning(record):
+    found = evaluate(valid, progress.step)
+    personal = is_personal(valid.model.user_model, config.loss.alpha) and found["accuracy_top"] is not None
+    found |= progress.generalisation(found, "user" if personal else "generic")
+    log.write(found)
+    if warning := progress.overfitting_warning(found):
         log.say(warning)
-    improved = progress.judge(record, config.train.best_by)
+    improved = progress.judge(found, config.train.best_by)
     if job.stopped_early:
         log.write({"step": progress.step, "stopped_early": True, "best_step": progress.best_step})
     return improved
 
 
 def save(job: Job) -> None:
-    """Write a checkpoint, and remove those that are not to be kept."""
+    """Write a checkpoint, and remove those that are no longer kept."""
     run, progress = job.run, job.progress
-    save_step(run.checkpoints, job.model, job.optimizer.state, job.users, asdict(progress))
+    save_step(run.checkpoints, job.training.model, job.optimizer.state, job.users, asdict(progress))
     on_main(lambda: prune_checkpoints(run, job.config.train.keep_checkpoints, progress.best_step))
 
 
-def evaluate(config: Config, model: PersonalizedModel, valid: Referenced, step: int) -> dict[str, Any]:
-    """The eval record of metrics.jsonl, but for what `Progress.generalisation` adds: the training loss and the accuracies
-    on held-out comparisons."""
-    comparisons = valid.data.comparisons
-    users = [c.user for c in comparisons]
-    scores = score_users(config, model, comparisons, controls=False)
-    report = summarize(config, scores, valid.reference, users, valid.data.names)
+def evaluate(valid: Task, step: int) -> dict[str, Any]:
+    """An eval record of metrics.jsonl: the training loss and the accuracies on held-out comparisons."""
+    scores = score_users(valid, controls=False)
+    report = summarize(valid.config.evaluate, reward_margins(valid, scores), valid.users, valid.names)
     return {
         "step": step,
         "eval": True,
-        "loss": mixed_loss(config.loss, scores, valid.reference, users),
+        "loss": mixed_loss(valid, scores),
         **{f"accuracy_{name}": value for name, value in report["accuracy"].items()},
         "accuracy_top_as_generic": report["controls"]["generic_user"]["accuracy"],
     }

@@ -14,7 +14,7 @@ from prlhf.train.row_adamw import RowAdamW
 
 
 class Optimizers:
-    """AdamW for what every update changes and RowAdamW for the user tables, if any, as one optimiser."""
+    """AdamW for what every update changes, and RowAdamW for the user tables, if any: one optimiser of the whole model."""
 
     def __init__(self, dense: torch.optim.Optimizer, tables: RowAdamW | None):
         self.dense = dense
@@ -23,21 +23,31 @@ class Optimizers:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Those of both."""
+        """The groups of both."""
         return [*self.dense.param_groups, *(self.tables.param_groups if self.tables else ())]
 
     @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters: the dense ones, then the tables."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
     def dense_parameters(self) -> list[nn.Parameter]:
-        """All but the tables."""
+        """All parameters but the tables."""
         return [p for group in self.dense.param_groups for p in group["params"]]
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """Both optimisers' state, by parameter."""
+        """The state of both, by parameter."""
         return {**self.dense.state, **(self.tables.state if self.tables else {})}
 
+    def scale_learning_rates(self, factor: float) -> None:
+        """Set each group's learning rate to factor times the config's."""
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
     def catch_up(self, rows_R: Tensor | None = None) -> None:
-        """Make rows of the tables, or all, what AdamW would have made them by now; to be called before they are read."""
+        """Take the steps that rows of the tables (None: all) have missed. Needed before they are read."""
         for group in self.tables.param_groups if self.tables else ():
             for table in group["params"]:
                 self.tables.catch_up(table, rows_R)
@@ -49,31 +59,27 @@ class Optimizers:
             self.tables.step()
 
     def keep_gradients(self) -> None:
-        """Make the gradients of all that is dense now, and from now on set them to 0 in place of dropping them.
+        """Allocate the dense gradients now, and set them to 0 between updates in place of dropping them.
 
-        For a CPU, where gradients that each update makes anew lie between its activations, and break up the room that these
-        leave to the next.
+        On a CPU, gradients that each update allocates anew lie between its activations and fragment the memory.
         """
         self.keeps_gradients = True
         for p in self.dense_parameters:
             p.grad = torch.zeros_like(p)
 
     def zero_grad(self) -> None:
-        """Drop all gradients, or set to 0 those that are kept."""
-        for p in self.dense_parameters:
-            if self.keeps_gradients:
+        """Drop all gradients; those that are kept become 0."""
+        for p in self.parameters:
+            if p.grad is not None and self.keeps_gradients and not p.grad.is_sparse:
                 p.grad.zero_()
             else:
                 p.grad = None
-        for group in self.tables.param_groups if self.tables else ():
-            for table in group["params"]:
-                table.grad = None
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
-    """Scale gradients g, dense, sharded or sparse, by min(1, max_norm / (|g| + 1e-6)) and return |g|, all together's.
+    """Scale all gradients by min(1, max_norm / (|g| + 1e-6)) and return |g|, their norm as one vector.
 
-    As torch.nn.utils.clip_grad_norm_, which takes neither sparse gradients nor some that are sharded and some that are not.
+    As torch.nn.utils.clip_grad_norm_, which takes neither sparse gradients nor a mixture of sharded and whole ones.
     """
     parameters = [p for p in parameters if p.grad is not None]
     for table in (p for p in parameters if p.grad.is_sparse):
@@ -87,8 +93,10 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
 
 
 def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
-    """What both learning rates are multiplied by at update `step` (from 0): linear warm-up, then linear or cosine
-    decay to 0 at `total`, or constant."""
+    """What all learning rates are multiplied by at update `step` (from 0).
+
+    Linear warm-up, then linear or cosine decay to 0 at `total`, or constant.
+    """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
@@ -100,8 +108,8 @@ def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
 
 
 def make_optimizer(config: Config, model: PersonalizedModel, total_steps: int) -> Optimizers:
-    """AdamW in up to three groups: the backbone or its LoRA at optim.lr; at user_model.lr what users share, and the
-    user model's tables, by rows. No more than total_steps steps can be taken."""
+    """AdamW in up to three groups: the backbone or its LoRA at optim.lr; at user_model.lr what users share; and the user
+    tables, by rows. total_steps: the most steps that will be taken."""
     parameters = named_parameters(model).values()
     user_ids = {id(p) for p in model.user_parameters()}
     tables = [table for table in model.user_model.tables if table.numel()]
@@ -115,7 +123,7 @@ def make_optimizer(config: Config, model: PersonalizedModel, total_steps: int) -
     betas = (config.optim.beta1, config.optim.beta2)
     groups = [g for g in (group(rest, config.optim), group(shared, config.user_model)) if g["params"]]
     dense = torch.optim.AdamW(groups, betas=betas, fused=True)
-    for p in (p for group in dense.param_groups for p in group["params"]):  # at once: checkpoints are read into it
+    for p in (p for g in groups for p in g["params"]):  # made now: a checkpoint is read into it
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         dense.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     by_rows = RowAdamW([group(tables, config.user_model)], total_steps, betas=betas) if tables else None

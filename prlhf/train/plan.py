@@ -1,4 +1,7 @@
-"""The plan of an update: which comparison is read by whom, with which weight, in which micro-batch."""
+"""The plan of an update: which comparison is read by whom, with which weight in the loss, and in which micro-batch.
+
+The plan is the same for any number of processes, but for the size of the micro-batches; each computes some of its parts.
+"""
 
 import math
 import sys
@@ -6,71 +9,71 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from prlhf.batch.order import micro_batches, updates_of_epoch
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.config.keys import Config, OptimConfig
 from prlhf.method.losses import branch_weights
-from prlhf.method.models import PersonalizedModel
 from prlhf.method.users import is_personal
-from prlhf.parallel.ranks import world_size
+from prlhf.parallel.ranks import share, world_size
 from prlhf.score.score import tree_keys
+from prlhf.score.task import Task
 
 
-class Item(NamedTuple):
-    """One comparison in one branch: as whom it is read, and what its loss counts."""
+class Part(NamedTuple):
+    """A micro-batch: comparisons, each in one of the two branches of the loss."""
 
-    index: int
-    branch: str
-    user: int
-    weight: float
+    indices: list[int]  # of comparisons
+    branches: list[str]  # "user" or "generic"
+    users: list[int]  # which user reads each
+    weights_B: Tensor  # of its loss, float64; all 0 in a part that only keeps a process busy
+
+    def of(self, rows: Sequence[int]) -> "Part":
+        """Some of its rows."""
+        return Part(*([column[row] for row in rows] for column in self[:3]), self.weights_B[list(rows)])
 
 
-def branches(indices: Sequence[int], users: Sequence[int], alpha: float, personal: bool) -> list[list[Item]]:
-    """The user branch and the generic branch of some comparisons, each without those that count nothing in it.
+def plan_update(task: Task, update: Sequence[int], processes: int | None = None) -> list[Part]:
+    """The parts of an update (indices of comparisons), in the order in which they are computed.
 
-    users: the user number of each of `indices`; personal=False: the user model is uniform, one branch serves all.
+    The user branch reads each known user's comparisons with weight alpha, the generic branch all with the rest; a row of
+    weight 0 is left out. Parts are small enough that each of `processes` (by default as many as there are) has some.
     """
-    weights = branch_weights(torch.tensor(users), alpha, personal)
-    user = [Item(i, "user", u, w) for i, u, w in zip(indices, users, weights.user.tolist()) if w]
-    generic = [Item(i, "generic", 0, w) for i, w in zip(indices, weights.generic.tolist()) if w]
-    return [branch for branch in (user, generic) if branch]
-
-
-def update_parts(
-    config: Config,
-    model: PersonalizedModel,
-    comparisons: Sequence[EncodedComparison],
-    update: Sequence[int],
-    processes: int | None = None,
-) -> list[list[Item]]:
-    """The micro-batches of an update (indices of comparisons), in the order in which they are computed; small enough to
-    give each of `processes` (those there are) some."""
-    personal = is_personal(model.user_model, config.loss.alpha)
-    plan = branches(update, [comparisons[i].user for i in update], config.loss.alpha, personal)
+    config, model, update = task.config, task.model, list(update)
+    users, n = [task.comparisons[i].user for i in update], len(update)
+    alpha = config.loss.alpha
+    weights = branch_weights(torch.tensor(users), alpha, is_personal(model.user_model, alpha))
+    both = Part(update * 2, ["user"] * n + ["generic"] * n, users + [0] * n, torch.cat(weights))
+    rows = [[row for row in branch if both.weights_B[row]] for branch in (range(n), range(n, 2 * n))]
     if not model.backbone_reads_users:
-        plan = [[item for branch in plan for item in branch]]  # one backbone pass serves both branches and all users
+        rows = [rows[0] + rows[1]]  # one pass of the backbone serves both branches and all users
     parts = []
-    for items in plan:
-        of_items = [comparisons[item.index] for item in items]
-        trees = tree_keys(model, of_items, [item.user for item in items])
+    for branch in (both.of(some) for some in rows if some):
+        comparisons = [task.comparisons[i] for i in branch.indices]
+        trees = tree_keys(model, comparisons, branch.users)
         size = min(config.optim.micro_batch_size, math.ceil(len(set(trees)) / (processes or world_size())))
-        # Grouped by response, neighbours in the update share most: its order stays. Else those of one length go together.
-        lengths = [0 if config.optim.group_by == "response" else c.length for c in of_items]
-        groups = micro_batches(trees, lengths, size)
-        parts += [[items[i] for i in group] for group in groups]
+        # Grouped by response, neighbours share most, and keep their order. Else comparisons of one length go together.
+        lengths = [0 if config.optim.group_by == "response" else c.length for c in comparisons]
+        parts += [branch.of(some) for some in micro_batches(trees, lengths, size)]
     return parts
 
 
+def parts_of_this_process(parts: Sequence[Part]) -> list[Part]:
+    """This process's parts, as many as any other's has; one that fills up has weight 0."""
+    mine = share(parts)
+    return [part if real else part._replace(weights_B=torch.zeros_like(part.weights_B)) for part, real in mine]
+
+
 class Schedule(NamedTuple):
-    """How many updates an epoch has, and the training altogether."""
+    """How many updates an epoch has, and how many the training."""
 
     per_epoch: int
     total: int
 
 
 def schedule(config: OptimConfig, comparisons: int) -> Schedule:
-    """The updates that so many comparisons make."""
+    """The number of updates that so many comparisons make."""
     per_epoch = math.ceil(comparisons / config.batch_size)
     return Schedule(per_epoch, min(per_epoch * config.epochs, config.max_steps or sys.maxsize))
 

@@ -1,7 +1,6 @@
-"""What training remembers from one update to the next, and what it decides by its evaluations: which one is the best,
-whether it is time to stop, and whether training leaves held-out data behind.
+"""Where training is, and what evaluations decide: which is the best, when to stop, and whether training overfits.
 
-All of it is part of every checkpoint, so that a resumed run decides as an uninterrupted one.
+Every checkpoint holds all of it, so that a resumed run decides as an uninterrupted one does.
 """
 
 import math
@@ -15,7 +14,7 @@ GAP = 0.1  # how far training accuracy may lie above held-out accuracy before it
 
 @dataclass
 class Progress:
-    """Where training is: what a checkpoint's state.json holds."""
+    """What a checkpoint's state.json holds."""
 
     started_from: str  # fingerprint of base weights, users and training data
     step: int = 0
@@ -28,10 +27,9 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """What state.json holds. KeyError or TypeError where it holds something else.
+        """Read what state.json holds. KeyError or TypeError where it holds something else.
 
-        A checkpoint from before early stopping knows fewer fields. Its next evaluation's training accuracy is that of the
-        updates since it.
+        A checkpoint written before early stopping existed has fewer fields: its training accuracy begins anew.
         """
         sums, since = Sums(**state["sums"]), Sums(**state.get("since_evaluation", {}))
         return cls(**{**state, "sums": sums, "since_evaluation": since})
@@ -48,7 +46,7 @@ class Progress:
         self.since_evaluation.add(sums)
 
     def judge(self, record: dict[str, Any], best_by: str) -> bool:
-        """Whether this eval record is the best so far, which is noted."""
+        """Note whether this eval record is the best so far, and return it."""
         improved = is_better(record, self.best, best_by)
         if improved:
             self.best = {"step": self.step, "loss": record["loss"], "accuracy": record["accuracy_top"]}
@@ -56,14 +54,14 @@ class Progress:
         return improved
 
     def out_of_patience(self, patience: int | None) -> bool:
-        """Whether the last `patience` evaluations brought nothing better; null waits for ever."""
+        """Whether the last `patience` evaluations brought no new best; None waits for ever."""
         return patience is not None and self.since_best >= patience
 
     def generalisation(self, record: dict[str, Any], branch: str) -> dict[str, float | None]:
-        """What an eval record says of overfitting, with the updates since the last one, which are counted anew from here.
+        """What an eval record says of overfitting, from the updates since the last one. They are counted anew from here.
 
-        training_accuracy: of the branch ("user" or "generic"), each comparison scored before it was learned from.
-        overfitting: that less the held-out accuracy, in [-1, 1]. None where nothing was counted.
+        training_accuracy: that of the branch ("user" or "generic"); each comparison is scored before it is learned from.
+        overfitting: training less held-out accuracy, in [-1, 1]. None where nothing was counted.
         """
         training, held_out = self.since_evaluation.accuracy(branch), held_out_accuracy(record)
         self.since_evaluation = Sums()
@@ -71,8 +69,10 @@ class Progress:
         return {"training_accuracy": training, "overfitting": gap}
 
     def overfitting_warning(self, record: dict[str, Any]) -> str | None:
-        """A sentence where training accuracy leaves held-out accuracy behind, more than at the last evaluation; this one
-        is noted."""
+        """A warning where training accuracy is further ahead of held-out accuracy than at the last evaluation, else None.
+
+        Notes this evaluation for the next one.
+        """
         before, now = self.latest, {"accuracy": held_out_accuracy(record), "overfitting": record["overfitting"]}
         self.latest = now
         if before is None or None in (*before.values(), *now.values()):
@@ -93,8 +93,10 @@ def held_out_accuracy(record: dict[str, Any]) -> float | None:
 
 
 def is_better(record: dict[str, Any], best: dict[str, Any] | None, best_by: str) -> bool:
-    """Whether an eval record has a lower loss than the best one; by accuracy: a higher accuracy_top or, where that is
-    equal, a lower loss. A loss that is not finite is never better."""
+    """Whether an eval record is better than the best: a lower loss, or by accuracy a higher accuracy_top (then the loss).
+
+    A loss that is not finite is never better.
+    """
     if not math.isfinite(record["loss"]) or best is None:
         return math.isfinite(record["loss"])
     if best_by == "accuracy" and record["accuracy_top"] != best["accuracy"]:

@@ -24,7 +24,7 @@ WORKING_SET = 2**20  # numbers that missed steps are computed for at a time
 
 
 def momentum_steps(beta1: float, beta2: float) -> int:
-    """K: how many steps after its last gradient a row still moves by its momentum; what comes later is neglected.
+    """K: for how many steps after its last gradient a row still moves by its momentum. Later movement is neglected.
 
     With r = b1 / sqrt(b2), k steps after a gradient |m| / sqrt(v) <= c r^k where, by the Cauchy-Schwarz inequality over
     all earlier gradients, c = (1 - b1) / sqrt((1 - b2) (1 - r^2)). K is the smallest with sum_(k > K) c r^k =
@@ -43,16 +43,14 @@ class RowAdamW(torch.optim.Optimizer):
     """torch.optim.AdamW (amsgrad off) for tables, at the cost of the rows that have a gradient or are read.
 
     A table is a contiguous parameter of shape (rows, ...) with sparse gradients (COO over dim 0). Each step() is a step of
-    AdamW with a gradient of zero in all other rows and, where there is none at all, in every row. A row is that of AdamW
-    once `catch_up` was called for it: to within NEGLECTED times the largest learning rate for each gap of more than
-    `momentum_steps`, and to rounding otherwise. In how many parts a row catches up makes no difference, not in a bit, but
-    for the rounding of weight decay where it is one factor whatever the gap: before a row's first gradient, and later than
-    `momentum_steps` after its last.
+    AdamW in which rows without a gradient have a gradient of zero. After `catch_up` a row equals AdamW's: to rounding, and
+    to within NEGLECTED times the largest learning rate for each gap of more than `momentum_steps`. Catching up in several
+    parts gives the same bits, except for the rounding of weight decay before a row's first gradient and later than
+    `momentum_steps` after its last, where it is one factor for the whole gap.
 
-    State of a table: step (), the number of steps taken; current (rows,), the step up to which a row is AdamW's;
-    last_gradient (rows,), 0 for none; exp_avg and exp_avg_sq (rows, ...), m and v at that step; history (3,
-    total_steps + 1), of each step the learning rate, 1 - lr wd, and the logarithm of the product of these so far. Counters
-    and history are on the CPU.
+    State of a table: step (), the steps taken; current (rows,), the step up to which a row is AdamW's; last_gradient
+    (rows,), 0 for none; exp_avg and exp_avg_sq (rows, ...), m and v at that step; history (3, total_steps + 1), for each
+    step the learning rate, 1 - lr wd, and the log of the product of these so far. Counters and history are on the CPU.
     """
 
     def __init__(
@@ -64,7 +62,7 @@ class RowAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        """total_steps: the most steps that will be taken, of which the learning rates are kept."""
+        """total_steps: the most steps that will be taken. Their learning rates are kept."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.beta1, self.beta2 = betas
         self.eps = eps
@@ -85,7 +83,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take a step: rows with a gradient catch up and move, all others will where they are read.
+        """Take a step. Rows with a gradient catch up and move; others catch up when they are read.
 
         ValueError for more than total_steps steps, a dense gradient, or lr wd >= 1.
         """
@@ -111,7 +109,7 @@ class RowAdamW(torch.optim.Optimizer):
             self._catch_up(table, part)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which would turn counters and history into the table's type and put them on its device."""
+        """As torch's, but counters and history keep their type and stay on the CPU."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         tables = [table for group in self.param_groups for table in group["params"]]
@@ -149,7 +147,7 @@ class RowAdamW(torch.optim.Optimizer):
         state["last_gradient"][rows_R] = t
 
     def _catch_up(self, table: Tensor, rows_R: Tensor) -> None:
-        """Take the missed steps of a few rows: one by one as long as momentum moves them, then all decay at once."""
+        """Take the missed steps of a few rows: one by one while momentum moves them, then all decay at once."""
         state = self.state[table]
         t = int(state["step"])
         since_R, touched_R = state["current"][rows_R].long(), state["last_gradient"][rows_R].long()
@@ -176,8 +174,8 @@ class RowAdamW(torch.optim.Optimizer):
         missed_NR = step_NR <= until_R
         step_NR = step_NR.minimum(until_R)
         gap_NR = step_NR - touched_R
-        # A coefficient depends on the step and the row's last gradient alone, and each operation below rounds by itself:
-        # a row's values depend neither on which others catch up with it nor on when.
+        # A coefficient depends only on the step and on the row's last gradient, and each operation below is elementwise.
+        # So a row's values depend neither on which other rows catch up with it nor on when.
         lr_NR, keep_NR = state["history"][0, step_NR], state["history"][1, step_NR]
         rate_NR = lr_NR / (1 - self.powers1[step_NR]) * self.powers1[gap_NR] * missed_NR
         root_NR = (self.powers2[gap_NR] / (1 - self.powers2[step_NR])).sqrt()
