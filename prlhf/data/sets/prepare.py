@@ -97,8 +97,8 @@ def split_file(
 def read_for_split(file: str, dialogue: str | None, form: DataConfig) -> tuple[list[Record], list[Judged]]:
     """A file's records, split_group being their prompt, or the dialogue that a field names; and what each of them says."""
     records, comparisons = [], []
-    for place, record in read_records(file, form.format):
-        where, name = f"{file}, {place}", f"{Path(file).name}:{place.split()[-1]}"
+    for where, number, record in read_records(file, form.format):
+        name = f"{Path(file).name}:{number}"
         record = split_conversations(named_user(record, form.user_column))
         comparison = parse_comparison(record, where, name)
         comparisons.append(judged(comparison))

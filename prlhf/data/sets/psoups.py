@@ -1,7 +1,7 @@
-"""Personalized Soups (Jang et al. 2023, joeljang/RLPHF): six preferences, three opposite pairs, each taken for a user.
+"""Personalized Soups (Jang et al. 2023, joeljang/RLPHF): six preferences, three opposite pairs; each stands for a user.
 
 Raw: rm_training/P1A.json ... P3B.json, lists of {user_input, completion_a (preferred), completion_b}. user_input ends in a
-sentence that names the preference ("Generate a response that ..."), which would give the user away and is taken off.
+sentence that names the preference ("Generate a response that ..."). It would give the user away, and is taken off.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prlhf.data.comparisons import parse_prompt
 from prlhf.data.files import parse_json
-from prlhf.data.sets.raw import Count, Options, RawSet, Record, field, raw_files, text_key
+from prlhf.data.sets.raw import Count, Options, RawSet, Record, raw_files, text_key, texts
 from prlhf.errors import UserError
 
 SENTENCES = {
@@ -21,7 +21,7 @@ SENTENCES = {
     "P3B": "Generate a response in an unfriendly manner.",
 }
 FILES = tuple(f"{name}.json" for name in SENTENCES)
-PUBLISHED = {  # rows, and rows that are different and have two different completions
+PUBLISHED = {  # rows, and different rows with two different completions
     "P1A": (48_300, 8_959),
     "P1B": (48_825, 9_069),
     "P2A": (47_350, 8_239),
@@ -35,16 +35,15 @@ EVALUATION = "koala_eval_50*.json"
 
 
 def read(folder: Path, options: Options) -> RawSet:
-    """The comparisons of the raw files in `folder`. UserError with file, item and field for what is none."""
+    """The comparisons of the raw files in `folder`. UserError, with file, item and field, for bad raw data."""
     dropped = dict.fromkeys(("exact duplicates", "equal completions", UNNAMED), 0)
     records, counts = [], []
     for path in raw_files(folder, "psoups", *FILES):
         name, seen = path.stem, set()
-        items = read_list(path)
+        sentence, items = SENTENCES[name], read_list(path)
         for number, raw in enumerate(items, start=1):
-            where = f"{path}, item {number}"
-            asked, a, b = (field(raw, key, str, where) for key in ("user_input", "completion_a", "completion_b"))
-            prompt = without_sentence(asked, SENTENCES[name])
+            asked, a, b = texts(raw, f"{path}, item {number}", "user_input", "completion_a", "completion_b")
+            prompt = without_sentence(asked, sentence)
             if prompt is None:
                 dropped[UNNAMED] += 1
             elif a == b:
@@ -53,27 +52,13 @@ def read(folder: Path, options: Options) -> RawSet:
                 dropped["exact duplicates"] += 1
             else:
                 seen.add((prompt, a, b))
-                records.append(
-                    {
-                        "prompt": prompt,
-                        "chosen": a,
-                        "rejected": b,
-                        "user": name,
-                        "id": f"{name}:{number}",
-                        "split_group": text_key(prompt),
-                        "attributes": {"preference": SENTENCES[name]},
-                    }
-                )
+                place = dict(user=name, id=f"{name}:{number}", split_group=text_key(prompt))
+                records.append(dict(prompt=prompt, chosen=a, rejected=b, **place, attributes={"preference": sentence}))
         counts.append(Count(f"{name}: rows", len(items), PUBLISHED[name][0]))
         counts.append(Count(f"{name}: different rows with two different completions", len(seen), PUBLISHED[name][1]))
     counts.append(Count(UNNAMED, dropped[UNNAMED], 0))
-    found = [*folder.glob(EVALUATION), *folder.glob(f"*/{EVALUATION}")]
-    prompts = (
-        [koala_prompt(raw, f"{found[0]}, item {i}", i) for i, raw in enumerate(read_list(found[0]), 1)]
-        if found
-        else None
-    )
-    return RawSet(records, None, counts, dropped, prompts)
+    evaluation = [*folder.glob(EVALUATION), *folder.glob(f"*/{EVALUATION}")]
+    return RawSet(records, None, counts, dropped, read_prompts(evaluation[0]) if evaluation else None)
 
 
 def read_list(path: Path) -> list[Record]:
@@ -90,10 +75,16 @@ def read_list(path: Path) -> list[Record]:
     return items
 
 
-def without_sentence(asked: str, sentence: str) -> str | None:
-    """The prompt without the sentence at its end; None where another or none is there, or no prompt before it.
+def read_prompts(path: Path) -> list[Record]:
+    """The evaluation prompts."""
+    prompts = [parse_prompt(raw.get("prompt"), f"{path}, item {i}") for i, raw in enumerate(read_list(path), 1)]
+    return [{"id": f"koala:{i}", "prompt": prompt} for i, prompt in enumerate(prompts, 1)]
 
-    Commas and spaces do not count.
+
+def without_sentence(asked: str, sentence: str) -> str | None:
+    """The prompt without the sentence at its end; None where there is no such sentence, or no prompt before it.
+
+    Only letters are compared: commas and spaces may differ.
     """
     starts = [match.start() for match in re.finditer(BEGINS, asked, re.IGNORECASE)]
     if not starts or _letters(asked[starts[-1] :]) != _letters(sentence):
@@ -103,8 +94,3 @@ def without_sentence(asked: str, sentence: str) -> str | None:
 
 def _letters(text: str) -> str:
     return re.sub("[^a-z]", "", text.lower())
-
-
-def koala_prompt(raw: Record, where: str, number: int) -> Record:
-    """One of the evaluation prompts."""
-    return {"id": f"koala:{number}", "prompt": parse_prompt(raw.get("prompt"), where)}
