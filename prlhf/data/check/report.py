@@ -1,10 +1,10 @@
-"""A look at files of comparisons before training: what they hold, what leaks between them, how far trivial rules get.
+"""A report on files of comparisons before training: their contents, what leaks between them, what trivial rules get right.
 
     python -m prlhf.data check TRAIN [HELD_OUT ...] [--config NAME] [--set key=value ...]
 
-The first file is the training split, the others are held out. With --config also: what becomes tokens, and what is
-dropped and cut; `data.known_users` then decides who is known. The files of the command line are read, whole, whatever
-data.train and data.limit say. Texts that differ only in white space or in how Unicode is composed count as the same.
+The first file is the training split, the others are held out. With --config also: what becomes tokens, and what is dropped
+and cut; `data.known_users` then decides who is known. The files of the command line are read whole, whatever data.train and
+data.limit say. Texts that differ only in white space or in how Unicode is composed count as the same.
 """
 
 import itertools
@@ -22,11 +22,11 @@ from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, Messag
 from prlhf.data.users import UserIndex
 
 FEW = 5  # fewer training comparisons than this tell little about a user
-MUCH = 0.05  # a larger share than this that is dropped or cut deserves a warning
+MUCH = 0.05  # a warning where more than this share is dropped or cut
 
 
 class CheckedFile(NamedTuple):
-    """A file, the name of its column in the tables, which of its comparisons are a known user's, and these `as_read`."""
+    """A file, its column name in the tables, which comparisons are a known user's, and the comparisons `as_read`."""
 
     path: str
     label: str
@@ -41,24 +41,14 @@ class CheckedFile(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the report, and the warnings that it gives rise to."""
+    """A part of the report, and its warnings."""
 
     text: str
     warnings: list[str]
 
 
-class Spread(NamedTuple):
-    """Where a list of numbers lies."""
-
-    low: float
-    mean: float
-    median: float
-    p95: float
-    high: float
-
-
 class AsTokens(NamedTuple):
-    """What becomes of a file's comparisons as tokens: the length of each that is left, and the counts, in words and by name."""
+    """A file as tokens: the lengths of the comparisons that are left, a summary in words, and the counts by name."""
 
     lengths: list[int]
     said: str
@@ -73,7 +63,7 @@ Encode = Callable[[ComparisonFile, UserIndex], AsTokens]
 def run(files: Sequence[str], form: DataConfig = CANONICAL, encode: Encode | None = None) -> None:
     """Print the report on the files, the warnings last. UserError for a bad file.
 
-    form: how they are read, and how many users are known; encode: makes tokens of a file, where that is to be reported.
+    form: the files' format, user_column, attributes and known_users. encode: makes tokens of a file, to report on these too.
     """
     warnings = []
     for section in check(files, form, encode):
@@ -88,13 +78,10 @@ def check(files: Sequence[str], form: DataConfig, encode: Encode | None) -> Iter
     users = UserIndex.from_comparisons(read[0].comparisons, form.known_users)
     labels = [Path(path).name for path in files]
     labels = labels if len(set(labels)) == len(labels) else list(files)
-    splits = [
-        CheckedFile(
-            str(path), label, file,
-            [users.number(c.user) > 0 for c in file.comparisons], [as_read(c) for c in file.comparisons],
-        )
-        for path, label, file in zip(files, labels, read)
-    ]  # fmt: skip
+    splits = []
+    for path, label, file in zip(files, labels, read):
+        known = [users.number(c.user) > 0 for c in file.comparisons]
+        splits.append(CheckedFile(str(path), label, file, known, [as_read(c) for c in file.comparisons]))
     yield contents_section(splits, users)
     yield activity_section(splits, users)
     yield votes_section(splits)
@@ -107,13 +94,13 @@ def check(files: Sequence[str], form: DataConfig, encode: Encode | None) -> Iter
     yield rules_section(splits, rules)
 
 
-def spread(numbers: Sequence[float]) -> Spread:
-    """Least, mean, median, 95th percentile (between neighbours: linear) and largest."""
-    return Spread(*(float(f(numbers)) for f in (np.min, np.mean, np.median, lambda n: np.percentile(n, 95), np.max)))
+def spread(numbers: Sequence[float]) -> list[float]:
+    """Mean, median, 95th percentile (linear between neighbours) and largest."""
+    return [float(f(numbers)) for f in (np.mean, np.median, lambda n: np.percentile(n, 95), np.max)]
 
 
 def contents(split: CheckedFile) -> dict[str, int]:
-    """How many there are of what in a file."""
+    """The counts of a file, by name."""
     comparisons = split.comparisons
     named = [(c.user, known) for c, known in zip(comparisons, split.known) if c.user]
     return {
@@ -132,7 +119,7 @@ def contents(split: CheckedFile) -> dict[str, int]:
 
 
 def contents_section(splits: Sequence[CheckedFile], users: UserIndex) -> Section:
-    """A column a file."""
+    """The contents, a column for each file."""
     columns = [contents(split) for split in splits]
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     files = [f"- `{s.path}` ({'held out' if i else 'training'})" for i, s in enumerate(splits)]
@@ -142,14 +129,13 @@ def contents_section(splits: Sequence[CheckedFile], users: UserIndex) -> Section
 
 
 def activity_section(splits: Sequence[CheckedFile], users: UserIndex) -> Section:
-    """Comparisons per user, and the known users with few in training."""
+    """Comparisons per user, and the known users with few training comparisons."""
     rows = []
     for split in splits:
         counts = Counter(c.user for c in split.comparisons if c.user)
-        lies = spread(list(counts.values())) if counts else None
+        lies = [f(list(counts.values())) if counts else None for f in (np.min, np.median, np.max)]
         most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
-        active = ", ".join(f"{user} ({n:,})" for user, n in most)
-        rows.append([split.label, *((lies.low, lies.median, lies.high) if lies else [None] * 3), active])
+        rows.append([split.label, *lies, ", ".join(f"{user} ({n:,})" for user, n in most)])
     trained = Counter(c.user for c in splits[0].comparisons)
     few = [name for name in users.names if trained[name] < FEW]
     warnings = []
@@ -161,82 +147,79 @@ def activity_section(splits: Sequence[CheckedFile], users: UserIndex) -> Section
 
 
 def votes_section(splits: Sequence[CheckedFile]) -> Section:
-    """Repeated and contradicted votes, and what they leave a user-blind model to reach."""
+    """Repeated and contradicted votes, and the accuracy that they leave to a user-blind model."""
     rows, warnings = [], []
     for split in splits:
         found, majority = conflicts(split.read), majority_share(split.read)
-        rows.append([split.label, found.duplicates, found.contradictions, found.disputed_pairs,
-                     majority.repeated_pairs, majority.contradicted_pairs, percent_text(majority.share)])  # fmt: skip
+        share = percent_text(majority.share)
+        rows.append([split.label, *found[:3], majority.repeated_pairs, majority.contradicted_pairs, share])
         if found.example:
             warnings.append(
                 f"{split.path}: a user's votes for both responses of the same pair: {found.contradictions:,}, "
                 f"e.g. {found.example.user!r} in comparison {found.example.id}"
             )
-    header = ["votes", "duplicates (user, pair, choice)", "contradictions (user, pair)", "pairs on which users differ",
-              "pairs that occur again", "pairs with votes for both responses", "majority share"]  # fmt: skip
     meaning = (
         "A contradiction is one user's votes for both responses of a pair. Votes without a user count only in the last\n"
         "three columns.\n"
         "The majority share is the most that a user-blind model can get right on that very file: each pair as most\n"
         "of its votes say (100% where no pair occurs again)."
     )
+    counts = "duplicates (user, pair, choice)", "contradictions (user, pair)", "pairs on which users differ"
+    header = ["votes", *counts, "pairs that occur again", "pairs with votes for both responses", "majority share"]
     return Section(f"\n{markdown_table(header, rows)}\n\n{meaning}", warnings)
 
 
 def leaks_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
-    """What each file shares with each one before it: the training file first, then other held-out files."""
+    """What each file shares with each earlier one: the training file first, then other held-out files."""
     rows, warnings = [], []
-    for i, j in itertools.combinations(range(len(splits)), 2):
-        earlier = "the training file" if i == 0 else splits[i].path
-        leaks = {kind: leak(splits[i].read, splits[j].read, keys) for kind, keys in LEAKS.items()}
+    for (i, one), (_, other) in itertools.combinations(enumerate(splits), 2):
+        leaks = {kind: leak(one.read, other.read, keys) for kind, keys in LEAKS.items()}
         if i == 0:
-            leaks |= judged_leaks(rules, splits[j].read)
-            warnings += own_record_warnings(splits[j], rules)
+            leaks |= judged_leaks(rules, other.read)
+            warnings += own_record_warnings(other, rules)
         for kind, found in leaks.items():
-            share = percent_text(found.comparisons / len(splits[j].read))
-            rows.append(
-                [splits[j].label, splits[i].label, kind, found.distinct, found.comparisons, share, found.example]
+            share = percent_text(found.comparisons / len(other.read))
+            rows.append([other.label, one.label, kind, found.distinct, found.comparisons, share, found.example])
+        pairs = leaks["pairs"]
+        if pairs.comparisons:
+            earlier = "the training file" if i == 0 else one.path
+            share = percent_text(pairs.comparisons / len(other.read))
+            warnings.append(
+                f"{other.path}: comparisons of pairs that are also in {earlier}: {pairs.comparisons:,} ({share}), "
+                f"e.g. {pairs.example}"
             )
-            if kind == "pairs" and found.comparisons:
-                warnings.append(
-                    f"{splits[j].path}: comparisons of pairs that are also in {earlier}: {found.comparisons:,} "
-                    f"({share}), e.g. {found.example}"
-                )
     header = ["of the file", "also in", "what", "how many", "comparisons", "share", "one of them"]
     return Section(f"\n{markdown_table(header, rows)}", warnings)
 
 
 def own_record_warnings(split: CheckedFile, rules: FittedRules) -> list[str]:
-    """A warning where a user's own record in training says something of the responses of a held-out comparison."""
-    judged = np.array([bool(rules.judged(c)) for c in split.read])
+    """A warning where users judged a response of a held-out comparison in training."""
+    judged, known = np.array([bool(rules.judged(c)) for c in split.read]), np.array(split.known)
     if not judged.any():
         return []
-    affected, known = [c for c, is_judged in zip(split.read, judged) if is_judged], np.array(split.known)
-    shares = percent_text(judged.mean()) + (
-        f"; of known users' {percent_text(judged[known].mean())}" if known.any() else ""
-    )
-    right = float(np.mean(rules.right(affected)["own_record"]))
+    affected = [c for c, is_judged in zip(split.read, judged) if is_judged]
+    shares = percent_text(judged.mean())
+    if known.any():
+        shares += f"; of known users' {percent_text(judged[known].mean())}"
+    right = percent_text(float(np.mean(rules.right(affected)["own_record"])))
     return [
         f"{split.path}: comparisons of {JUDGED}: {len(affected):,} ({shares}), e.g. {affected[0].id}; a rule that only "
-        f"remembers each user's own record (own_record) is right on {percent_text(right)} of them. "
+        f"remembers each user's own record (own_record) is right on {right} of them. "
         "`python -m prlhf.data split --by response` divides without this"
     ]
 
 
 def text_words(text: str | Messages) -> int:
-    """Words of a text, or of the contents of all messages."""
+    """The words of a text, or of all messages."""
     return words(text) if isinstance(text, str) else sum(words(message["content"]) for message in text)
 
 
 def lengths_section(splits: Sequence[CheckedFile]) -> Section:
     """Lengths in words, and how often the chosen response is the longer one."""
-    rows = []
+    rows, shares = [], []
     for split in splits:
         for name in ("prompt", "chosen", "rejected"):
-            lies = spread([text_words(getattr(c, name)) for c in split.comparisons])
-            rows.append([split.label, name, *lies[1:]])
-    shares = []
-    for split in splits:
+            rows.append([split.label, name, *spread([text_words(getattr(c, name)) for c in split.comparisons])])
         more = np.array([words(c.chosen) - words(c.rejected) for c in split.comparisons])
         shares.append([split.label, *(percent_text(float(np.mean(side))) for side in (more > 0, more == 0, more < 0))])
     lengths = markdown_table(["words", "of the", "mean", "median", "95th percentile", "most"], rows)
@@ -244,32 +227,31 @@ def lengths_section(splits: Sequence[CheckedFile]) -> Section:
 
 
 def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Encode) -> Section:
-    """What becomes of the files under a config. UserError where nothing of a file fits data.max_tokens."""
+    """What a config makes of the files; a warning where it costs more than MUCH of the comparisons something.
+
+    UserError where no comparison of a file fits data.max_tokens.
+    """
     rows, warnings = [], []
     for split in splits:
         found = encode(split.file, users)
-        rows.append([split.label, found.said, *spread(found.lengths)[1:]])
-        warnings += encoding_warnings(split.path, found, len(split.comparisons))
+        rows.append([split.label, found.said, *spread(found.lengths)])
+        total = len(split.comparisons)
+        for what, count in (
+            (
+                "are dropped: their responses leave too little room for the prompt (data.max_tokens)",
+                found.too_long_dropped,
+            ),
+            ("lose part of the prompt (data.max_prompt_tokens, data.max_tokens)", found.prompts_truncated),
+            ("lose part of the user text (data.max_user_text_tokens)", found.user_texts_truncated),
+        ):
+            if count > MUCH * total:
+                warnings.append(f"{split.path}: {percent_text(count / total)} of {total:,} comparisons {what}")
     header = ["in tokens", "what became of it", "tree: mean", "median", "95th percentile", "most"]
     return Section(f"\n{markdown_table(header, rows)}", warnings)
 
 
-def encoding_warnings(path: str, report: AsTokens, comparisons: int) -> list[str]:
-    """A sentence about each way in which more than MUCH of the comparisons lose something."""
-    counts = {
-        "are dropped: their responses leave too little room for the prompt (data.max_tokens)": report.too_long_dropped,
-        "lose part of the prompt (data.max_prompt_tokens, data.max_tokens)": report.prompts_truncated,
-        "lose part of the user text (data.max_user_text_tokens)": report.user_texts_truncated,
-    }
-    return [
-        f"{path}: {percent_text(count / comparisons)} of {comparisons:,} comparisons {what}"
-        for what, count in counts.items()
-        if count > MUCH * comparisons
-    ]
-
-
 def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
-    """What trivial rules get right, those that learn having learnt from the training file."""
+    """The accuracy of trivial rules; the rules that learn have learnt from the training file."""
     rows = []
     for i, split in enumerate(splits):
         known = np.array(split.known)
