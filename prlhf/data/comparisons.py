@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from prlhf.config.keys import DataConfig
-from prlhf.data.files import read_json_lines, read_records
+from prlhf.data.files import Record, read_json_lines, read_records
 from prlhf.errors import UserError, did_you_mean
 
 GENERIC = "generic"  # what people type for user 0
@@ -50,8 +50,7 @@ def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> Compar
     where no record has the user_column or an attribute.
     """
     comparisons, equal = [], 0
-    columns: set[str] = set()
-    attributes: set[str] = set()
+    columns, attributes = set(), set()
     for where, number, record in read_records(path, config.format):
         columns.update(record)
         if isinstance(record.get("attributes"), dict):
@@ -74,7 +73,7 @@ def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> Compar
     return ComparisonFile(comparisons, equal)
 
 
-def named_user(record: dict[str, Any], column: str) -> dict[str, Any]:
+def named_user(record: Record, column: str) -> Record:
     """The record with its user taken from another column; a whole number becomes its digits."""
     if column == "user":
         return record
@@ -83,7 +82,7 @@ def named_user(record: dict[str, Any], column: str) -> dict[str, Any]:
 
 
 def parse_comparison(
-    record: dict[str, Any], where: str, default_id: str, attributes: Sequence[str] | None = None
+    record: Record, where: str, default_id: str, attributes: Sequence[str] | None = None
 ) -> Comparison:
     """One canonical record; other fields are ignored. UserError names `where`, the field and what was expected.
 
@@ -107,28 +106,26 @@ def parse_comparison(
     )
 
 
-def require_field(record: dict[str, Any], name: str, where: str) -> None:
+def require_field(record: Record, name: str, where: str) -> None:
     """UserError, with a near match, where the record has no such field."""
     if name not in record:
         raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
 
 
-def id_of(record: dict[str, Any], default: str | int) -> str:
+def id_of(record: Record, default: str | int) -> str:
     """The id of a record as text; the default where it has none, or null."""
     found = record.get("id")
     return str(default if found is None else found)
 
 
-def split_conversations(record: dict[str, Any]) -> dict[str, Any]:
+def split_conversations(record: Record) -> Record:
     """Split responses that are whole conversations (TRL's other forms) into the prompt and the last messages.
 
     The conversations must agree in all but the last message, and with the prompt where the record has one; any other record
     is returned as it is.
     """
     chosen, rejected = record.get("chosen"), record.get("rejected")
-    if not (isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 1):
-        return record
-    if chosen[:-1] != rejected[:-1] or not all(map(_is_message, (*chosen, *rejected))):
+    if not (_are_messages(chosen) and _are_messages(rejected) and len(chosen) > 1 and chosen[:-1] == rejected[:-1]):
         return record
     if record.get("prompt", chosen[:-1]) not in (chosen[:-1], chosen[-2]["content"]):
         return record
@@ -139,19 +136,17 @@ def parse_prompt(prompt: Any, where: str) -> str | Messages:
     """A prompt: text that is not empty, or a list of {"role", "content"} messages. UserError otherwise."""
     if isinstance(prompt, str) and prompt:
         return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt):
+    if _are_messages(prompt):
         return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
-    raise UserError(
-        f"{where}, prompt: expected text or a list of {{role, content}} messages, found {shortened(prompt)}"
-    )
+    found = shortened(prompt)
+    raise UserError(f"{where}, prompt: expected text or a list of {{role, content}} messages, found {found}")
 
 
 def parse_response(response: Any, where: str) -> str:
     """A response: text, or a list of one assistant message. UserError otherwise."""
     if isinstance(response, str):
         return response
-    one_message = isinstance(response, list) and len(response) == 1 and _is_message(response[0])
-    if one_message and response[0]["role"] == "assistant":
+    if _are_messages(response) and len(response) == 1 and response[0]["role"] == "assistant":
         return response[0]["content"]
     raise UserError(f"{where}: expected text or a list of one assistant message, found {shortened(response)}")
 
@@ -172,7 +167,7 @@ def parse_user(user: Any, where: str) -> str | None:
     return user
 
 
-def parse_user_text(record: dict[str, Any], where: str, attributes: Sequence[str] | None = None) -> str | None:
+def parse_user_text(record: Record, where: str, attributes: Sequence[str] | None = None) -> str | None:
     """The optional text about the user, None where there is none.
 
     attributes: make it of these, a line for each that the record has. UserError where the user_text is not text, or the
@@ -205,8 +200,11 @@ def _parse_margin(margin: Any, where: str) -> float:
     return float(margin)
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+def _are_messages(value: Any) -> bool:
+    """Whether it is a list of {"role", "content"} messages that is not empty."""
+    names = ("role", "content")
+    is_list = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
+    return is_list and all(isinstance(message.get(name), str) for message in value for name in names)
 
 
 class Prompt(NamedTuple):

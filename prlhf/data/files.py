@@ -15,8 +15,10 @@ from typing import Any
 from prlhf.data.sources import DATA_SETS
 from prlhf.errors import UserError, did_you_mean
 
+Record = dict[str, Any]
 
-def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[str, int, dict[str, Any]]]:
+
+def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[str, int, Record]]:
     """("FILE, line 3", 3, record) for each record of a file; in parquet files "row 3".
 
     format: "jsonl", "csv", "parquet", or "auto": by the name (without .gz), JSON Lines where it says neither of the
@@ -57,7 +59,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}, after line {number}: truncated or damaged gzip file ({error})") from None
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Line number and object of each line of a JSON Lines file, plain or .gz.
 
     UserError, with file and line: missing, empty, truncated, not UTF-8, not JSON, not an object.
@@ -95,7 +97,7 @@ def parse_json(text: str, where: str, lines: bool = False) -> Any:
     return value
 
 
-def read_csv(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Line number (the last of its lines) and record of each row of a CSV file with a header, plain or .gz.
 
     Empty cells are left out of the record. UserError, with file and line: missing, empty, not UTF-8, or a row with more or
@@ -120,7 +122,7 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: empty, expected a header and one comparison a row")
 
 
-def read_parquet(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_parquet(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Row number, from 1, and record of each row of a parquet file (with pyarrow, an extra). Nulls are left out.
 
     UserError, with the file: missing, damaged, without rows; or pyarrow is not installed.
@@ -130,9 +132,7 @@ def read_parquet(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(
-            f"{path}: parquet needs pyarrow, which is not installed (pip install 'prlhf[parquet]')"
-        ) from None
+        raise UserError(f"{path}: parquet needs pyarrow, expected it (pip install 'prlhf[parquet]')") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -146,7 +146,7 @@ def read_parquet(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: no rows, expected one comparison a row")
 
 
-def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
+def write_json_lines(path: str | Path, records: Iterable[Record]) -> None:
     """Write a JSON Lines file, and its folder; gzipped where the name ends in .gz. Complete or not there."""
     path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,11 +18,16 @@ import numpy as np
 from prlhf.config.keys import DataConfig
 from prlhf.data.check.leaks import JUDGED, LEAKS, judged_leaks, leak
 from prlhf.data.check.rules import RULES, FittedRules, as_read, conflicts, fit, majority_share, pair_key, prompt_key
-from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, Messages, read_comparisons, words
+from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, read_comparisons, words
 from prlhf.data.users import UserIndex
 
 FEW = 5  # fewer training comparisons than this tell little about a user
 MUCH = 0.05  # a warning where more than this share is dropped or cut
+LOST = (
+    "are dropped: their responses leave too little room for the prompt (data.max_tokens)",
+    "lose part of the prompt (data.max_prompt_tokens, data.max_tokens)",
+    "lose part of the user text (data.max_user_text_tokens)",
+)
 
 
 class CheckedFile(NamedTuple):
@@ -34,27 +39,13 @@ class CheckedFile(NamedTuple):
     known: list[bool]
     read: list[Comparison]
 
-    @property
-    def comparisons(self) -> list[Comparison]:
-        """Those with two different responses."""
-        return self.file.comparisons
-
-
-class Section(NamedTuple):
-    """A part of the report, and its warnings."""
-
-    text: str
-    warnings: list[str]
-
 
 class AsTokens(NamedTuple):
-    """A file as tokens: the lengths of the comparisons that are left, a summary in words, and the counts by name."""
+    """A file as tokens: the lengths of the comparisons that are left, a summary in words, and a count for each of LOST."""
 
     lengths: list[int]
     said: str
-    too_long_dropped: int
-    prompts_truncated: int
-    user_texts_truncated: int
+    lost: tuple[int, int, int]
 
 
 Encode = Callable[[ComparisonFile, UserIndex], AsTokens]
@@ -65,32 +56,31 @@ def run(files: Sequence[str], form: DataConfig = CANONICAL, encode: Encode | Non
 
     form: the files' format, user_column, attributes and known_users. encode: makes tokens of a file, to report on these too.
     """
-    warnings = []
-    for section in check(files, form, encode):
-        print(section.text, flush=True)
-        warnings += section.warnings
+    warnings: list[str] = []
+    for section in check(files, form, encode, warnings):
+        print(section, flush=True)
     print("\n".join(f"warning: {warning}" for warning in warnings) or "No warnings.")
 
 
-def check(files: Sequence[str], form: DataConfig, encode: Encode | None) -> Iterator[Section]:
-    """The report, part by part. UserError, before the first part, for a file that cannot be read."""
+def check(files: Sequence[str], form: DataConfig, encode: Encode | None, warnings: list[str]) -> Iterator[str]:
+    """The report, part by part; each adds its warnings. UserError, before the first part, for a file that cannot be read."""
     read = [read_comparisons(path, form) for path in files]
     users = UserIndex.from_comparisons(read[0].comparisons, form.known_users)
-    labels = [Path(path).name for path in files]
-    labels = labels if len(set(labels)) == len(labels) else list(files)
+    names = [Path(path).name for path in files]
+    labels = names if len(set(names)) == len(names) else files
     splits = []
     for path, label, file in zip(files, labels, read):
         known = [users.number(c.user) > 0 for c in file.comparisons]
-        splits.append(CheckedFile(str(path), label, file, known, [as_read(c) for c in file.comparisons]))
-    yield contents_section(splits, users)
-    yield activity_section(splits, users)
-    yield votes_section(splits)
+        splits.append(CheckedFile(str(path), str(label), file, known, [as_read(c) for c in file.comparisons]))
     rules = fit(splits[0].read, users)
+    yield contents_section(splits, users)
+    yield activity_section(splits, users, warnings)
+    yield votes_section(splits, warnings)
     if len(splits) > 1:
-        yield leaks_section(splits, rules)
+        yield leaks_section(splits, rules, warnings)
     yield lengths_section(splits)
     if encode is not None:
-        yield tokens_section(splits, users, encode)
+        yield tokens_section(splits, users, encode, warnings)
     yield rules_section(splits, rules)
 
 
@@ -99,56 +89,52 @@ def spread(numbers: Sequence[float]) -> list[float]:
     return [float(f(numbers)) for f in (np.mean, np.median, lambda n: np.percentile(n, 95), np.max)]
 
 
-def contents(split: CheckedFile) -> dict[str, int]:
-    """The counts of a file, by name."""
-    comparisons = split.comparisons
-    named = [(c.user, known) for c, known in zip(comparisons, split.known) if c.user]
-    return {
-        "comparisons": len(comparisons),
-        "pairs of equal responses, left out": split.file.equal_responses,
-        "prompts": len({prompt_key(c.prompt) for c in split.read}),
-        "distinct pairs": len({pair_key(c) for c in split.read}),
-        "comparisons with user_text": sum(c.user_text is not None for c in comparisons),
-        "users": len({user for user, _ in named}),
-        "known users": len({user for user, known in named if known}),
-        "unknown users": len({user for user, known in named if not known}),
-        "comparisons of known users": sum(split.known),
-        "comparisons of unknown users": sum(not known for _, known in named),
-        "comparisons without a user": len(comparisons) - len(named),
-    }
-
-
-def contents_section(splits: Sequence[CheckedFile], users: UserIndex) -> Section:
-    """The contents, a column for each file."""
-    columns = [contents(split) for split in splits]
+def contents_section(splits: Sequence[CheckedFile], users: UserIndex) -> str:
+    """The counts, a column for each file."""
+    columns = []
+    for split in splits:
+        named = [(c.user, known) for c, known in zip(split.read, split.known) if c.user]
+        counts = {
+            "comparisons": len(split.read),
+            "pairs of equal responses, left out": split.file.equal_responses,
+            "prompts": len({prompt_key(c.prompt) for c in split.read}),
+            "distinct pairs": len({pair_key(c) for c in split.read}),
+            "comparisons with user_text": sum(c.user_text is not None for c in split.read),
+            "users": len({user for user, _ in named}),
+            "known users": len({user for user, known in named if known}),
+            "unknown users": len({user for user, known in named if not known}),
+            "comparisons of known users": sum(split.known),
+            "comparisons of unknown users": sum(not known for _, known in named),
+            "comparisons without a user": len(split.read) - len(named),
+        }
+        columns.append(counts)
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     files = [f"- `{s.path}` ({'held out' if i else 'training'})" for i, s in enumerate(splits)]
     known = f"Known users: {len(users):,} of the {columns[0]['users']:,} in the training file."
-    text = ["# Data check", "", *files, "", known, "", markdown_table(["", *(s.label for s in splits)], rows)]
-    return Section("\n".join(text), [])
+    table = markdown_table(["", *(split.label for split in splits)], rows)
+    return "\n".join(["# Data check", "", *files, "", known, "", table])
 
 
-def activity_section(splits: Sequence[CheckedFile], users: UserIndex) -> Section:
+def activity_section(splits: Sequence[CheckedFile], users: UserIndex, warnings: list[str]) -> str:
     """Comparisons per user, and the known users with few training comparisons."""
     rows = []
     for split in splits:
-        counts = Counter(c.user for c in split.comparisons if c.user)
+        counts = Counter(c.user for c in split.read if c.user)
         lies = [f(list(counts.values())) if counts else None for f in (np.min, np.median, np.max)]
         most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
         rows.append([split.label, *lies, ", ".join(f"{user} ({n:,})" for user, n in most)])
-    trained = Counter(c.user for c in splits[0].comparisons)
+    trained = Counter(c.user for c in splits[0].read)
     few = [name for name in users.names if trained[name] < FEW]
-    warnings = []
     if few:
         share = f"{len(few):,} of {len(users):,}"
         warnings.append(f"{splits[0].path}: known users with fewer than {FEW} comparisons: {share}, e.g. {few[0]!r}")
-    text = markdown_table(["comparisons per user", "least", "median", "most", "the most active"], rows)
-    return Section(f"\n{text}", warnings)
+    header = ["comparisons per user", "least", "median", "most", "the most active"]
+    return f"\n{markdown_table(header, rows)}"
 
 
-def votes_section(splits: Sequence[CheckedFile]) -> Section:
+def votes_section(splits: Sequence[CheckedFile], warnings: list[str]) -> str:
     """Repeated and contradicted votes, and the accuracy that they leave to a user-blind model."""
-    rows, warnings = [], []
+    rows = []
     for split in splits:
         found, majority = conflicts(split.read), majority_share(split.read)
         share = percent_text(majority.share)
@@ -166,12 +152,12 @@ def votes_section(splits: Sequence[CheckedFile]) -> Section:
     )
     counts = "duplicates (user, pair, choice)", "contradictions (user, pair)", "pairs on which users differ"
     header = ["votes", *counts, "pairs that occur again", "pairs with votes for both responses", "majority share"]
-    return Section(f"\n{markdown_table(header, rows)}\n\n{meaning}", warnings)
+    return f"\n{markdown_table(header, rows)}\n\n{meaning}"
 
 
-def leaks_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
+def leaks_section(splits: Sequence[CheckedFile], rules: FittedRules, warnings: list[str]) -> str:
     """What each file shares with each earlier one: the training file first, then other held-out files."""
-    rows, warnings = [], []
+    rows = []
     for (i, one), (_, other) in itertools.combinations(enumerate(splits), 2):
         leaks = {kind: leak(one.read, other.read, keys) for kind, keys in LEAKS.items()}
         if i == 0:
@@ -189,7 +175,7 @@ def leaks_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
                 f"e.g. {pairs.example}"
             )
     header = ["of the file", "also in", "what", "how many", "comparisons", "share", "one of them"]
-    return Section(f"\n{markdown_table(header, rows)}", warnings)
+    return f"\n{markdown_table(header, rows)}"
 
 
 def own_record_warnings(split: CheckedFile, rules: FittedRules) -> list[str]:
@@ -209,48 +195,40 @@ def own_record_warnings(split: CheckedFile, rules: FittedRules) -> list[str]:
     ]
 
 
-def text_words(text: str | Messages) -> int:
-    """The words of a text, or of all messages."""
-    return words(text) if isinstance(text, str) else sum(words(message["content"]) for message in text)
-
-
-def lengths_section(splits: Sequence[CheckedFile]) -> Section:
+def lengths_section(splits: Sequence[CheckedFile]) -> str:
     """Lengths in words, and how often the chosen response is the longer one."""
     rows, shares = [], []
     for split in splits:
-        for name in ("prompt", "chosen", "rejected"):
-            rows.append([split.label, name, *spread([text_words(getattr(c, name)) for c in split.comparisons])])
-        more = np.array([words(c.chosen) - words(c.rejected) for c in split.comparisons])
+        lengths = {
+            "prompt": [sum(words(message["content"]) for message in c.prompt) for c in split.read],
+            "chosen": [words(c.chosen) for c in split.read],
+            "rejected": [words(c.rejected) for c in split.read],
+        }
+        rows += [[split.label, name, *spread(numbers)] for name, numbers in lengths.items()]
+        more = np.subtract(lengths["chosen"], lengths["rejected"])
         shares.append([split.label, *(percent_text(float(np.mean(side))) for side in (more > 0, more == 0, more < 0))])
-    lengths = markdown_table(["words", "of the", "mean", "median", "95th percentile", "most"], rows)
-    return Section(f"\n{lengths}\n\n{markdown_table(['chosen is', 'longer', 'as long', 'shorter'], shares)}", [])
+    table = markdown_table(["words", "of the", "mean", "median", "95th percentile", "most"], rows)
+    return f"\n{table}\n\n{markdown_table(['chosen is', 'longer', 'as long', 'shorter'], shares)}"
 
 
-def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Encode) -> Section:
+def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Encode, warnings: list[str]) -> str:
     """What a config makes of the files; a warning where it costs more than MUCH of the comparisons something.
 
     UserError where no comparison of a file fits data.max_tokens.
     """
-    rows, warnings = [], []
+    rows = []
     for split in splits:
         found = encode(split.file, users)
         rows.append([split.label, found.said, *spread(found.lengths)])
-        total = len(split.comparisons)
-        for what, count in (
-            (
-                "are dropped: their responses leave too little room for the prompt (data.max_tokens)",
-                found.too_long_dropped,
-            ),
-            ("lose part of the prompt (data.max_prompt_tokens, data.max_tokens)", found.prompts_truncated),
-            ("lose part of the user text (data.max_user_text_tokens)", found.user_texts_truncated),
-        ):
+        total = len(split.read)
+        for what, count in zip(LOST, found.lost):
             if count > MUCH * total:
                 warnings.append(f"{split.path}: {percent_text(count / total)} of {total:,} comparisons {what}")
     header = ["in tokens", "what became of it", "tree: mean", "median", "95th percentile", "most"]
-    return Section(f"\n{markdown_table(header, rows)}", warnings)
+    return f"\n{markdown_table(header, rows)}"
 
 
-def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
+def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> str:
     """The accuracy of trivial rules; the rules that learn have learnt from the training file."""
     rows = []
     for i, split in enumerate(splits):
@@ -264,7 +242,7 @@ def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
     notes = [f"- {name}: {meaning}" for name, meaning in RULES.items() if any(row[1] == name for row in rows)]
     notes.append("- decides: so many comparisons; the others are ties and count one half")
     notes.append("- \\*: in-sample for the rules that learn, which learn from the training file")
-    return Section(f"\n{markdown_table(header, rows)}\n\n" + "\n".join(notes) + "\n", [])
+    return f"\n{markdown_table(header, rows)}\n\n" + "\n".join(notes) + "\n"
 
 
 def percent_text(share: float | None) -> str | None:

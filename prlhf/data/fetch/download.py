@@ -31,17 +31,12 @@ def download(url: str, target: Path) -> None:
         except NETWORK as error:
             status = getattr(error, "code", None)
             if status and (status not in MAY_PASS or pause is None):
-                found = f"status {status} ({cause(error)})"
+                found = f"status {status} ({error.reason})"
                 raise UserError(f"{target.name}: found {found} at {url}, expected the file") from None
             if pause is None:
                 raise
-            print(f"{target.name}: did not arrive ({cause(error)}), next attempt in {pause:g} s")
+            print(f"{target.name}: did not arrive ({error}), next attempt in {pause:g} s")
         time.sleep(pause)
-
-
-def cause(error: Exception) -> str:
-    """The text of a network error, without what urllib puts around it."""
-    return str(getattr(error, "reason", error)) or type(error).__name__
 
 
 def attempt(url: str, target: Path) -> None:

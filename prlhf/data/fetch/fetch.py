@@ -22,7 +22,7 @@ from huggingface_hub import dataset_info, get_token, is_offline_mode, snapshot_d
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.errors import HTTPError as HubHTTPError
 
-from prlhf.data.fetch.download import NETWORK, cause, download
+from prlhf.data.fetch.download import NETWORK, download
 from prlhf.data.files import sha256, write_json
 from prlhf.data.sources import SOURCES, Source, raw_folder, source_name
 from prlhf.errors import UserError
@@ -40,14 +40,12 @@ class RawFolder:
     path: Path
     record: dict[str, Any]
 
-    def measure(self, file: str) -> dict[str, Any]:
-        """{"bytes", "sha256"} of a file."""
-        return {"bytes": (self.path / file).stat().st_size, "sha256": sha256(self.path / file)}
-
     def remember(self, file: str, **origin: Any) -> None:
         """Write origin, size and checksum of a file to fetched.json."""
-        self.record["files"][file] = {**origin, **self.measure(file)}
+        self.record["files"][file] = {**origin, **measured(self.path / file)}
         write_json(self.path / "fetched.json", self.record)
+        size = f"new, {self.record['files'][file]['bytes']:,} bytes"
+        print(f"{file}: {'placed by hand, kept' if 'placed_by_hand' in origin else size}")
 
     def keeps(self, file: str) -> bool:
         """Whether a file is there, and is as recorded or placed by hand (then it is recorded now). Prints what differs."""
@@ -57,10 +55,9 @@ class RawFolder:
                 print(f"{file}: recorded, but not there")
             return False
         if entry is None or "placed_by_hand" in entry:
-            print(f"{file}: placed by hand, kept")
             self.remember(file, placed_by_hand=True)
             return True
-        found, expected = MEASURED.format_map(self.measure(file)), MEASURED.format_map(entry)
+        found, expected = MEASURED.format_map(measured(self.path / file)), MEASURED.format_map(entry)
         if found != expected:
             print(f"{file}: found {found}, expected {expected}, as recorded")
         return found == expected
@@ -74,6 +71,11 @@ class RawFolder:
             f"{self.name}: {reason}\nOnce there is a connection, the same command downloads what is missing. "
             f"Without one, put into {self.path}:{lines}\nand run {then}"
         )
+
+
+def measured(path: Path) -> dict[str, Any]:
+    """{"bytes", "sha256"} of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def run(name: str, out: str | None) -> None:
@@ -122,10 +124,9 @@ def fetch_urls(folder: RawFolder) -> list[str]:
         try:
             download(url, folder.path / file)
         except NETWORK as error:
-            reason = f"{file} did not arrive from {url} ({cause(error)})"
+            reason = f"{file} did not arrive from {url} ({error})"
             raise folder.no_network(missing[number:], reason) from None
         folder.remember(file, url=url)
-        print(f"{file}: downloaded, {folder.record['files'][file]['bytes']:,} bytes")
     return missing
 
 
@@ -199,7 +200,6 @@ def fetch_repository(folder: RawFolder) -> list[str]:
     for file, path in missing.items():
         os.replace(staging / path, folder.path / file)
         folder.remember(file, repository=source.repository, revision=info.sha, path=path)
-        print(f"{file}: downloaded, {record['files'][file]['bytes']:,} bytes")
     record["revision"] = info.sha  # not before all files are there
     write_json(folder.path / "fetched.json", record)
     shutil.rmtree(staging, ignore_errors=True)

@@ -14,9 +14,9 @@ import numpy as np
 
 from prlhf.config.keys import DataConfig
 from prlhf.data.comparisons import named_user, parse_comparison, split_conversations
-from prlhf.data.files import read_records, sha256, write_json, write_json_lines
+from prlhf.data.files import Record, read_records, sha256, write_json, write_json_lines
 from prlhf.data.sets import multipref, persona, prism, psoups, tldr
-from prlhf.data.sets.raw import Count, Options, RawSet, Record, raw_files, text_key
+from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key
 from prlhf.data.sets.splits import Judged, Shares, Split, judged, recurring, split, split_by_response, with_few_shot
 from prlhf.data.sources import raw_folder, source_name
 from prlhf.errors import UserError

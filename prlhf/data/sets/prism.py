@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prlhf.data.comparisons import attributes_text
-from prlhf.data.files import read_json_lines
-from prlhf.data.sets.raw import Count, Options, RawSet, Record, field, objects, raw_files
+from prlhf.data.files import Record, read_json_lines
+from prlhf.data.sets.raw import Count, Options, RawSet, field, objects, raw_files
 from prlhf.errors import UserError
 
 FILES = ("survey.jsonl", "conversations.jsonl")

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 from prlhf.data.comparisons import parse_prompt
-from prlhf.data.files import parse_json
-from prlhf.data.sets.raw import Count, Options, RawSet, Record, raw_files, text_key, texts
+from prlhf.data.files import Record, parse_json
+from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key, texts
 from prlhf.errors import UserError
 
 SENTENCES = {

@@ -1,4 +1,7 @@
-"""What the readers of the papers' data sets share: what they return, and how they find and check raw files."""
+"""What the readers of the papers' data sets share: what they return, and how they find and check raw files.
+
+A reader's record is a canonical comparison with a "split_group": comparisons of one group stay on one side of a split.
+"""
 
 import hashlib
 import re
@@ -7,12 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prlhf.data.comparisons import shortened
+from prlhf.data.files import Record
 from prlhf.data.sources import SOURCES
 from prlhf.errors import UserError
-
-Record = dict[
-    str, Any
-]  # a canonical comparison, with "split_group": comparisons of one group stay on one side of a split
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from prlhf.data.comparisons import Comparison, parse_comparison, words
-from prlhf.data.files import read_json_lines, write_json_lines
+from prlhf.data.files import Record, read_json_lines, write_json_lines
 from prlhf.data.users import ranked
 from prlhf.errors import UserError, check_range
 
+Responses = tuple[str, str]
 OTHER = {"chosen": "rejected", "rejected": "chosen"}
 
 
@@ -37,9 +37,7 @@ def assign_workers(count: int, workers: int, seed: int) -> list[str]:
     return names
 
 
-def relabel(
-    responses: tuple[str, str], prefers_shorter: bool, length: Callable[[str], int] = words
-) -> tuple[str, str] | None:
+def relabel(responses: Responses, prefers_shorter: bool, length: Callable[[str], int] = words) -> Responses | None:
     """The two responses as (chosen, rejected) by the user's preference; None where they are equally long."""
     first, second = responses
     if length(first) == length(second):
@@ -48,8 +46,8 @@ def relabel(
 
 
 def simulate(
-    records: list[tuple[dict[str, Any], Comparison]], workers: int | None, shorter: float, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, bool], int]:
+    records: list[tuple[Record, Comparison]], workers: int | None, shorter: float, seed: int
+) -> tuple[list[Record], dict[str, bool], int]:
     """The relabelled records (other fields kept), each user's preference (True: shorter), and the number of ties dropped."""
     if workers:
         names: list[str | None] = list(assign_workers(len(records), workers, seed))

@@ -22,7 +22,8 @@ import numpy as np
 
 from prlhf.data.check.rules import as_read, response_keys
 from prlhf.data.comparisons import Comparison
-from prlhf.data.sets.raw import Record, text_key
+from prlhf.data.files import Record
+from prlhf.data.sets.raw import text_key
 from prlhf.errors import UserError
 
 Rows = dict[int, tuple[str, str]]  # some comparisons of one user: the row, and the two responses

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prlhf.data.comparisons import parse_user
-from prlhf.data.files import read_json_lines
-from prlhf.data.sets.raw import Count, Official, Options, RawSet, Record, field, objects, raw_files, text_key
+from prlhf.data.files import Record, read_json_lines
+from prlhf.data.sets.raw import Count, Official, Options, RawSet, field, objects, raw_files, text_key
 from prlhf.data.sets.simulate import preferences, relabel
 from prlhf.data.users import ranked
 from prlhf.errors import UserError
