@@ -33,19 +33,25 @@ MEASURED = "{bytes} bytes of SHA-256 {sha256}"
 
 @dataclass(frozen=True)
 class RawFolder:
-    """The folder of a data set's raw files, and the content of its fetched.json: {"name", "files", "revision"?}."""
+    """The folder of a data set's raw files. record: the content of its fetched.json, {"name", "files", "revision"?}."""
 
     name: str
     source: Source
     path: Path
     record: dict[str, Any]
+    prepare: str  # the command that reads the files
+
+    def measured(self, file: str) -> dict[str, Any]:
+        """{"bytes", "sha256"} of a file."""
+        return {"bytes": (self.path / file).stat().st_size, "sha256": sha256(self.path / file)}
 
     def remember(self, file: str, **origin: Any) -> None:
         """Write origin, size and checksum of a file to fetched.json."""
-        self.record["files"][file] = {**origin, **measured(self.path / file)}
+        entry = self.record["files"][file] = {**origin, **self.measured(file)}
         write_json(self.path / "fetched.json", self.record)
-        size = f"new, {self.record['files'][file]['bytes']:,} bytes"
-        print(f"{file}: {'placed by hand, kept' if 'placed_by_hand' in origin else size}")
+        print(
+            f"{file}: " + ("placed by hand, kept" if "placed_by_hand" in origin else f"new, {entry['bytes']:,} bytes")
+        )
 
     def keeps(self, file: str) -> bool:
         """Whether a file is there, and is as recorded or placed by hand (then it is recorded now). Prints what differs."""
@@ -57,7 +63,7 @@ class RawFolder:
         if entry is None or "placed_by_hand" in entry:
             self.remember(file, placed_by_hand=True)
             return True
-        found, expected = MEASURED.format_map(measured(self.path / file)), MEASURED.format_map(entry)
+        found, expected = MEASURED.format_map(self.measured(file)), MEASURED.format_map(entry)
         if found != expected:
             print(f"{file}: found {found}, expected {expected}, as recorded")
         return found == expected
@@ -66,40 +72,29 @@ class RawFolder:
         """The error where there is no connection: which files to put into the folder, and where they come from."""
         tree = f"{self.source.page}/tree/main"
         lines = "".join(f"\n  {file} from {self.source.urls.get(file, tree)}" for file in files)
-        then = "this command again, which unpacks it" if self.source.unpack else prepare_command(self.name, self.path)
+        then = "this command again, which unpacks it" if self.source.unpack else self.prepare
         return UserError(
             f"{self.name}: {reason}\nOnce there is a connection, the same command downloads what is missing. "
             f"Without one, put into {self.path}:{lines}\nand run {then}"
         )
 
 
-def measured(path: Path) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a file."""
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
-
-
 def run(name: str, out: str | None) -> None:
     """The command: download data set `name` to folder `out`, by default in the cache. UserError says what to do."""
     origin = source_name(name)
-    source = SOURCES[origin]
-    path = (Path(out).expanduser() if out else raw_folder(origin)).resolve()
+    source, default = SOURCES[origin], raw_folder(origin).resolve()
+    path = Path(out).expanduser().resolve() if out else default
     print(f"{source.title}\npage: {source.page}\nlicence: {source.licence}")
     if source.needs:
         print(f"gated: {source.needs}")
     path.mkdir(parents=True, exist_ok=True)
-    folder = RawFolder(origin, source, path, read_record(path / "fetched.json", origin))
+    prepare = f"python -m prlhf.data prepare {name}" + ("" if path == default else f" --raw {shlex.quote(str(path))}")
+    folder = RawFolder(origin, source, path, read_record(path / "fetched.json", origin), prepare)
     new = fetch_repository(folder) if source.repository else fetch_urls(folder)
     for archive in source.urls if source.unpack else ():
         new += unpack(folder, archive, fresh=archive in new)
     files = folder.record["files"]
-    print(f"{path}: {len(files)} files, {len(new)} of them new ({', '.join(files)})")
-    print(f"next: {prepare_command(name, path)}")
-
-
-def prepare_command(name: str, path: Path) -> str:
-    """The command that reads the files in `path`."""
-    here = "" if path == raw_folder(source_name(name)).resolve() else f" --raw {shlex.quote(str(path))}"
-    return f"python -m prlhf.data prepare {name}{here}"
+    print(f"{path}: {len(files)} files, {len(new)} of them new ({', '.join(files)})\nnext: {prepare}")
 
 
 def read_record(path: Path, name: str) -> dict[str, Any]:
@@ -124,8 +119,7 @@ def fetch_urls(folder: RawFolder) -> list[str]:
         try:
             download(url, folder.path / file)
         except NETWORK as error:
-            reason = f"{file} did not arrive from {url} ({error})"
-            raise folder.no_network(missing[number:], reason) from None
+            raise folder.no_network(missing[number:], f"{file} did not arrive from {url} ({error})") from None
         folder.remember(file, url=url)
     return missing
 
@@ -135,32 +129,31 @@ def unpack(folder: RawFolder, archive: str, fresh: bool) -> list[str]:
 
     UserError: a damaged archive, a path that leads out of the folder, no match.
     """
-    path, patterns, unpacked = folder.path / archive, folder.source.unpack, []
+    path, unpacked = folder.path / archive, []
     try:
         with zipfile.ZipFile(path) as opened:
-            for member in wanted_members(opened, path, patterns):
+            for member in wanted_members(opened, path, folder.source.unpack):
                 file = PurePosixPath(member).name
-                if not (fresh and "member" in folder.record["files"].get(file, {})) and folder.keeps(file):
-                    continue
-                aside = folder.path / f"{file}.partial"
-                with opened.open(member) as packed, open(aside, "wb") as copy:
-                    shutil.copyfileobj(packed, copy)  # at its end the member's checksum is verified
-                os.replace(aside, folder.path / file)
-                folder.remember(file, archive=archive, member=member)
-                unpacked.append(file)
+                of_old_archive = fresh and "member" in folder.record["files"].get(file, {})
+                if of_old_archive or not folder.keeps(file):
+                    aside = folder.path / f"{file}.partial"
+                    aside.write_bytes(opened.read(member))  # the member's checksum is verified
+                    os.replace(aside, folder.path / file)
+                    folder.remember(file, archive=archive, member=member)
+                    unpacked.append(file)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise UserError(f"{path}: not a whole zip archive ({error}); delete it and run this again") from None
     return unpacked
 
 
 def wanted_members(opened: zipfile.ZipFile, path: Path, patterns: Iterable[str]) -> list[str]:
-    """The members that match one of the patterns. UserError as of `unpack`."""
+    """The members that match one of the patterns, but for macOS's shadow files. UserError as of `unpack`."""
     wanted = []
     for member in opened.namelist():
         inside = PurePosixPath(member.replace("\\", "/"))
         if inside.is_absolute() or ".." in inside.parts:
             raise UserError(f"{path}: found a member {member!r}, expected paths within the folder")
-        if any(inside.match(pattern) for pattern in patterns) and not inside.name.startswith("._"):  # macOS's shadows
+        if any(inside.match(pattern) for pattern in patterns) and not inside.name.startswith("._"):
             wanted.append(member)
     if not wanted:
         raise UserError(f"{path}: found {', '.join(opened.namelist()[:5])} ..., expected {' or '.join(patterns)}")
@@ -173,30 +166,25 @@ def fetch_repository(folder: RawFolder) -> list[str]:
     They arrive in `folder`.partial and move when all are there. UserError: no access, no such file, no connection.
     """
     source, record = folder.source, folder.record
-
-    def matches(path: str) -> bool:
-        return any(fnmatchcase(path, pattern) for pattern in source.patterns)
-
-    here = {path.name for path in folder.path.iterdir() if matches(path.name)}
-    kept = {file for file in sorted(here | set(record["files"])) if folder.keeps(file)}
+    here = [path.name for path in folder.path.iterdir()]
+    kept = {file for file in sorted({*matching(here, source.patterns), *record["files"]}) if folder.keeps(file)}
     if kept >= set(record["files"] if "revision" in record else source.patterns):
         return []
+    wanted = [pattern for pattern in source.patterns if pattern not in kept]
     staging = folder.path.with_name(f"{folder.path.name}.partial")  # beside the folder, so that no reader finds it
     try:
         info = dataset_info(source.repository, revision=record.get("revision"))
-        paths = [sibling.rfilename for sibling in info.siblings or () if matches(sibling.rfilename)]
-        absent = [p for p in source.patterns if p not in kept and not any(fnmatchcase(path, p) for path in paths)]
+        paths = [sibling.rfilename for sibling in info.siblings or ()]
+        absent = [pattern for pattern in wanted if not matching(paths, [pattern])]
         if absent:
             raise UserError(f"{source.page}: found no {' and no '.join(absent)} at revision {info.sha}, expected some")
-        missing = {path.removeprefix("data/").replace("/", "-"): path for path in paths}
-        missing = {file: path for file, path in missing.items() if file not in kept}
+        by_name = {path.removeprefix("data/").replace("/", "-"): path for path in matching(paths, source.patterns)}
+        missing = {file: path for file, path in by_name.items() if file not in kept}
         if missing:  # asked for by revision: without access to a branch, the client would take what it has cached
-            wanted = list(missing.values())
-            snapshot_download(
-                source.repository, repo_type="dataset", revision=info.sha, allow_patterns=wanted, local_dir=staging
-            )
+            which = {"revision": info.sha, "allow_patterns": list(missing.values())}
+            snapshot_download(source.repository, repo_type="dataset", local_dir=staging, **which)
     except HUB_NETWORK as error:
-        raise hub_error(folder, [p for p in source.patterns if p not in kept], error) from None
+        raise hub_error(folder, wanted, error) from None
     for file, path in missing.items():
         os.replace(staging / path, folder.path / file)
         folder.remember(file, repository=source.repository, revision=info.sha, path=path)
@@ -204,6 +192,11 @@ def fetch_repository(folder: RawFolder) -> list[str]:
     write_json(folder.path / "fetched.json", record)
     shutil.rmtree(staging, ignore_errors=True)
     return list(missing)
+
+
+def matching(paths: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The paths that match one of the patterns; * also matches /."""
+    return [path for path in paths if any(fnmatchcase(path, pattern) for pattern in patterns)]
 
 
 def hub_error(folder: RawFolder, files: list[str], error: Exception) -> UserError:
