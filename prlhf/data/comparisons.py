@@ -3,17 +3,16 @@
 import contextlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from prlhf.config.keys import DataConfig
 from prlhf.data.files import Record, read_json_lines, read_records
 from prlhf.errors import UserError, did_you_mean
 
 GENERIC = "generic"  # what people type for user 0
-Item = TypeVar("Item")
 CANONICAL = DataConfig()
 Messages = tuple[dict[str, str], ...]
 
@@ -39,8 +38,11 @@ class ComparisonFile(NamedTuple):
     equal_responses: int
 
     def sample(self, limit: int | None, seed: int) -> "ComparisonFile":
-        """The file with a seeded sample of `limit` comparisons, in their order; the whole file where limit is None."""
-        return self._replace(comparisons=sample(self.comparisons, limit, seed))
+        """A seeded sample of `limit` comparisons in their order; the file itself where limit is None or larger."""
+        if limit is None or limit >= len(self.comparisons):
+            return self
+        chosen = sorted(random.Random(seed).sample(range(len(self.comparisons)), limit))
+        return self._replace(comparisons=[self.comparisons[i] for i in chosen])
 
 
 def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> ComparisonFile:
@@ -49,19 +51,15 @@ def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> Compar
     config: format, user_column and attributes. UserError, with file, line and field, where a record is no comparison, and
     where no record has the user_column or an attribute.
     """
-    comparisons, equal = [], 0
-    columns, attributes = set(), set()
-    for where, number, record in read_records(path, config.format):
+    comparisons, equal, columns, attributes = [], 0, set(), set()
+    for _, record, comparison in read_parsed(path, config):
         columns.update(record)
-        if isinstance(record.get("attributes"), dict):
-            attributes.update(record["attributes"])
-        record = named_user(record, config.user_column)
-        comparison = parse_comparison(record, where, f"{Path(path).name}:{number}", config.attributes)
+        attributes.update((config.attributes and record.get("attributes")) or ())
         if comparison.chosen == comparison.rejected:
             equal += 1
         else:
             comparisons.append(comparison)
-    if config.user_column != "user" and config.user_column not in columns:
+    if config.user_column not in columns | {"user"}:
         hint = did_you_mean(config.user_column, columns)
         raise UserError(f"{path}: no record has the field data.user_column: {config.user_column!r}{hint}")
     for name in config.attributes or ():
@@ -71,6 +69,13 @@ def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> Compar
     if not comparisons:
         raise UserError(f"{path}: no comparison with two different responses")
     return ComparisonFile(comparisons, equal)
+
+
+def read_parsed(path: str | Path, config: DataConfig = CANONICAL) -> Iterator[tuple[str, Record, Comparison]]:
+    """("FILE, line 3", record, comparison) for each record of a file, `named_user`. UserError where it is no comparison."""
+    for where, number, record in read_records(path, config.format):
+        record = named_user(record, config.user_column)
+        yield where, record, parse_comparison(record, where, f"{Path(path).name}:{number}", config.attributes)
 
 
 def named_user(record: Record, column: str) -> Record:
@@ -192,10 +197,9 @@ def attributes_text(attributes: dict[str, str]) -> str | None:
 def _parse_margin(margin: Any, where: str) -> float:
     if margin is None:
         return 1.0
-    if isinstance(margin, str):  # a cell of a CSV file
-        with contextlib.suppress(ValueError):
-            margin = float(margin)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < float("inf"):
+    with contextlib.suppress(ValueError):
+        margin = float(margin) if isinstance(margin, str) else margin  # text: a cell of a CSV file
+    if type(margin) not in (int, float) or not 0 <= margin < float("inf"):
         raise UserError(f"{where}: expected a number of at least 0 or null, found {shortened(margin)}")
     return float(margin)
 
@@ -247,10 +251,3 @@ def shortened(value: Any) -> str:
 def words(text: str) -> int:
     """The number of words: what white space separates."""
     return len(text.split())
-
-
-def sample(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
-    """A seeded sample of `limit` items in their order; all of them where `limit` is None or larger."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]

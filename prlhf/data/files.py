@@ -45,7 +45,7 @@ def require_file(path: str | Path) -> Path:
     return path
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Number and text of each line, plain or .gz. UserError, with file and line: truncated or damaged gzip, not UTF-8."""
     number = 0
     try:
@@ -66,7 +66,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
     """
     path = require_file(path)
     found = False
-    for number, line in _read_lines(path):
+    for number, line in read_lines(path):
         text = line.strip()
         if text:
             record = parse_json(text, f"{path}, line {number}")
@@ -106,16 +106,16 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
     path = require_file(path)
     csv.field_size_limit(2**31 - 1)
     number = 0
-    parts = (io.StringIO(line, newline="") for _, line in _read_lines(path))  # a "\r" alone ends a line too
-    rows = csv.DictReader(itertools.chain.from_iterable(parts), strict=True)
+    parts = (io.StringIO(line, newline="") for _, line in read_lines(path))  # a "\r" alone ends a line too
+    rows = csv.reader(itertools.chain.from_iterable(parts), strict=True)
     try:
-        for row in rows:
+        header = next(rows, [])
+        for cells in filter(None, rows):
             number = rows.line_num
-            if None in row or None in row.values():
-                cells = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
-                expected = f"{len(rows.fieldnames)} as in the header"
-                raise UserError(f"{path}, line {number}: found {cells} cells, expected {expected}")
-            yield number, {name: value for name, value in row.items() if value != ""}
+            if len(cells) != len(header):
+                expected = f"{len(header)} as in the header"
+                raise UserError(f"{path}, line {number}: found {len(cells)} cells, expected {expected}")
+            yield number, {name: value for name, value in zip(header, cells) if value}
     except csv.Error as error:
         raise UserError(f"{path}, after line {number}: not valid CSV ({error})") from None
     if not number:

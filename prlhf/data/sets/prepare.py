@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prlhf.config.keys import DataConfig
-from prlhf.data.comparisons import named_user, parse_comparison, split_conversations
-from prlhf.data.files import Record, read_records, sha256, write_json, write_json_lines
+from prlhf.data.comparisons import parse_comparison, read_parsed, split_conversations
+from prlhf.data.files import Record, sha256, write_json, write_json_lines
 from prlhf.data.sets import multipref, persona, prism, psoups, tldr
 from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key
 from prlhf.data.sets.splits import Judged, Shares, Split, judged, recurring, split, split_by_response, with_few_shot
@@ -102,16 +102,14 @@ def split_file(file: str, out: str, division: Division, form: DataConfig, option
 def read_for_split(file: str, dialogue: str | None, form: DataConfig) -> tuple[list[Record], list[Judged]]:
     """The records of a file, grouped by prompt or by the dialogue that a field names, and what each of them says."""
     records, comparisons = [], []
-    for where, number, record in read_records(file, form.format):
-        name = f"{Path(file).name}:{number}"
-        record = split_conversations(named_user(record, form.user_column))
-        comparison = parse_comparison(record, where, name)
-        comparisons.append(judged(comparison))
+    for where, record, comparison in read_parsed(file, form):
         if dialogue is not None and not isinstance(record.get(dialogue), str | int):
             raise UserError(f"{where}, {dialogue}: expected text or a number, the dialogue's name")
-        group = json.dumps(record["prompt" if dialogue is None else dialogue], ensure_ascii=False)
+        record = split_conversations(record)
+        group = text_key(json.dumps(record["prompt" if dialogue is None else dialogue], ensure_ascii=False))
         user = None if comparison.user is None else record["user"]
-        records.append({"id": name, **record, "user": user, "split_group": text_key(group)})
+        records.append({"id": comparison.id, **record, "user": user, "split_group": group})
+        comparisons.append(judged(comparison))
     return records, comparisons
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from prlhf.data.comparisons import parse_prompt
-from prlhf.data.files import Record, parse_json
+from prlhf.data.files import Record, parse_json, read_lines
 from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key, texts
 from prlhf.errors import UserError
 
@@ -58,27 +58,23 @@ def read(folder: Path, options: Options) -> RawSet:
         counts.append(Count(f"{name}: different rows with two different completions", len(seen), PUBLISHED[name][1]))
     counts.append(Count(UNNAMED, dropped[UNNAMED], 0))
     evaluation = [*folder.glob(EVALUATION), *folder.glob(f"*/{EVALUATION}")]
-    return RawSet(records, None, counts, dropped, read_prompts(evaluation[0]) if evaluation else None)
+    prompts = None
+    if evaluation:
+        where, items = evaluation[0], enumerate(read_list(evaluation[0]), start=1)
+        asked = [(i, parse_prompt(raw.get("prompt"), f"{where}, item {i}")) for i, raw in items]
+        prompts = [{"id": f"koala:{i}", "prompt": prompt} for i, prompt in asked]
+    return RawSet(records, None, counts, dropped, prompts)
 
 
 def read_list(path: Path) -> list[Record]:
     """A JSON file that is a list of objects. UserError, with file and line or item, otherwise."""
-    try:
-        items = parse_json(path.read_text(encoding="utf-8"), str(path), lines=True)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
+    items = parse_json("".join(line for _, line in read_lines(path)), str(path), lines=True)
     if not isinstance(items, list) or not items:
         raise UserError(f"{path}: expected a list of objects, found {'none' if items == [] else type(items).__name__}")
     for number, item in enumerate(items, start=1):
         if not isinstance(item, dict):
             raise UserError(f"{path}, item {number}: expected an object, found {type(item).__name__}")
     return items
-
-
-def read_prompts(path: Path) -> list[Record]:
-    """The evaluation prompts."""
-    prompts = [parse_prompt(raw.get("prompt"), f"{path}, item {i}") for i, raw in enumerate(read_list(path), 1)]
-    return [{"id": f"koala:{i}", "prompt": prompt} for i, prompt in enumerate(prompts, 1)]
 
 
 def without_sentence(asked: str, sentence: str) -> str | None:

@@ -67,13 +67,9 @@ def raw_files(folder: Path, name: str, *patterns: str) -> list[Path]:
                 f"{folder}: no file {pattern}; expected the raw files of {source.title} ({source.page}), "
                 f"which `python -m prlhf.data fetch {name}` downloads"
             )
-        files += sorted(matching, key=_words_and_numbers)
+        pieces = {path: re.split(r"(\d+)", path.name) for path in matching}  # batch12.json: batch, 12, .json
+        files += sorted(pieces, key=lambda path: [int(s) if s.isdecimal() else s for s in pieces[path]])
     return files
-
-
-def _words_and_numbers(path: Path) -> list[str | int]:
-    """'batch12.json' -> ['batch', 12, '.json']."""
-    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"(\d+)", path.name)]
 
 
 KINDS = {str: "text", dict: "an object", list: "a list", int: "a whole number", bool: "true or false"}

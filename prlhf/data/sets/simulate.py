@@ -12,12 +12,11 @@ import argparse
 import random
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from prlhf.data.comparisons import Comparison, parse_comparison, words
-from prlhf.data.files import Record, read_json_lines, write_json_lines
+from prlhf.data.comparisons import Comparison, read_parsed, words
+from prlhf.data.files import Record, write_json_lines
 from prlhf.data.users import ranked
 from prlhf.errors import UserError, check_range
 
@@ -87,11 +86,7 @@ def main() -> None:
     check_range("--seed", args.seed, low=0, high=2**32 - 1)
     check_range("--workers", 1 if args.workers is None else args.workers, low=1)
 
-    name = Path(args.file).name
-    records = [
-        (record, parse_comparison(record, f"{args.file}, line {number}", f"{name}:{number}"))
-        for number, record in read_json_lines(args.file)
-    ]
+    records = [(record, comparison) for _, record, comparison in read_parsed(args.file)]
     kept, prefers_shorter, ties = simulate(records, args.workers, args.shorter, args.seed)
     write_json_lines(args.out, kept)
     counts = Counter(record["user"] for record in kept)

@@ -60,6 +60,14 @@ def shuffled(items: Sequence[str], random: np.random.RandomState) -> list[str]:
     return [items[i] for i in order]
 
 
+def related(records: Sequence[Record], one: str, other: str) -> dict[str, list[str]]:
+    """For each value of the field `one`, the different values of the field `other`, in order of occurrence."""
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        found.setdefault(record[one], {})[record[other]] = None
+    return {value: list(others) for value, others in found.items()}
+
+
 def split(records: Sequence[Record], shares: Shares, seed: int, k: int = 0, dialogues: bool = False) -> Split:
     """Divide users into known and unknown, and groups into training and held-out; k comparisons of each unknown user.
 
@@ -69,11 +77,7 @@ def split(records: Sequence[Record], shares: Shares, seed: int, k: int = 0, dial
     UserError where nothing would be left to train on or to hold out, or a dialogue has two users.
     """
     random = np.random.RandomState(seed)
-    owners: dict[str, dict[str, None]] = {}  # dicts as ordered sets
-    groups_of: dict[str, dict[str, None]] = {}
-    for record in records:
-        owners.setdefault(record["split_group"], {})[record["user"]] = None
-        groups_of.setdefault(record["user"], {})[record["split_group"]] = None
+    owners, groups_of = related(records, "split_group", "user"), related(records, "user", "split_group")
     named = [user for user in groups_of if user is not None]
     known = shuffled(named, random)[: int(len(named) * shares.users)]
     divided = [list(owners)]
@@ -82,7 +86,7 @@ def split(records: Sequence[Record], shares: Shares, seed: int, k: int = 0, dial
             if len(users) > 1:
                 raise UserError(f"dialogue {group!r} has the users {' and '.join(map(repr, users))}, expected one")
         known = [user for user in known if len(groups_of[user]) > 1]
-        divided = [list(groups_of[user]) for user in (*known, None) if user in groups_of]
+        divided = [groups_of[user] for user in (*known, None) if user in groups_of]
     trained = {group for groups in divided for group in shuffled(groups, random)[: int(len(groups) * shares.groups)]}
     is_known = {*known, None}
     train = [r for r in records if r["user"] in is_known and r["split_group"] in trained]
@@ -100,21 +104,16 @@ def with_few_shot(train: list[Record], valid: list[Record], pool: Sequence[Recor
     _require_some(train, valid)
     known = {r["user"] for r in train}
     random = np.random.RandomState(seed)
-    held_out = {r["split_group"] for r in valid}
-    readers: dict[str, set[str]] = {}  # the users of each group
-    evaluated: dict[str, set[str]] = {}  # the groups of each user
-    for record in valid:
-        readers.setdefault(record["split_group"], set()).add(record["user"])
-        evaluated.setdefault(record["user"], set()).add(record["split_group"])
-    from_pool = [r for r in pool if r["split_group"] not in held_out]
+    users_of, groups_of = related(valid, "split_group", "user"), related(valid, "user", "split_group")
+    from_pool = [r for r in pool if r["split_group"] not in users_of]
     pooled = {r["user"] for r in from_pool}
-    own = [r for r in valid if r["user"] not in pooled and len(readers[r["split_group"]]) == 1]
+    own = [r for r in valid if r["user"] not in pooled and len(users_of[r["split_group"]]) == 1]
     by_user: dict[str, dict[str, list[Record]]] = {}
     for record in (*from_pool, *own):
         by_user.setdefault(record["user"], {}).setdefault(record["split_group"], []).append(record)
     few_shot: list[Record] = []
     taken: set[str] = set()
-    for user in (user for user in evaluated if k and user is not None and user not in known):
+    for user in (user for user in groups_of if k and user is not None and user not in known):
         groups = by_user.get(user, {})
         chosen: list[Record] = []
         used: set[str] = set()
@@ -122,7 +121,7 @@ def with_few_shot(train: list[Record], valid: list[Record], pool: Sequence[Recor
             if len(chosen) < k:
                 chosen += groups[group]
                 used.add(group)
-        if len(chosen) >= k and evaluated[user] - used:
+        if len(chosen) >= k and set(groups_of[user]) - used:
             few_shot += chosen[:k]
             taken |= used
     kept = [r for r in valid if r["split_group"] not in taken]
