@@ -27,24 +27,24 @@ class Leak(NamedTuple):
     example: str | None
 
 
-def leak(one: Sequence[Comparison], other: Sequence[Comparison], keys: Callable[[Comparison], set]) -> Leak:
-    """What the other comparisons share with the first ones, by `keys`."""
-    seen = {key for c in one for key in keys(c)}
-    return _leak([(c, keys(c) & seen) for c in other])
+def leaks(earlier: Sequence[Comparison], later: Sequence[Comparison], rules: FittedRules | None) -> dict[str, Leak]:
+    """What the later comparisons share with the earlier ones, by kind.
 
-
-def judged_leaks(rules: FittedRules, held_out: Sequence[Comparison]) -> dict[str, Leak]:
-    """Held-out comparisons with both, or with one, of the responses judged by the same user in training.
-
-    rules: fitted to the training comparisons. Counted as different: (user, response).
+    rules: fitted to the earlier comparisons where these are the training file. Then also: later comparisons with both, or with
+    one, of the responses judged by the same user in training; counted as different are (user, response).
     """
-    found: dict[str, list[tuple[Comparison, set]]] = {"both": [], "one": []}
-    for c in held_out:
-        judged = {(c.user, key) for key in rules.judged(c)}
-        found["both" if len(judged) == len(set(response_keys(c))) else "one"].append((c, judged))
-    return {f"{JUDGED}: {name}": _leak(shared) for name, shared in found.items()}
+    found = {}
+    for kind, keys in LEAKS.items():
+        seen = {key for c in earlier for key in keys(c)}
+        found[kind] = _leak([(c, keys(c) & seen) for c in later])
+    if rules is not None:
+        judged = [(c, {(c.user, key) for key in rules.judged(c)}) for c in later]
+        is_whole = [len(keys) == len(set(response_keys(c))) for c, keys in judged]
+        for name, wanted in (("both", True), ("one", False)):
+            found[f"{JUDGED}: {name}"] = _leak([one for one, whole in zip(judged, is_whole) if whole == wanted])
+    return found
 
 
 def _leak(shared: Sequence[tuple[Comparison, set]]) -> Leak:
-    affected = [c.id for c, found in shared if found]
-    return Leak(len(set().union(*(found for _, found in shared))), len(affected), affected[0] if affected else None)
+    affected = [c.id for c, keys in shared if keys]
+    return Leak(len(set().union(*(keys for _, keys in shared))), len(affected), affected[0] if affected else None)

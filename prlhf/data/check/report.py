@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prlhf.config.keys import DataConfig
-from prlhf.data.check.leaks import JUDGED, LEAKS, judged_leaks, leak
+from prlhf.data.check.leaks import JUDGED, leaks
 from prlhf.data.check.rules import RULES, FittedRules, as_read, conflicts, fit, majority_share, pair_key, prompt_key
 from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, read_comparisons, words
 from prlhf.data.users import UserIndex
@@ -159,21 +159,15 @@ def leaks_section(splits: Sequence[CheckedFile], rules: FittedRules, warnings: l
     """What each file shares with each earlier one: the training file first, then other held-out files."""
     rows = []
     for (i, one), (_, other) in itertools.combinations(enumerate(splits), 2):
-        leaks = {kind: leak(one.read, other.read, keys) for kind, keys in LEAKS.items()}
         if i == 0:
-            leaks |= judged_leaks(rules, other.read)
             warnings += own_record_warnings(other, rules)
-        for kind, found in leaks.items():
+        for kind, found in leaks(one.read, other.read, rules if i == 0 else None).items():
             share = percent_text(found.comparisons / len(other.read))
             rows.append([other.label, one.label, kind, found.distinct, found.comparisons, share, found.example])
-        pairs = leaks["pairs"]
-        if pairs.comparisons:
-            earlier = "the training file" if i == 0 else one.path
-            share = percent_text(pairs.comparisons / len(other.read))
-            warnings.append(
-                f"{other.path}: comparisons of pairs that are also in {earlier}: {pairs.comparisons:,} ({share}), "
-                f"e.g. {pairs.example}"
-            )
+            if kind == "pairs" and found.comparisons:
+                earlier = "the training file" if i == 0 else one.path
+                counted = f"{found.comparisons:,} ({share}), e.g. {found.example}"
+                warnings.append(f"{other.path}: comparisons of pairs that are also in {earlier}: {counted}")
     header = ["of the file", "also in", "what", "how many", "comparisons", "share", "one of them"]
     return f"\n{markdown_table(header, rows)}"
 

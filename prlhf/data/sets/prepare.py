@@ -5,7 +5,7 @@ the options, the source files (by checksum), the counts, and the known users.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,39 +27,32 @@ GROUPS_BY_RESPONSE = 0.7  # default share: about half of the pairs are trained o
 INSTEAD = "expected another --out or --overwrite"
 
 
-class Reader(NamedTuple):
-    """How a data set is read, from which files, and how it is divided where it has no split of its own."""
-
-    read: Callable[[Path, Options], RawSet]
-    files: tuple[str, ...]
-    shares: Shares = Shares()
-
-
-READERS = {
-    "tldr": Reader(tldr.read, tldr.FILES),
-    "tldr_length": Reader(tldr.read_length, tldr.FILES),
-    "prism": Reader(prism.read, prism.FILES),
-    "psoups": Reader(psoups.read, psoups.FILES, Shares(users=1.0)),  # six preferences, all of them known
-    "persona": Reader(persona.read, persona.FILES),
-    "multipref": Reader(multipref.read, multipref.FILES),
+READERS = {  # the function that reads a data set, and its raw files
+    "tldr": (tldr.read, tldr.FILES),
+    "tldr_length": (tldr.read_length, tldr.FILES),
+    "prism": (prism.read, prism.FILES),
+    "psoups": (psoups.read, psoups.FILES),
+    "persona": (persona.read, persona.FILES),
+    "multipref": (multipref.read, multipref.FILES),
 }
 SAMPLE_SIZES = {"prism": (6_431, 3_982)}  # published: comparisons trained on, and held out
 
 
 def prepare(name: str, raw: str | None, out: str | None, options: Options, overwrite: bool) -> None:
     """Read, split and write a data set. UserError for bad raw files, or where `out` holds another split."""
-    source, reader = source_name(name), READERS[name]
+    source, (read, files) = source_name(name), READERS[name]
     folder = Path(raw).expanduser() if raw else raw_folder(source)
     target = Path(out or f"runs/data/{name}").expanduser()
-    made_of = {path.name: sha256(path) for path in raw_files(folder, source, *reader.files)}
+    made_of = {path.name: sha256(path) for path in raw_files(folder, source, *files)}
     settings = {"data": name, **asdict(options), "raw": made_of}
     if is_there(target, settings, overwrite):
         return
-    found = reader.read(folder, options)
+    found = read(folder, options)
     if found.official is not None:
         made = with_few_shot(*found.official, options.few_shot, options.seed)
     else:
-        made = split(found.records, reader.shares, options.seed, options.few_shot, found.dialogues)
+        shares = Shares(users=found.known_users)
+        made = split(found.records, shares, options.seed, options.few_shot, found.dialogues)
     if name in SAMPLE_SIZES:
         sizes = len(made.train), len(made.valid) + len(made.few_shot)
         found.counts.extend(map(Count, ("comparisons trained on", "held out"), sizes, SAMPLE_SIZES[name]))

@@ -63,7 +63,7 @@ def read(folder: Path, options: Options) -> RawSet:
         where, items = evaluation[0], enumerate(read_list(evaluation[0]), start=1)
         asked = [(i, parse_prompt(raw.get("prompt"), f"{where}, item {i}")) for i, raw in items]
         prompts = [{"id": f"koala:{i}", "prompt": prompt} for i, prompt in asked]
-    return RawSet(records, None, counts, dropped, prompts)
+    return RawSet(records, None, counts, dropped, prompts, known_users=1.0)  # six preferences, all of them known
 
 
 def read_list(path: Path) -> list[Record]:

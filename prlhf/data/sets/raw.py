@@ -49,6 +49,7 @@ class RawSet(NamedTuple):
     counts: list[Count]
     dropped: dict[str, int]  # why, and how many
     prompts: list[Record] | None = None  # the data set's own evaluation prompts
+    known_users: float = 0.9  # share of the users who are known, where there is no official split
     dialogues: bool = False  # each group is one user's own; each user's groups are divided
 
 
