@@ -49,9 +49,8 @@ class RawFolder:
         """Write origin, size and checksum of a file to fetched.json."""
         entry = self.record["files"][file] = {**origin, **self.measured(file)}
         write_json(self.path / "fetched.json", self.record)
-        print(
-            f"{file}: " + ("placed by hand, kept" if "placed_by_hand" in origin else f"new, {entry['bytes']:,} bytes")
-        )
+        state = "placed by hand, kept" if "placed_by_hand" in origin else f"new, {entry['bytes']:,} bytes"
+        print(f"{file}: {state}")
 
     def keeps(self, file: str) -> bool:
         """Whether a file is there, and is as recorded or placed by hand (then it is recorded now). Prints what differs."""
@@ -180,9 +179,9 @@ def fetch_repository(folder: RawFolder) -> list[str]:
             raise UserError(f"{source.page}: found no {' and no '.join(absent)} at revision {info.sha}, expected some")
         by_name = {path.removeprefix("data/").replace("/", "-"): path for path in matching(paths, source.patterns)}
         missing = {file: path for file, path in by_name.items() if file not in kept}
-        if missing:  # asked for by revision: without access to a branch, the client would take what it has cached
-            which = {"revision": info.sha, "allow_patterns": list(missing.values())}
-            snapshot_download(source.repository, repo_type="dataset", local_dir=staging, **which)
+        # By revision: where a branch cannot be reached, the client would take what it has cached.
+        which = {"revision": info.sha, "allow_patterns": list(missing.values())}
+        snapshot_download(source.repository, repo_type="dataset", local_dir=staging, **which)
     except HUB_NETWORK as error:
         raise hub_error(folder, wanted, error) from None
     for file, path in missing.items():
@@ -204,13 +203,10 @@ def hub_error(folder: RawFolder, files: list[str], error: Exception) -> UserErro
     source, token = folder.source, get_token()
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, RepositoryNotFoundError) or status in (401, 403):  # also the base of GatedRepoError
-        found = (
-            "the token that was found (HF_TOKEN or a stored login) gives no access" if token else "no token was found"
-        )
+        found = "the token found (HF_TOKEN or a stored login) gives no access" if token else "no token was found"
         needs = f"needed: {source.needs}" if source.needs else f"expected a public data set; see {source.page}"
-        return UserError(
-            f"{folder.name}: the Hub refused {source.repository} with status {status}, and {found}; {needs}"
-        )
+        refused = f"the Hub refused {source.repository} with status {status}"
+        return UserError(f"{folder.name}: {refused}, and {found}; {needs}")
     said = " ".join(str(error).split())
     reason = f"{source.repository} did not arrive from the Hub ({type(error).__name__}: {said})"
     if is_offline_mode():
