@@ -107,7 +107,7 @@ def read_for_split(file: str, dialogue: str | None, form: DataConfig) -> tuple[l
 
 
 def choose_by(comparisons: Sequence[Judged]) -> str:
-    """ "response" where a user judged one response in two different pairs, else "prompt". Prints the reason."""
+    """By response where a user judged one response in two different pairs, else by prompt. Prints the reason."""
     user = recurring(comparisons)
     if user is None:
         print("divided by prompt: no user judged one response in two different pairs")
