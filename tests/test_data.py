@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 
 from prlhf.config.keys import DataConfig
-from prlhf.data.comparisons import parse_comparison, read_comparisons, sample, words
+from prlhf.data.comparisons import ComparisonFile, parse_comparison, read_comparisons, words
 from prlhf.data.files import write_json_lines
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
@@ -266,6 +266,12 @@ def test_an_unknown_name_is_refused_with_a_near_match():
 
 
 def test_sample_is_seeded_ordered_and_without_repeats():
-    one, again, other = (sample(range(100), 10, seed) for seed in (1, 1, 2))
+    file = ComparisonFile([parse_comparison({**GOOD, "id": i}, "f", "i") for i in range(100)], 2)
+
+    def ids(limit, seed):
+        return [int(c.id) for c in file.sample(limit, seed).comparisons]
+
+    one, again, other = (ids(10, seed) for seed in (1, 1, 2))
     assert one == again != other and one == sorted(set(one)) and len(one) == 10
-    assert sample(range(5), None, 0) == sample(range(5), 9, 0) == [0, 1, 2, 3, 4]
+    assert ids(None, 0) == ids(100, 0) == ids(900, 0) == list(range(100))
+    assert file.sample(10, 1).equal_responses == 2

@@ -30,15 +30,12 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` (path: bytes) with ETags and ranges, unless `answers` (path: function of the handler) has its own."""
+    """Serves `files` (path: bytes), unless `answers` (path: function of the handler) has its own."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.etags, self.answers, self.seen = {}, {}, {}, []
+        self.files, self.answers, self.seen = {}, {}, []
         self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def requests(self, path):
-        return [headers for seen, headers in self.seen if seen == path]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -46,25 +43,18 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.server.seen.append((self.path, dict(self.headers)))
+        self.server.seen.append(self.path)
         if self.path in self.server.answers:
             return self.server.answers[self.path](self)
         if self.path not in self.server.files:
             return self.send_error(404)
-        whole, etag = self.server.files[self.path], self.server.etags.get(self.path, '"one"')
-        wanted = self.headers.get("Range")
-        if wanted is None or self.headers.get("If-Range") not in (None, etag):
-            return self.reply(200, whole, ETag=etag)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-        if start >= len(whole):
-            return self.reply(416, b"", Content_Range=f"bytes */{len(whole)}")
-        self.reply(206, whole[start:], ETag=etag, Content_Range=f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+        self.reply(200, self.server.files[self.path])
 
     def reply(self, status, body, length=None, **headers):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -115,23 +105,6 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def cut_at(size, times=1, abort=False, **headers):
-    """An answer that announces LONG, sends its first `size` bytes and ends; later requests are served as usual."""
-    left = [times]
-
-    def answer(handler):
-        left[0] -= 1
-        if not left[0]:
-            del handler.server.answers[handler.path]
-        handler.reply(200, LONG[:size], length=len(LONG), **{"ETag": '"one"', **headers})
-        if abort:  # a reset rather than an end
-            handler.wfile.flush()
-            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            handler.connection.close()
-
-    return answer
-
-
 def test_a_file_is_downloaded_and_recorded(server, toy, folder, run):
     server.files["/a.json"] = ABC
     status, out, _ = run()
@@ -177,7 +150,7 @@ def test_a_file_that_differs_from_the_record_is_downloaded_again(server, toy, fo
     assert f"a.json: found {len(content)} bytes of SHA-256 " in out
     assert f", expected 3 bytes of SHA-256 {ABC_SHA256}, as recorded\n" in out
     assert (folder / "a.json").read_bytes() == b"abc"
-    assert [path for path, _ in server.seen] == ["/a.json", "/b.json", "/a.json"]
+    assert server.seen == ["/a.json", "/b.json", "/a.json"]
 
 
 def test_a_missing_file_is_downloaded_again(server, toy, folder, run):
@@ -199,121 +172,36 @@ def test_a_file_placed_by_hand_is_kept(server, toy, folder, run):
         assert status == 0 and "a.json: placed by hand, kept" in out
         assert record_of(folder)["files"]["a.json"] == {"placed_by_hand": True, "bytes": 3, "sha256": ABC_SHA256}
     assert (folder / "a.json").read_bytes() == b"abc"
-    assert [path for path, _ in server.seen] == ["/b.json"]
+    assert server.seen == ["/b.json"]
 
 
-@pytest.mark.parametrize("abort", [False, True])
-def test_an_interrupted_transfer_goes_on_where_it_ended(server, toy, folder, run, abort):
-    server.files["/a.json"] = LONG
-    server.answers["/a.json"] = cut_at(140_000, abort=abort)
-    status, out, _ = run()
-    assert status == 0 and "a.json: did not arrive" in out
-    first, second = server.requests("/a.json")
-    assert "Range" not in first
-    start = int(second["Range"].removeprefix("bytes=").removesuffix("-"))
-    assert second["If-Range"] == '"one"'
-    assert start == 140_000 if not abort else 0 < start <= 140_000
-    assert (folder / "a.json").read_bytes() == LONG
-    assert names(folder) == ["a.json", "fetched.json"]
-
-
-def test_a_later_call_goes_on_with_a_partial_file(server, toy, folder, run):
-    server.files["/a.json"] = LONG
-    cut = cut_at(99_999, times=9)
-    server.answers["/a.json"] = lambda handler: cut(handler) if len(server.seen) == 1 else handler.send_error(503)
-    status, _, err = run()
-    assert status == 2 and "status 503" in err
-    assert names(folder) == ["a.json.partial", "a.json.partial.origin"]
-    del server.answers["/a.json"]
-    assert run()[0] == 0
-    assert server.seen[-1][1]["Range"] == "bytes=99999-"
-    assert server.seen[-1][1]["If-Range"] == '"one"'
-    assert (folder / "a.json").read_bytes() == LONG
-    assert names(folder) == ["a.json", "fetched.json"]
-
-
-def partial(folder, url, content, validator='"one"'):
-    folder.mkdir(parents=True)
-    (folder / "a.json.partial").write_bytes(content)
-    (folder / "a.json.partial.origin").write_text(json.dumps({"url": url, "validator": validator}))
-
-
-def test_a_file_that_changed_in_the_meantime_starts_anew(server, toy, folder, run):
-    partial(folder, f"{server.url}/a.json", b"of the old file")
-    server.files["/a.json"], server.etags["/a.json"] = LONG, '"two"'
-    assert run()[0] == 0
-    (request,) = server.requests("/a.json")
-    assert (request["Range"], request["If-Range"]) == ("bytes=15-", '"one"')
-    assert (folder / "a.json").read_bytes() == LONG
-
-
-@pytest.mark.parametrize(
-    "here, first, etag",
-    [(b"of the old file", 15, '"two"'), (LONG[:15], 8, '"one"')],
-    ids=["of another file, the server ignoring If-Range", "from another byte on"],
-)
-def test_a_range_other_than_the_one_asked_for_is_not_used(server, toy, folder, run, here, first, etag):
-    partial(folder, f"{server.url}/a.json", here)
+@pytest.mark.parametrize("reset", [False, True])
+def test_an_interrupted_transfer_starts_again(server, toy, folder, run, reset):
     server.files["/a.json"] = LONG
 
     def answer(handler):
-        del server.answers["/a.json"]
-        handler.reply(206, LONG[first:], ETag=etag, Content_Range=f"bytes {first}-{len(LONG) - 1}/{len(LONG)}")
+        del server.answers["/a.json"]  # the next request is served as usual
+        handler.reply(200, LONG[:140_000], length=len(LONG))
+        if reset:  # a reset rather than an end
+            handler.wfile.flush()
+            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            handler.connection.close()
 
     server.answers["/a.json"] = answer
-    assert run()[0] == 0
+    status, out, _ = run()
+    assert status == 0 and "a.json: did not arrive" in out
+    assert server.seen == ["/a.json", "/a.json"]
     assert (folder / "a.json").read_bytes() == LONG
-
-
-def test_a_server_without_ranges_starts_anew(server, toy, folder, run):
-    partial(folder, f"{server.url}/a.json", LONG[:1000])
-    server.answers["/a.json"] = lambda handler: handler.reply(200, LONG, ETag='"one"')
-    assert run()[0] == 0
-    assert server.requests("/a.json")[0]["Range"] == "bytes=1000-"
-    assert (folder / "a.json").read_bytes() == LONG
-
-
-@pytest.mark.parametrize("url, validator", [("http://example.org/a.json", '"one"'), (None, "")])
-def test_a_partial_file_of_another_url_or_of_unknown_version_is_not_used(server, toy, folder, run, url, validator):
-    partial(folder, url or f"{server.url}/a.json", b"whatever", validator)
-    server.files["/a.json"] = ABC
-    assert run()[0] == 0
-    assert "Range" not in server.requests("/a.json")[0]
-    assert (folder / "a.json").read_bytes() == b"abc"
-
-
-def test_a_weak_etag_is_not_resumed_by(server, toy, folder, run):
-    server.files["/a.json"] = LONG
-    server.answers["/a.json"] = cut_at(1000, ETag='W/"one"')
-    assert run()[0] == 0
-    assert all("Range" not in headers for headers in server.requests("/a.json"))
-    assert (folder / "a.json").read_bytes() == LONG
-
-
-def test_last_modified_serves_where_there_is_no_etag(server, toy, folder, run):
-    date = "Wed, 21 Oct 2015 07:28:00 GMT"
-    server.files["/a.json"], server.etags["/a.json"] = LONG, date
-    server.answers["/a.json"] = cut_at(1000, ETag="", Last_Modified=date)
-    assert run()[0] == 0
-    assert server.requests("/a.json")[1]["If-Range"] == date
-    assert (folder / "a.json").read_bytes() == LONG
-
-
-def test_a_partial_file_that_is_whole_needs_its_name_alone(server, toy, folder, run):
-    partial(folder, f"{server.url}/a.json", ABC)
-    server.files["/a.json"] = ABC
-    assert run()[0] == 0
-    assert [headers.get("Range") for headers in server.requests("/a.json")] == ["bytes=3-"]
-    assert record_of(folder)["files"]["a.json"]["sha256"] == ABC_SHA256
     assert names(folder) == ["a.json", "fetched.json"]
 
 
-def test_a_partial_file_that_is_longer_than_the_file_starts_anew(server, toy, folder, run):
-    partial(folder, f"{server.url}/a.json", b"abcdef")
+def test_what_was_left_of_an_earlier_attempt_is_not_used(server, toy, folder, run):
+    folder.mkdir(parents=True)
+    (folder / "a.json.partial").write_bytes(b"abcdef")
     server.files["/a.json"] = ABC
     assert run()[0] == 0
-    assert [headers.get("Range") for headers in server.requests("/a.json")] == ["bytes=6-", None]
     assert (folder / "a.json").read_bytes() == b"abc"
+    assert names(folder) == ["a.json", "fetched.json"]
 
 
 def test_fewer_bytes_than_announced_are_no_file(server, toy, folder, run):
@@ -322,15 +210,18 @@ def test_fewer_bytes_than_announced_are_no_file(server, toy, folder, run):
     assert status == 2
     assert "found 3 bytes, expected 1,000" in err and f"a.json from {server.url}/a.json" in err
     assert len(server.seen) == 3  # and two further attempts
-    assert names(folder) == ["a.json.partial", "a.json.partial.origin"]
-
-
-def test_more_bytes_than_announced_are_no_file(server, toy, folder, run):
-    partial(folder, f"{server.url}/a.json", ABC)
-    server.answers["/a.json"] = lambda handler: handler.reply(206, b"defg", Content_Range="bytes 3-4/5")
-    status, _, err = run()
-    assert status == 2 and "found 7 bytes" in err and "expected 5" in err
     assert names(folder) == []
+
+
+def test_a_server_that_announces_no_size(server, toy, folder, run):
+    def answer(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(LONG)
+
+    server.answers["/a.json"] = answer
+    assert run()[0] == 0
+    assert (folder / "a.json").read_bytes() == LONG
 
 
 @pytest.mark.parametrize("status, attempts", [(404, 1), (403, 1), (500, 3)])
@@ -344,11 +235,9 @@ def test_a_refused_file(server, toy, folder, run, status, attempts):
 
 
 def test_a_redirect_is_followed(server, toy, folder, run):
-    server.files["/elsewhere"] = LONG
     server.answers["/a.json"] = lambda handler: handler.reply(302, b"", Location="/elsewhere")
-    partial(folder, f"{server.url}/a.json", LONG[:7])
+    server.files["/elsewhere"] = LONG
     assert run()[0] == 0
-    assert server.requests("/elsewhere")[0]["Range"] == "bytes=7-"
     assert (folder / "a.json").read_bytes() == LONG
 
 

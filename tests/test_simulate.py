@@ -24,9 +24,9 @@ def test_the_papers_seed_makes_4_5_and_6_the_minority_of_ten():
 
 
 def test_relabelling_by_words():
-    c = parse_comparison(record("one two three", "incomprehensibilities word"), "f", "i")
-    assert relabel(c, prefers_shorter=True) == ("incomprehensibilities word", "one two three")
-    assert relabel(c, prefers_shorter=False) == ("one two three", "incomprehensibilities word")
+    responses = ("one two three", "incomprehensibilities word")
+    assert relabel(responses, prefers_shorter=True) == ("incomprehensibilities word", "one two three")
+    assert relabel(responses, prefers_shorter=False) == ("one two three", "incomprehensibilities word")
 
 
 def test_ties_are_dropped_and_counted_whatever_their_order():

@@ -1,26 +1,25 @@
-"""Records to `Comparison`s, and the one place where user names and user numbers meet: `UserIndex`."""
+"""Records to `Comparison`s: (x, y1, y2, u), with every field checked."""
 
 import contextlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from prlhf.config.keys import DataConfig
-from prlhf.data.files import read_json_lines, read_records
+from prlhf.data.files import Record, read_json_lines, read_records
 from prlhf.errors import UserError, did_you_mean
 
 GENERIC = "generic"  # what people type for user 0
-Item = TypeVar("Item")
 CANONICAL = DataConfig()
 Messages = tuple[dict[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """(x, y1, y2, u): a prompt, the response a user chose and the one rejected, and who the user was."""
+    """(x, y1, y2, u): a prompt, the response that the user chose, the one that the user rejected, and the user."""
 
     prompt: str | Messages
     chosen: str
@@ -28,41 +27,39 @@ class Comparison:
     user: str | None
     user_text: str | None
     id: str
-    first: str | None = None  # which response the user was shown first, "chosen" or "rejected", where that is known
+    first: str | None = None  # the response that the user was shown first, "chosen" or "rejected", where known
     margin: float = 1.0  # how much better the chosen one is, in units of the config's loss.margin
 
 
 class ComparisonFile(NamedTuple):
-    """What a file held: the comparisons, and how many were left out because both responses are the same text."""
+    """The comparisons of a file, and how many were left out because both responses are the same text."""
 
     comparisons: list[Comparison]
     equal_responses: int
 
     def sample(self, limit: int | None, seed: int) -> "ComparisonFile":
-        """The file with a seeded sample of `limit` of its comparisons, in their order; whole where limit is None."""
-        return self._replace(comparisons=sample(self.comparisons, limit, seed))
+        """A seeded sample of `limit` comparisons in their order; the file itself where limit is None or larger."""
+        if limit is None or limit >= len(self.comparisons):
+            return self
+        chosen = sorted(random.Random(seed).sample(range(len(self.comparisons)), limit))
+        return self._replace(comparisons=[self.comparisons[i] for i in chosen])
 
 
 def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> ComparisonFile:
     """All comparisons of a file; pairs of equal responses are left out and counted.
 
-    config: its format, user_column and attributes. UserError, with file, line and field, for what is none.
+    config: format, user_column and attributes. UserError, with file, line and field, where a record is no comparison, and
+    where no record has the user_column or an attribute.
     """
-    comparisons, equal = [], 0
-    columns: set[str] = set()
-    attributes: set[str] = set()
-    for place, record in read_records(path, config.format):
+    comparisons, equal, columns, attributes = [], 0, set(), set()
+    for _, record, comparison in read_parsed(path, config):
         columns.update(record)
-        found = record.get("attributes")
-        attributes.update(found if isinstance(found, dict) else ())
-        record = named_user(record, config.user_column)
-        name = f"{Path(path).name}:{place.split()[-1]}"
-        comparison = parse_comparison(record, f"{path}, {place}", name, config.attributes)
+        attributes.update((config.attributes and record.get("attributes")) or ())
         if comparison.chosen == comparison.rejected:
             equal += 1
         else:
             comparisons.append(comparison)
-    if config.user_column != "user" and config.user_column not in columns:
+    if config.user_column not in columns | {"user"}:
         hint = did_you_mean(config.user_column, columns)
         raise UserError(f"{path}: no record has the field data.user_column: {config.user_column!r}{hint}")
     for name in config.attributes or ():
@@ -74,8 +71,15 @@ def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> Compar
     return ComparisonFile(comparisons, equal)
 
 
-def named_user(record: dict[str, Any], column: str) -> dict[str, Any]:
-    """The record with the user's name from another column, where a whole number's digits are a name too."""
+def read_parsed(path: str | Path, config: DataConfig = CANONICAL) -> Iterator[tuple[str, Record, Comparison]]:
+    """("FILE, line 3", record, comparison) for each record of a file, `named_user`. UserError where it is no comparison."""
+    for where, number, record in read_records(path, config.format):
+        record = named_user(record, config.user_column)
+        yield where, record, parse_comparison(record, where, f"{Path(path).name}:{number}", config.attributes)
+
+
+def named_user(record: Record, column: str) -> Record:
+    """The record with its user taken from another column; a whole number becomes its digits."""
     if column == "user":
         return record
     user = record.get(column)
@@ -83,16 +87,18 @@ def named_user(record: dict[str, Any], column: str) -> dict[str, Any]:
 
 
 def parse_comparison(
-    record: dict[str, Any], where: str, default_id: str, attributes: Sequence[str] | None = None
+    record: Record, where: str, default_id: str, attributes: Sequence[str] | None = None
 ) -> Comparison:
     """One canonical record; other fields are ignored. UserError names `where`, the field and what was expected.
 
-    attributes: which of the user's make up the user text; None: the record's user_text.
+    attributes: which of the record's attributes make up the user text; None: the record's user_text.
     """
     record = split_conversations(record)
     for name in ("prompt", "chosen", "rejected"):
-        if name not in record:
-            raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
+        require_field(record, name, where)
+    first = record.get("first")
+    if first not in (None, "chosen", "rejected"):
+        raise UserError(f"{where}, first: expected 'chosen', 'rejected' or null, found {shortened(first)}")
     return Comparison(
         prompt=parse_prompt(record["prompt"], where),
         chosen=parse_response(record["chosen"], f"{where}, chosen"),
@@ -100,29 +106,33 @@ def parse_comparison(
         user=parse_user(record.get("user"), f"{where}, user"),
         user_text=parse_user_text(record, where, attributes),
         id=id_of(record, default_id),
-        first=_parse_first(record.get("first"), f"{where}, first"),
+        first=first,
         margin=_parse_margin(record.get("margin"), f"{where}, margin"),
     )
 
 
-def id_of(record: dict[str, Any], default: str | int) -> str:
-    """A record's id as text; the default where it has none, or null."""
+def require_field(record: Record, name: str, where: str) -> None:
+    """UserError, with a near match, where the record has no such field."""
+    if name not in record:
+        raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
+
+
+def id_of(record: Record, default: str | int) -> str:
+    """The id of a record as text; the default where it has none, or null."""
     found = record.get("id")
     return str(default if found is None else found)
 
 
-def split_conversations(record: dict[str, Any]) -> dict[str, Any]:
-    """A record whose responses are whole conversations (TRL's other forms), with these as prompt and last messages.
+def split_conversations(record: Record) -> Record:
+    """Split responses that are whole conversations (TRL's other forms) into the prompt and the last messages.
 
-    Both must be the same but for the last message; a prompt beside them, which they repeat, is replaced by theirs.
+    The conversations must agree in all but the last message, and with the prompt where the record has one; any other record
+    is returned as it is.
     """
     chosen, rejected = record.get("chosen"), record.get("rejected")
-    if not (isinstance(chosen, list) and isinstance(rejected, list) and len(chosen) > 1):
+    if not (_are_messages(chosen) and _are_messages(rejected) and len(chosen) > 1 and chosen[:-1] == rejected[:-1]):
         return record
-    if chosen[:-1] != rejected[:-1] or not all(map(_is_message, (*chosen, *rejected))):
-        return record
-    said = record.get("prompt", chosen[:-1])
-    if said not in (chosen[:-1], chosen[-2]["content"]):
+    if record.get("prompt", chosen[:-1]) not in (chosen[:-1], chosen[-2]["content"]):
         return record
     return {**record, "prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
@@ -131,34 +141,78 @@ def parse_prompt(prompt: Any, where: str) -> str | Messages:
     """A prompt: text that is not empty, or a list of {"role", "content"} messages. UserError otherwise."""
     if isinstance(prompt, str) and prompt:
         return prompt
-    if isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt):
+    if _are_messages(prompt):
         return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
-    raise UserError(f"{where}, prompt: expected text or a list of {{role, content}} messages, found {_short(prompt)}")
+    found = shortened(prompt)
+    raise UserError(f"{where}, prompt: expected text or a list of {{role, content}} messages, found {found}")
 
 
-def parse_user_text(record: dict[str, Any], where: str, attributes: Sequence[str] | None = None) -> str | None:
-    """The optional text about the user, None where there is none; with `attributes`, a line for each that the record has.
+def parse_response(response: Any, where: str) -> str:
+    """A response: text, or a list of one assistant message. UserError otherwise."""
+    if isinstance(response, str):
+        return response
+    if _are_messages(response) and len(response) == 1 and response[0]["role"] == "assistant":
+        return response[0]["content"]
+    raise UserError(f"{where}: expected text or a list of one assistant message, found {shortened(response)}")
 
-    UserError where it is not text, or the attributes are not texts by name.
+
+def parse_user(user: Any, where: str) -> str | None:
+    """The user's name; the digits of a whole number; None for the unknown user (null or "").
+
+    UserError for anything else, and for the reserved name `generic`.
+    """
+    if user is None or user == "":
+        return None
+    if type(user) is int:
+        return str(user)
+    if not isinstance(user, str):
+        raise UserError(f"{where}: expected a string, a whole number or null, found {shortened(user)}")
+    if user == GENERIC:
+        raise UserError(f"{where}: {GENERIC!r} is the name of the unknown user; expected another name or null")
+    return user
+
+
+def parse_user_text(record: Record, where: str, attributes: Sequence[str] | None = None) -> str | None:
+    """The optional text about the user, None where there is none.
+
+    attributes: make it of these, a line for each that the record has. UserError where the user_text is not text, or the
+    record's attributes are not texts by name.
     """
     if attributes is not None:
         by_name = record.get("attributes") or {}
         if not isinstance(by_name, dict) or not all(isinstance(value, str | None) for value in by_name.values()):
-            raise UserError(f"{where}, attributes: expected texts by name, found {_short(by_name)}")
+            raise UserError(f"{where}, attributes: expected texts by name, found {shortened(by_name)}")
         return attributes_text({name: by_name[name] for name in attributes if by_name.get(name)})
     text = record.get("user_text")
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}, user_text: expected text or null, found {_short(text)}")
+        raise UserError(f"{where}, user_text: expected text or null, found {shortened(text)}")
     return text or None
 
 
 def attributes_text(attributes: dict[str, str]) -> str | None:
-    """What a user text says of a user's attributes: a line "name: value" each; None where there are none."""
+    """The user text that a user's attributes make: a line "name: value" each; None where there are none."""
     return "\n".join(f"{name}: {value}" for name, value in attributes.items()) or None
 
 
+def _parse_margin(margin: Any, where: str) -> float:
+    if margin is None:
+        return 1.0
+    with contextlib.suppress(ValueError):
+        margin = float(margin) if isinstance(margin, str) else margin  # text: a cell of a CSV file
+    if type(margin) not in (int, float) or not 0 <= margin < float("inf"):
+        raise UserError(f"{where}: expected a number of at least 0 or null, found {shortened(margin)}")
+    return float(margin)
+
+
+def _are_messages(value: Any) -> bool:
+    """Whether it is a list of {"role", "content"} messages that is not empty."""
+    names = ("role", "content")
+    is_list = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
+    return is_list and all(isinstance(message.get(name), str) for message in value for name in names)
+
+
 class Prompt(NamedTuple):
-    """A line of a prompts file: what to answer, a name for it, optionally who asks, and text about them."""
+    """A line of a prompts file: a name for the prompt, the prompt, and optionally its user and the text about them."""
 
     id: str
     text: str | Messages
@@ -167,18 +221,16 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Prompt]:
-    """The prompts of a JSON Lines file: {"prompt", "id"?, "user"?, "user_text"?}, the id being the line's number by
-    default.
+    """The prompts of a JSON Lines file: {"prompt", "id"?, "user"?, "user_text"?}. The default id is the line's number.
 
-    config: its user_column, where a line has it, and attributes.
-    UserError, with file and line: no prompt in a line, or an id that was there before.
+    config: user_column, for lines that have it, and attributes.
+    UserError, with file and line: a line without a prompt, or an id that an earlier line has.
     """
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}
     for number, record in read_json_lines(path):
         where = f"{path}, line {number}"
-        if "prompt" not in record:
-            raise UserError(f"{where}: no field 'prompt'{did_you_mean('prompt', record)}")
+        require_field(record, "prompt", where)
         name = id_of(record, number)
         if name in lines:
             raise UserError(f"{where}: id {name!r} was given in line {lines[name]} already; expected each once")
@@ -190,54 +242,8 @@ def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Promp
     return prompts
 
 
-def parse_response(response: Any, where: str) -> str:
-    """A response: text, or a list of one assistant message. UserError otherwise."""
-    if isinstance(response, str):
-        return response
-    one_message = isinstance(response, list) and len(response) == 1 and _is_message(response[0])
-    if one_message and response[0]["role"] == "assistant":
-        return response[0]["content"]
-    raise UserError(f"{where}: expected text or a list of one assistant message, found {_short(response)}")
-
-
-def parse_user(user: Any, where: str) -> str | None:
-    """A user's name, a whole number's digits being one too; None for the unknown user (null or "").
-
-    UserError otherwise, and for the reserved `generic`.
-    """
-    if user is None or user == "":
-        return None
-    if type(user) is int:
-        return str(user)
-    if not isinstance(user, str):
-        raise UserError(f"{where}: expected a string, a whole number or null, found {_short(user)}")
-    if user == GENERIC:
-        raise UserError(f"{where}: {GENERIC!r} is the name of the unknown user; expected another name or null")
-    return user
-
-
-def _parse_margin(margin: Any, where: str) -> float:
-    if margin is None:
-        return 1.0
-    if isinstance(margin, str):  # a cell of a CSV file
-        with contextlib.suppress(ValueError):
-            margin = float(margin)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not 0 <= margin < float("inf"):
-        raise UserError(f"{where}: expected a number of at least 0 or null, found {_short(margin)}")
-    return float(margin)
-
-
-def _parse_first(first: Any, where: str) -> str | None:
-    if first not in (None, "chosen", "rejected"):
-        raise UserError(f"{where}: expected 'chosen', 'rejected' or null, found {_short(first)}")
-    return first
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
-
-
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
+    """A value as JSON, for a message: at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -245,10 +251,3 @@ def _short(value: Any) -> str:
 def words(text: str) -> int:
     """The number of words: what white space separates."""
     return len(text.split())
-
-
-def sample(items: Sequence[Item], limit: int | None, seed: int) -> list[Item]:
-    """A seeded sample of `limit` items in their order; all of them where `limit` is None or larger."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]

@@ -1,37 +1,36 @@
-"""Files to records: JSON Lines, CSV and parquet, each record with the place where it stood."""
+"""Files to records: JSON Lines, CSV and parquet, each record with its line or row number."""
 
 import csv
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from prlhf.data.sources import DATA_SETS
 from prlhf.errors import UserError, did_you_mean
 
-FORMATS = ("jsonl", "csv", "parquet")
+Record = dict[str, Any]
 
 
-def format_of(path: str | Path, format: str = "auto") -> str:
-    """The format as given, or by the file's name: .csv and .parquet; all others are JSON Lines. .gz is looked through."""
-    suffixes = Path(path).suffixes
-    last = (suffixes[-2:-1] if suffixes[-1:] == [".gz"] else suffixes[-1:]) or [""]
-    named = last[0].removeprefix(".").lower()
-    return format if format != "auto" else named if named in FORMATS else "jsonl"
+def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[str, int, Record]]:
+    """("FILE, line 3", 3, record) for each record of a file; in parquet files "row 3".
 
-
-def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[str, dict[str, Any]]]:
-    """("line 3" or "row 3", record) of each record of a file. UserError, with file and place, where one cannot be read."""
-    format = format_of(path, format)
-    if format == "parquet":
-        yield from ((f"row {number}", record) for number, record in read_parquet(path))
-    else:
-        read = read_csv if format == "csv" else read_json_lines
-        yield from ((f"line {number}", record) for number, record in read(path))
+    format: "jsonl", "csv", "parquet", or "auto": by the name (without .gz), JSON Lines where it says neither of the
+    others. UserError, with file and place, where a record cannot be read.
+    """
+    if format == "auto":
+        suffix = Path(path).with_suffix("").suffix if Path(path).suffix == ".gz" else Path(path).suffix
+        format = suffix.removeprefix(".").lower()
+    read = {"csv": read_csv, "parquet": read_parquet}.get(format, read_json_lines)
+    unit = "row" if format == "parquet" else "line"
+    for number, record in read(path):
+        yield f"{path}, {unit} {number}", number, record
 
 
 def require_file(path: str | Path) -> Path:
@@ -41,43 +40,48 @@ def require_file(path: str | Path) -> Path:
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, near)
         if path.parent.parts[-3:-1] == ("runs", "data") and path.parent.name in DATA_SETS:
-            hint += f"; `python -m prlhf.data prepare {path.parent.name}` makes it, of what `fetch` has downloaded"
+            hint += f"; `python -m prlhf.data prepare {path.parent.name}` makes it from what `fetch` has downloaded"
         raise UserError(f"{path}: no such file{hint}")
     return path
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line, plain or .gz. UserError, with file and line: truncated or damaged gzip, not UTF-8."""
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
+        raise UserError(f"{path}, line {number}: expected UTF-8, found {found}") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}, after line {number}: truncated or damaged gzip file ({error})") from None
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Line number and object of each line of a JSON Lines file, plain or .gz.
 
     UserError, with file and line: missing, empty, truncated, not UTF-8, not JSON, not an object.
     """
     path = require_file(path)
-    number, found = 0, False
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if not text:
-                    continue
-                record = parse_json(text, f"{path}, line {number}")
-                if not isinstance(record, dict):
-                    raise UserError(f"{path}, line {number}: expected a JSON object, found {text[:60]!r}")
-                found = True
-                yield number, record
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, line {number}: expected UTF-8, found byte 0x{error.object[error.start]:02x} at column {error.start + 1}"
-        ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: truncated or damaged gzip file ({error})") from None
+    found = False
+    for number, line in read_lines(path):
+        text = line.strip()
+        if text:
+            record = parse_json(text, f"{path}, line {number}")
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, line {number}: expected a JSON object, found {text[:60]!r}")
+            found = True
+            yield number, record
     if not found:
         raise UserError(f"{path}: empty, expected one JSON object a line")
 
 
 def parse_json(text: str, where: str, lines: bool = False) -> Any:
-    """A JSON value. UserError with `where` for what is none, too deep or too long a number, or no text (half a pair).
+    """A JSON value. UserError with `where`: invalid, too deep, too long a number, half of a surrogate pair.
 
-    lines: also say in which line of the text it is.
+    lines: name the line of the text too.
     """
     try:
         value = json.loads(text)
@@ -93,57 +97,32 @@ def parse_json(text: str, where: str, lines: bool = False) -> Any:
     return value
 
 
-def write_json_lines(path: str | Path, records: Iterable[dict[str, Any]]) -> None:
-    """Write a JSON Lines file, its folder where needed; gzipped where the name ends in .gz. Complete or not there."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    with (
-        gzip.open(aside, "wt", encoding="utf-8") if path.suffix == ".gz" else open(aside, "w", encoding="utf-8") as file
-    ):
-        file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
-    os.replace(aside, path)
-
-
-def read_csv(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Line number (the last of its lines) and record of each row of a CSV file with a header, plain or .gz.
 
-    Empty cells are left out of the record. UserError, with file and line: missing, empty, not UTF-8, not as many cells as
-    the header has names.
+    Empty cells are left out of the record. UserError, with file and line: missing, empty, not UTF-8, or a row with more or
+    fewer cells than the header.
     """
     path = require_file(path)
     csv.field_size_limit(2**31 - 1)
-    number, found = 0, False
+    number = 0
+    parts = (io.StringIO(line, newline="") for _, line in read_lines(path))  # a "\r" alone ends a line too
+    rows = csv.reader(itertools.chain.from_iterable(parts), strict=True)
     try:
-        with _open_text(path) as file:
-            rows = csv.DictReader(file, strict=True)
-            for row in rows:
-                number, found = rows.line_num, True
-                if None in row or None in row.values():
-                    cells = len(row) - 1 + len(row[None]) if None in row else sum(v is not None for v in row.values())
-                    raise UserError(
-                        f"{path}, line {number}: found {cells} cells, expected {len(rows.fieldnames)} as in the header"
-                    )
-                yield number, {name: value for name, value in row.items() if value != ""}
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}, after line {number}: expected UTF-8, found byte 0x{error.object[error.start]:02x}"
-        ) from None
+        header = next(rows, [])
+        for cells in filter(None, rows):
+            number = rows.line_num
+            if len(cells) != len(header):
+                expected = f"{len(header)} as in the header"
+                raise UserError(f"{path}, line {number}: found {len(cells)} cells, expected {expected}")
+            yield number, {name: value for name, value in zip(header, cells) if value}
     except csv.Error as error:
         raise UserError(f"{path}, after line {number}: not valid CSV ({error})") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: truncated or damaged gzip file ({error})") from None
-    if not found:
+    if not number:
         raise UserError(f"{path}: empty, expected a header and one comparison a row")
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
-
-
-def read_parquet(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_parquet(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Row number, from 1, and record of each row of a parquet file (with pyarrow, an extra). Nulls are left out.
 
     UserError, with the file: missing, damaged, without rows; or pyarrow is not installed.
@@ -153,9 +132,7 @@ def read_parquet(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(
-            f"{path}: parquet needs pyarrow, which is not installed (pip install 'prlhf[parquet]')"
-        ) from None
+        raise UserError(f"{path}: parquet needs pyarrow, expected it (pip install 'prlhf[parquet]')") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -167,6 +144,16 @@ def read_parquet(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}, after row {number}: not a whole parquet file ({error})") from None
     if not number:
         raise UserError(f"{path}: no rows, expected one comparison a row")
+
+
+def write_json_lines(path: str | Path, records: Iterable[Record]) -> None:
+    """Write a JSON Lines file, and its folder; gzipped where the name ends in .gz. Complete or not there."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    with (gzip.open if path.suffix == ".gz" else open)(aside, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    os.replace(aside, path)
 
 
 def write_json(path: Path, value: Any) -> None:

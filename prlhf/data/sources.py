@@ -1,18 +1,17 @@
-"""Where the raw files of the papers' data sets come from, under which licence, and where they lie on this machine."""
+"""The raw files of the papers' data sets: origin, licence, and their folder on this machine."""
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from prlhf.errors import UserError, did_you_mean
 
 TLDR_FILES = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons"
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set's origin: either `urls`, or the files of a Hub data set `repository` that match one of `patterns`.
+class Source(NamedTuple):
+    """The origin of a data set: either `urls`, or those files of a Hub data set `repository` that match a pattern.
 
     All files lie side by side in one folder, under their own names, without the folders they have at their origin.
     """
@@ -21,7 +20,7 @@ class Source:
     page: str  # for people
     licence: str
     needs: str = ""  # what a gated data set asks of its user before a download
-    urls: Mapping[str, str] = field(default_factory=dict)  # of each file, by its name here
+    urls: Mapping[str, str] = {}  # by the file's name here
     repository: str = ""
     patterns: tuple[str, ...] = ()
     unpack: tuple[str, ...] = ()  # which members of the zip archives among `urls` (PurePath.match)
@@ -70,7 +69,7 @@ DATA_SETS = (*SOURCES, *MADE_OF)
 
 
 def source_name(name: str) -> str:
-    """Whose raw files a data set is made of. UserError, with a near match and all names, where there is no such set."""
+    """The source of a data set's raw files. UserError, with a near match and all names, for an unknown data set."""
     source = MADE_OF.get(name, name)
     if source not in SOURCES:
         hint = did_you_mean(name, DATA_SETS)
@@ -84,5 +83,5 @@ def cache_dir() -> Path:
 
 
 def raw_folder(name: str) -> Path:
-    """Where `fetch` puts a data set's raw files, and where its reader looks for them, unless told otherwise."""
+    """The default folder of a data set's raw files, for `fetch` and for the reader."""
     return cache_dir() / "data" / name

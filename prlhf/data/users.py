@@ -9,6 +9,12 @@ from prlhf.data.comparisons import GENERIC, Comparison
 from prlhf.errors import UserError, did_you_mean
 
 
+def ranked(users: Iterable[str | None]) -> list[str]:
+    """The different users, by descending number of occurrences, ties by name. None is no user."""
+    counts = Counter(user for user in users if user is not None)
+    return sorted(counts, key=lambda user: (-counts[user], user))
+
+
 class UserIndex:
     """The map between user names (in files) and user numbers (in tensors); 0 is the unknown, generic user."""
 
@@ -18,26 +24,24 @@ class UserIndex:
 
     @classmethod
     def from_comparisons(cls, comparisons: Iterable[Comparison], known_users: int | None = None) -> "UserIndex":
-        """Users by descending number of comparisons (ties by name); only the first `known_users` where given."""
-        counts = Counter(c.user for c in comparisons if c.user is not None)
-        names = sorted(counts, key=lambda name: (-counts[name], name))
-        return cls(names[:known_users])
+        """Users by descending number of comparisons, ties by name; the first `known_users` of them where given."""
+        return cls(ranked(c.user for c in comparisons)[:known_users])
 
     def with_data(self, comparisons: Iterable[Comparison]) -> "UserIndex":
-        """The users of this index, in its order, who have a comparison among these: what has no data is not known."""
-        there = {c.user for c in comparisons}
-        return UserIndex([name for name in self.names if name in there])
+        """The users of this index, in its order, who have at least one of these comparisons."""
+        users = {c.user for c in comparisons}
+        return UserIndex([name for name in self.names if name in users])
 
     def __len__(self) -> int:
         """m, the number of known users."""
         return len(self.names)
 
     def number(self, name: str | None) -> int:
-        """1..m for a known user, 0 for any other or none."""
+        """1..m for a known user, 0 for any other user or None."""
         return self._numbers.get(name, 0) if name else 0
 
     def required_number(self, name: str) -> int:
-        """As `number`, but UserError for a name that is neither known nor 'generic'."""
+        """Like `number`, but UserError for a name that is neither known nor 'generic'."""
         if name == GENERIC:
             return 0
         if name not in self._numbers:

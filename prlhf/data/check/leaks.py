@@ -1,7 +1,7 @@
-"""What held-out comparisons share with others: prompts, responses, pairs, and what the same user judged in training.
+"""What held-out comparisons share with other files: prompts, responses, pairs, and responses that their user judged in training.
 
-All of it is of comparisons `as_read`. The last is the one that makes a model look personal: the votes of a user from whom a
-held-out pair was made are in training pairs already, and a model that remembers them needs to know nothing else.
+Texts are compared `as_read`. The last kind can make a model look personal: a model that remembers a user's training votes on
+the responses of a held-out pair needs to know nothing else about the user.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -10,7 +10,6 @@ from typing import NamedTuple
 from prlhf.data.check.rules import FittedRules, pair_key, prompt_key, response_keys
 from prlhf.data.comparisons import Comparison
 
-# What of a file's comparison may also be in another file.
 LEAKS: dict[str, Callable[[Comparison], set[Hashable]]] = {
     "prompts": lambda c: {prompt_key(c.prompt)},
     "prompts with a response": lambda c: set(response_keys(c)),
@@ -21,31 +20,31 @@ JUDGED = "responses judged by the same user in training"
 
 
 class Leak(NamedTuple):
-    """What a file shares with an earlier one: how many different things, in how many comparisons, and one's id."""
+    """How many different things are shared, by how many comparisons, and the id of the first of these."""
 
     distinct: int
     comparisons: int
     example: str | None
 
 
-def leak(one: Sequence[Comparison], other: Sequence[Comparison], keys: Callable[[Comparison], set]) -> Leak:
-    """What of the other comparisons, by `keys`, is among the one's too, and the id of the first one affected."""
-    seen = {key for c in one for key in keys(c)}
-    return _leak([(c, keys(c) & seen) for c in other])
+def leaks(earlier: Sequence[Comparison], later: Sequence[Comparison], rules: FittedRules | None) -> dict[str, Leak]:
+    """What the later comparisons share with the earlier ones, by kind.
 
-
-def judged_leaks(rules: FittedRules, held_out: Sequence[Comparison]) -> dict[str, Leak]:
-    """Held-out comparisons of which the same user judged (chose or rejected) both, or one, of the responses in training.
-
-    rules: fitted to the training comparisons. Distinct are (user, response).
+    rules: fitted to the earlier comparisons where these are the training file. Then also: later comparisons with both, or with
+    one, of the responses judged by the same user in training; counted as different are (user, response).
     """
-    found: dict[str, list[tuple[Comparison, set]]] = {"both": [], "one": []}
-    for c in held_out:
-        judged = {(c.user, key) for key in rules.judged(c)}
-        found["both" if len(judged) == len(set(response_keys(c))) else "one"].append((c, judged))
-    return {f"{JUDGED}: {name}": _leak(shared) for name, shared in found.items()}
+    found = {}
+    for kind, keys in LEAKS.items():
+        seen = {key for c in earlier for key in keys(c)}
+        found[kind] = _leak([(c, keys(c) & seen) for c in later])
+    if rules is not None:
+        judged = [(c, {(c.user, key) for key in rules.judged(c)}) for c in later]
+        is_whole = [len(keys) == len(set(response_keys(c))) for c, keys in judged]
+        for name, wanted in (("both", True), ("one", False)):
+            found[f"{JUDGED}: {name}"] = _leak([one for one, whole in zip(judged, is_whole) if whole == wanted])
+    return found
 
 
 def _leak(shared: Sequence[tuple[Comparison, set]]) -> Leak:
-    affected = [c.id for c, found in shared if found]
-    return Leak(len(set().union(*(found for _, found in shared))), len(affected), affected[0] if affected else None)
+    affected = [c.id for c, keys in shared if keys]
+    return Leak(len(set().union(*(keys for _, keys in shared))), len(affected), affected[0] if affected else None)

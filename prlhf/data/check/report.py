@@ -1,10 +1,10 @@
-"""A look at files of comparisons before training: what they hold, what leaks between them, how far trivial rules get.
+"""A report on files of comparisons before training: their contents, what leaks between them, what trivial rules get right.
 
     python -m prlhf.data check TRAIN [HELD_OUT ...] [--config NAME] [--set key=value ...]
 
-The first file is the training split, the others are held out. With --config also: what becomes tokens, and what is
-dropped and cut; `data.known_users` then decides who is known. The files of the command line are read, whole, whatever
-data.train and data.limit say. Texts that differ only in white space or in how Unicode is composed count as the same.
+The first file is the training split, the others are held out. With --config also: what becomes tokens, and what is dropped
+and cut; `data.known_users` then decides who is known. The files of the command line are read whole, whatever data.train and
+data.limit say. Texts that differ only in white space or in how Unicode is composed count as the same.
 """
 
 import itertools
@@ -16,17 +16,22 @@ from typing import NamedTuple
 import numpy as np
 
 from prlhf.config.keys import DataConfig
-from prlhf.data.check.leaks import JUDGED, LEAKS, judged_leaks, leak
+from prlhf.data.check.leaks import JUDGED, leaks
 from prlhf.data.check.rules import RULES, FittedRules, as_read, conflicts, fit, majority_share, pair_key, prompt_key
-from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, Messages, read_comparisons, words
+from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, read_comparisons, words
 from prlhf.data.users import UserIndex
 
 FEW = 5  # fewer training comparisons than this tell little about a user
-MUCH = 0.05  # a larger share than this that is dropped or cut deserves a warning
+MUCH = 0.05  # a warning where more than this share is dropped or cut
+LOST = (
+    "are dropped: their responses leave too little room for the prompt (data.max_tokens)",
+    "lose part of the prompt (data.max_prompt_tokens, data.max_tokens)",
+    "lose part of the user text (data.max_user_text_tokens)",
+)
 
 
 class CheckedFile(NamedTuple):
-    """A file, the name of its column in the tables, which of its comparisons are a known user's, and these `as_read`."""
+    """A file, its column name in the tables, which comparisons are a known user's, and the comparisons `as_read`."""
 
     path: str
     label: str
@@ -34,37 +39,13 @@ class CheckedFile(NamedTuple):
     known: list[bool]
     read: list[Comparison]
 
-    @property
-    def comparisons(self) -> list[Comparison]:
-        """Those with two different responses."""
-        return self.file.comparisons
-
-
-class Section(NamedTuple):
-    """A part of the report, and the warnings that it gives rise to."""
-
-    text: str
-    warnings: list[str]
-
-
-class Spread(NamedTuple):
-    """Where a list of numbers lies."""
-
-    low: float
-    mean: float
-    median: float
-    p95: float
-    high: float
-
 
 class AsTokens(NamedTuple):
-    """What becomes of a file's comparisons as tokens: the length of each that is left, and the counts, in words and by name."""
+    """A file as tokens: the lengths of the comparisons that are left, a summary in words, and a count for each of LOST."""
 
     lengths: list[int]
     said: str
-    too_long_dropped: int
-    prompts_truncated: int
-    user_texts_truncated: int
+    lost: tuple[int, int, int]
 
 
 Encode = Callable[[ComparisonFile, UserIndex], AsTokens]
@@ -73,203 +54,176 @@ Encode = Callable[[ComparisonFile, UserIndex], AsTokens]
 def run(files: Sequence[str], form: DataConfig = CANONICAL, encode: Encode | None = None) -> None:
     """Print the report on the files, the warnings last. UserError for a bad file.
 
-    form: how they are read, and how many users are known; encode: makes tokens of a file, where that is to be reported.
+    form: the files' format, user_column, attributes and known_users. encode: makes tokens of a file, to report on these too.
     """
-    warnings = []
-    for section in check(files, form, encode):
-        print(section.text, flush=True)
-        warnings += section.warnings
+    warnings: list[str] = []
+    for section in check(files, form, encode, warnings):
+        print(section, flush=True)
     print("\n".join(f"warning: {warning}" for warning in warnings) or "No warnings.")
 
 
-def check(files: Sequence[str], form: DataConfig, encode: Encode | None) -> Iterator[Section]:
-    """The report, part by part. UserError, before the first part, for a file that cannot be read."""
+def check(files: Sequence[str], form: DataConfig, encode: Encode | None, warnings: list[str]) -> Iterator[str]:
+    """The report, part by part; each adds its warnings. UserError, before the first part, for a file that cannot be read."""
     read = [read_comparisons(path, form) for path in files]
     users = UserIndex.from_comparisons(read[0].comparisons, form.known_users)
-    labels = [Path(path).name for path in files]
-    labels = labels if len(set(labels)) == len(labels) else list(files)
-    splits = [
-        CheckedFile(
-            str(path), label, file,
-            [users.number(c.user) > 0 for c in file.comparisons], [as_read(c) for c in file.comparisons],
-        )
-        for path, label, file in zip(files, labels, read)
-    ]  # fmt: skip
-    yield contents_section(splits, users)
-    yield activity_section(splits, users)
-    yield votes_section(splits)
+    names = [Path(path).name for path in files]
+    labels = names if len(set(names)) == len(names) else files
+    splits = []
+    for path, label, file in zip(files, labels, read):
+        known = [users.number(c.user) > 0 for c in file.comparisons]
+        splits.append(CheckedFile(str(path), str(label), file, known, [as_read(c) for c in file.comparisons]))
     rules = fit(splits[0].read, users)
+    yield contents_section(splits, users)
+    yield activity_section(splits, users, warnings)
+    yield votes_section(splits, warnings)
     if len(splits) > 1:
-        yield leaks_section(splits, rules)
+        yield leaks_section(splits, rules, warnings)
     yield lengths_section(splits)
     if encode is not None:
-        yield tokens_section(splits, users, encode)
+        yield tokens_section(splits, users, encode, warnings)
     yield rules_section(splits, rules)
 
 
-def spread(numbers: Sequence[float]) -> Spread:
-    """Least, mean, median, 95th percentile (between neighbours: linear) and largest."""
-    return Spread(*(float(f(numbers)) for f in (np.min, np.mean, np.median, lambda n: np.percentile(n, 95), np.max)))
+def spread(numbers: Sequence[float]) -> list[float]:
+    """Mean, median, 95th percentile (linear between neighbours) and largest."""
+    return [float(f(numbers)) for f in (np.mean, np.median, lambda n: np.percentile(n, 95), np.max)]
 
 
-def contents(split: CheckedFile) -> dict[str, int]:
-    """How many there are of what in a file."""
-    comparisons = split.comparisons
-    named = [(c.user, known) for c, known in zip(comparisons, split.known) if c.user]
-    return {
-        "comparisons": len(comparisons),
-        "pairs of equal responses, left out": split.file.equal_responses,
-        "prompts": len({prompt_key(c.prompt) for c in split.read}),
-        "distinct pairs": len({pair_key(c) for c in split.read}),
-        "comparisons with user_text": sum(c.user_text is not None for c in comparisons),
-        "users": len({user for user, _ in named}),
-        "known users": len({user for user, known in named if known}),
-        "unknown users": len({user for user, known in named if not known}),
-        "comparisons of known users": sum(split.known),
-        "comparisons of unknown users": sum(not known for _, known in named),
-        "comparisons without a user": len(comparisons) - len(named),
-    }
-
-
-def contents_section(splits: Sequence[CheckedFile], users: UserIndex) -> Section:
-    """A column a file."""
-    columns = [contents(split) for split in splits]
+def contents_section(splits: Sequence[CheckedFile], users: UserIndex) -> str:
+    """The counts, a column for each file."""
+    columns = []
+    for split in splits:
+        named = [(c.user, known) for c, known in zip(split.read, split.known) if c.user]
+        counts = {
+            "comparisons": len(split.read),
+            "pairs of equal responses, left out": split.file.equal_responses,
+            "prompts": len({prompt_key(c.prompt) for c in split.read}),
+            "distinct pairs": len({pair_key(c) for c in split.read}),
+            "comparisons with user_text": sum(c.user_text is not None for c in split.read),
+            "users": len({user for user, _ in named}),
+            "known users": len({user for user, known in named if known}),
+            "unknown users": len({user for user, known in named if not known}),
+            "comparisons of known users": sum(split.known),
+            "comparisons of unknown users": sum(not known for _, known in named),
+            "comparisons without a user": len(split.read) - len(named),
+        }
+        columns.append(counts)
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     files = [f"- `{s.path}` ({'held out' if i else 'training'})" for i, s in enumerate(splits)]
     known = f"Known users: {len(users):,} of the {columns[0]['users']:,} in the training file."
-    text = ["# Data check", "", *files, "", known, "", markdown_table(["", *(s.label for s in splits)], rows)]
-    return Section("\n".join(text), [])
+    table = markdown_table(["", *(split.label for split in splits)], rows)
+    return "\n".join(["# Data check", "", *files, "", known, "", table])
 
 
-def activity_section(splits: Sequence[CheckedFile], users: UserIndex) -> Section:
-    """Comparisons per user, and the known users with few in training."""
+def activity_section(splits: Sequence[CheckedFile], users: UserIndex, warnings: list[str]) -> str:
+    """Comparisons per user, and the known users with few training comparisons."""
     rows = []
     for split in splits:
-        counts = Counter(c.user for c in split.comparisons if c.user)
-        lies = spread(list(counts.values())) if counts else None
+        counts = Counter(c.user for c in split.read if c.user)
+        lies = [f(list(counts.values())) if counts else None for f in (np.min, np.median, np.max)]
         most = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:10]
-        active = ", ".join(f"{user} ({n:,})" for user, n in most)
-        rows.append([split.label, *((lies.low, lies.median, lies.high) if lies else [None] * 3), active])
-    trained = Counter(c.user for c in splits[0].comparisons)
+        rows.append([split.label, *lies, ", ".join(f"{user} ({n:,})" for user, n in most)])
+    trained = Counter(c.user for c in splits[0].read)
     few = [name for name in users.names if trained[name] < FEW]
-    warnings = []
     if few:
         share = f"{len(few):,} of {len(users):,}"
         warnings.append(f"{splits[0].path}: known users with fewer than {FEW} comparisons: {share}, e.g. {few[0]!r}")
-    text = markdown_table(["comparisons per user", "least", "median", "most", "the most active"], rows)
-    return Section(f"\n{text}", warnings)
+    header = ["comparisons per user", "least", "median", "most", "the most active"]
+    return f"\n{markdown_table(header, rows)}"
 
 
-def votes_section(splits: Sequence[CheckedFile]) -> Section:
-    """Repeated and contradicted votes, and what they leave a user-blind model to reach."""
-    rows, warnings = [], []
+def votes_section(splits: Sequence[CheckedFile], warnings: list[str]) -> str:
+    """Repeated and contradicted votes, and the accuracy that they leave to a user-blind model."""
+    rows = []
     for split in splits:
         found, majority = conflicts(split.read), majority_share(split.read)
-        rows.append([split.label, found.duplicates, found.contradictions, found.disputed_pairs,
-                     majority.repeated_pairs, majority.contradicted_pairs, percent_text(majority.share)])  # fmt: skip
+        share = percent_text(majority.share)
+        rows.append([split.label, *found[:3], majority.repeated_pairs, majority.contradicted_pairs, share])
         if found.example:
             warnings.append(
                 f"{split.path}: a user's votes for both responses of the same pair: {found.contradictions:,}, "
                 f"e.g. {found.example.user!r} in comparison {found.example.id}"
             )
-    header = ["votes", "duplicates (user, pair, choice)", "contradictions (user, pair)", "pairs on which users differ",
-              "pairs that occur again", "pairs with votes for both responses", "majority share"]  # fmt: skip
     meaning = (
         "A contradiction is one user's votes for both responses of a pair. Votes without a user count only in the last\n"
         "three columns.\n"
         "The majority share is the most that a user-blind model can get right on that very file: each pair as most\n"
         "of its votes say (100% where no pair occurs again)."
     )
-    return Section(f"\n{markdown_table(header, rows)}\n\n{meaning}", warnings)
+    counts = "duplicates (user, pair, choice)", "contradictions (user, pair)", "pairs on which users differ"
+    header = ["votes", *counts, "pairs that occur again", "pairs with votes for both responses", "majority share"]
+    return f"\n{markdown_table(header, rows)}\n\n{meaning}"
 
 
-def leaks_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
-    """What each file shares with each one before it: the training file first, then other held-out files."""
-    rows, warnings = [], []
-    for i, j in itertools.combinations(range(len(splits)), 2):
-        earlier = "the training file" if i == 0 else splits[i].path
-        leaks = {kind: leak(splits[i].read, splits[j].read, keys) for kind, keys in LEAKS.items()}
+def leaks_section(splits: Sequence[CheckedFile], rules: FittedRules, warnings: list[str]) -> str:
+    """What each file shares with each earlier one: the training file first, then other held-out files."""
+    rows = []
+    for (i, one), (_, other) in itertools.combinations(enumerate(splits), 2):
         if i == 0:
-            leaks |= judged_leaks(rules, splits[j].read)
-            warnings += own_record_warnings(splits[j], rules)
-        for kind, found in leaks.items():
-            share = percent_text(found.comparisons / len(splits[j].read))
-            rows.append(
-                [splits[j].label, splits[i].label, kind, found.distinct, found.comparisons, share, found.example]
-            )
+            warnings += own_record_warnings(other, rules)
+        for kind, found in leaks(one.read, other.read, rules if i == 0 else None).items():
+            share = percent_text(found.comparisons / len(other.read))
+            rows.append([other.label, one.label, kind, found.distinct, found.comparisons, share, found.example])
             if kind == "pairs" and found.comparisons:
-                warnings.append(
-                    f"{splits[j].path}: comparisons of pairs that are also in {earlier}: {found.comparisons:,} "
-                    f"({share}), e.g. {found.example}"
-                )
+                earlier = "the training file" if i == 0 else one.path
+                counted = f"{found.comparisons:,} ({share}), e.g. {found.example}"
+                warnings.append(f"{other.path}: comparisons of pairs that are also in {earlier}: {counted}")
     header = ["of the file", "also in", "what", "how many", "comparisons", "share", "one of them"]
-    return Section(f"\n{markdown_table(header, rows)}", warnings)
+    return f"\n{markdown_table(header, rows)}"
 
 
 def own_record_warnings(split: CheckedFile, rules: FittedRules) -> list[str]:
-    """A warning where a user's own record in training says something of the responses of a held-out comparison."""
-    judged = np.array([bool(rules.judged(c)) for c in split.read])
+    """A warning where users judged a response of a held-out comparison in training."""
+    judged, known = np.array([bool(rules.judged(c)) for c in split.read]), np.array(split.known)
     if not judged.any():
         return []
-    affected, known = [c for c, is_judged in zip(split.read, judged) if is_judged], np.array(split.known)
-    shares = percent_text(judged.mean()) + (
-        f"; of known users' {percent_text(judged[known].mean())}" if known.any() else ""
-    )
-    right = float(np.mean(rules.right(affected)["own_record"]))
+    affected = [c for c, is_judged in zip(split.read, judged) if is_judged]
+    shares = percent_text(judged.mean())
+    if known.any():
+        shares += f"; of known users' {percent_text(judged[known].mean())}"
+    right = percent_text(float(np.mean(rules.right(affected)["own_record"])))
     return [
         f"{split.path}: comparisons of {JUDGED}: {len(affected):,} ({shares}), e.g. {affected[0].id}; a rule that only "
-        f"remembers each user's own record (own_record) is right on {percent_text(right)} of them. "
+        f"remembers each user's own record (own_record) is right on {right} of them. "
         "`python -m prlhf.data split --by response` divides without this"
     ]
 
 
-def text_words(text: str | Messages) -> int:
-    """Words of a text, or of the contents of all messages."""
-    return words(text) if isinstance(text, str) else sum(words(message["content"]) for message in text)
-
-
-def lengths_section(splits: Sequence[CheckedFile]) -> Section:
+def lengths_section(splits: Sequence[CheckedFile]) -> str:
     """Lengths in words, and how often the chosen response is the longer one."""
+    rows, shares = [], []
+    for split in splits:
+        lengths = {
+            "prompt": [sum(words(message["content"]) for message in c.prompt) for c in split.read],
+            "chosen": [words(c.chosen) for c in split.read],
+            "rejected": [words(c.rejected) for c in split.read],
+        }
+        rows += [[split.label, name, *spread(numbers)] for name, numbers in lengths.items()]
+        more = np.subtract(lengths["chosen"], lengths["rejected"])
+        shares.append([split.label, *(percent_text(float(np.mean(side))) for side in (more > 0, more == 0, more < 0))])
+    table = markdown_table(["words", "of the", "mean", "median", "95th percentile", "most"], rows)
+    return f"\n{table}\n\n{markdown_table(['chosen is', 'longer', 'as long', 'shorter'], shares)}"
+
+
+def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Encode, warnings: list[str]) -> str:
+    """What a config makes of the files; a warning where it costs more than MUCH of the comparisons something.
+
+    UserError where no comparison of a file fits data.max_tokens.
+    """
     rows = []
     for split in splits:
-        for name in ("prompt", "chosen", "rejected"):
-            lies = spread([text_words(getattr(c, name)) for c in split.comparisons])
-            rows.append([split.label, name, *lies[1:]])
-    shares = []
-    for split in splits:
-        more = np.array([words(c.chosen) - words(c.rejected) for c in split.comparisons])
-        shares.append([split.label, *(percent_text(float(np.mean(side))) for side in (more > 0, more == 0, more < 0))])
-    lengths = markdown_table(["words", "of the", "mean", "median", "95th percentile", "most"], rows)
-    return Section(f"\n{lengths}\n\n{markdown_table(['chosen is', 'longer', 'as long', 'shorter'], shares)}", [])
-
-
-def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Encode) -> Section:
-    """What becomes of the files under a config. UserError where nothing of a file fits data.max_tokens."""
-    rows, warnings = [], []
-    for split in splits:
         found = encode(split.file, users)
-        rows.append([split.label, found.said, *spread(found.lengths)[1:]])
-        warnings += encoding_warnings(split.path, found, len(split.comparisons))
+        rows.append([split.label, found.said, *spread(found.lengths)])
+        total = len(split.read)
+        for what, count in zip(LOST, found.lost):
+            if count > MUCH * total:
+                warnings.append(f"{split.path}: {percent_text(count / total)} of {total:,} comparisons {what}")
     header = ["in tokens", "what became of it", "tree: mean", "median", "95th percentile", "most"]
-    return Section(f"\n{markdown_table(header, rows)}", warnings)
+    return f"\n{markdown_table(header, rows)}"
 
 
-def encoding_warnings(path: str, report: AsTokens, comparisons: int) -> list[str]:
-    """A sentence about each way in which more than MUCH of the comparisons lose something."""
-    counts = {
-        "are dropped: their responses leave too little room for the prompt (data.max_tokens)": report.too_long_dropped,
-        "lose part of the prompt (data.max_prompt_tokens, data.max_tokens)": report.prompts_truncated,
-        "lose part of the user text (data.max_user_text_tokens)": report.user_texts_truncated,
-    }
-    return [
-        f"{path}: {percent_text(count / comparisons)} of {comparisons:,} comparisons {what}"
-        for what, count in counts.items()
-        if count > MUCH * comparisons
-    ]
-
-
-def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
-    """What trivial rules get right, those that learn having learnt from the training file."""
+def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> str:
+    """The accuracy of trivial rules; the rules that learn have learnt from the training file."""
     rows = []
     for i, split in enumerate(splits):
         known = np.array(split.known)
@@ -282,7 +236,7 @@ def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> Section:
     notes = [f"- {name}: {meaning}" for name, meaning in RULES.items() if any(row[1] == name for row in rows)]
     notes.append("- decides: so many comparisons; the others are ties and count one half")
     notes.append("- \\*: in-sample for the rules that learn, which learn from the training file")
-    return Section(f"\n{markdown_table(header, rows)}\n\n" + "\n".join(notes) + "\n", [])
+    return f"\n{markdown_table(header, rows)}\n\n" + "\n".join(notes) + "\n"
 
 
 def percent_text(share: float | None) -> str | None:

@@ -1,15 +1,15 @@
-"""What trivial rules get right, which a personalised model has to beat, and how far the votes agree at all.
+"""What trivial rules get right, which a personalised model has to beat, and how far votes on the same pair agree.
 
-All rules are user-blind but two: `own_length` knows one number about each user, and `own_record` remembers how often this
-very user chose or rejected each response. Where `own_record` is often right, held-out comparisons can be answered from
-memory, and a model's personal gain may be no more than that. Each rule is a margin in favour of the chosen response: right
-where it is positive, wrong where negative, one half where it is zero. Texts are the same where they are the same `as_read`.
+All rules are user-blind but two: `own_length` knows one number about each user, and `own_record` remembers how often this user
+chose or rejected each response. Where `own_record` is often right, held-out comparisons can be answered from memory, and a
+model's personal gain may be no more than that. Each rule is a margin in favour of the chosen response: right where it is
+positive, wrong where negative, one half where it is zero. Texts are the same where they are equal `as_read`.
 """
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from prlhf.data.comparisons import Comparison, Messages, words
@@ -26,8 +26,7 @@ RULES = {
 
 
 def as_read(comparison: Comparison) -> Comparison:
-    """A comparison whose texts differ from another's only where a reader sees it: Unicode composed (NFC), each stretch of
-    white space one space, a prompt that is a text one message of the user."""
+    """The comparison as a reader sees it: Unicode composed (NFC), white space as single spaces, a text prompt as one message."""
 
     def read(text: str) -> str:
         return " ".join(unicodedata.normalize("NFC", text).split())
@@ -43,23 +42,23 @@ def as_read(comparison: Comparison) -> Comparison:
 
 
 def prompt_key(prompt: str | Messages) -> Hashable:
-    """The prompt, to the letter, as a key of dictionaries."""
+    """The exact prompt as a dictionary key."""
     return prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt)
 
 
 def pair_key(comparison: Comparison) -> Hashable:
-    """The prompt and its two responses, to the letter, in no order: the same for opposite choices on the same pair."""
+    """The exact prompt and its two responses, unordered: the same key for opposite choices."""
     return prompt_key(comparison.prompt), frozenset((comparison.chosen, comparison.rejected))
 
 
 def response_keys(comparison: Comparison) -> tuple[Hashable, Hashable]:
-    """The chosen and the rejected response, each with its prompt, to the letter."""
+    """The exact chosen and rejected response, each with its prompt."""
     prompt = prompt_key(comparison.prompt)
     return (prompt, comparison.chosen), (prompt, comparison.rejected)
 
 
 class MajorityShare(NamedTuple):
-    """How far comparisons that share a pair agree: see `majority_share`."""
+    """See `majority_share`."""
 
     share: float | None
     repeated_pairs: int
@@ -67,11 +66,11 @@ class MajorityShare(NamedTuple):
 
 
 def majority_share(comparisons: Iterable[Comparison]) -> MajorityShare:
-    """The most that a user-blind model can get right on these comparisons: it answers each pair in one way.
+    """The most that a user-blind model can get right on these comparisons: it has one answer to each pair.
 
     share = sum over unordered pairs of max(votes for either response) / comparisons, None where there are none.
-    On pairs that occur again a vanilla reward model recovers the logit of the vote share (paper, Lemma 3.1), so
-    its answer is the majority's. Also: pairs that occur more than once, and pairs with votes for both responses.
+    On repeated pairs a vanilla reward model recovers the logit of the vote share (paper, Lemma 3.1), so its answer is the
+    majority's. Also counted: pairs that occur more than once, and pairs with votes for both responses.
     """
     votes: dict[Hashable, Counter[str]] = defaultdict(Counter)
     for comparison in map(as_read, comparisons):
@@ -85,7 +84,7 @@ def majority_share(comparisons: Iterable[Comparison]) -> MajorityShare:
 
 
 class Conflicts(NamedTuple):
-    """How often named users repeat a vote, contradict themselves (with an example, as read), and differ: see `conflicts`."""
+    """See `conflicts`."""
 
     duplicates: int
     contradictions: int
@@ -94,11 +93,11 @@ class Conflicts(NamedTuple):
 
 
 def conflicts(comparisons: Sequence[Comparison]) -> Conflicts:
-    """How often a named user repeats or contradicts a vote of theirs, and on how many pairs different users differ.
+    """How often named users repeat or contradict their own votes, and on how many pairs different users disagree.
 
-    duplicates: comparisons that were there before (same user, pair and choice); contradictions: (user, pair) with both
-    choices, and the first such comparison as an example; disputed pairs: one user chose one response, another the other.
-    Two responses that read the same are no choice.
+    duplicates: comparisons with the user, pair and choice of an earlier one. contradictions: (user, pair) with votes for both
+    responses; the example is the first such comparison, as read. disputed_pairs: pairs on which two users chose differently.
+    Pairs whose responses read the same do not count.
     """
     named = [c for c in map(as_read, comparisons) if c.user and c.chosen != c.rejected]
     voters: dict[Hashable, set[str]] = defaultdict(set)
@@ -116,67 +115,64 @@ def conflicts(comparisons: Sequence[Comparison]) -> Conflicts:
 
 @dataclass(frozen=True)
 class FittedRules:
-    """The rules, and the counts from training comparisons that some of them need: see `fit`."""
+    """The rules, with the counts of training votes that some of them need: see `fit`. Responses are `response_keys`."""
 
-    votes: Counter[tuple[Hashable, str, str]]  # (prompt, chosen, rejected)
-    wins: Counter[tuple[Hashable, str]]  # (prompt, response)
-    losses: Counter[tuple[Hashable, str]]
-    longer_chosen: Counter[str | None]  # by user, None for all: times the longer response won minus times it lost
-    own: Counter[tuple[str, Hashable]]  # (user, response key): wins less losses; there where the user judged it
+    votes: Counter[tuple[Hashable, Hashable]] = field(default_factory=Counter)  # (chosen, rejected)
+    wins: Counter[Hashable] = field(default_factory=Counter)
+    losses: Counter[Hashable] = field(default_factory=Counter)
+    longer_chosen: Counter[str | None] = field(
+        default_factory=Counter
+    )  # by user, None for all: longer wins - longer losses
+    own: Counter[tuple[str, Hashable]] = field(
+        default_factory=Counter
+    )  # (user, response): wins - losses, if ever judged
 
     def right(self, comparisons: Sequence[Comparison]) -> dict[str, list[float]]:
         """For each rule that applies, by its name in RULES: 1, 0 or 0.5 for each comparison.
 
-        Left out: `first` where no comparison says what came first, and what was fitted to no training comparisons.
+        Left out: `first` where no comparison says what came first, and the rules that learn where there was no training vote.
         """
         comparisons = [as_read(c) for c in comparisons]
-        margins: dict[str, Callable[[Comparison], float]] = {"longer": _longer}
-        if any(c.first for c in comparisons):
-            margins["first"] = _first
-        if self.votes:
-            margins["own_length"] = self._own_length
-            margins["pair_majority"] = self._pair_majority
-            margins["response_share"] = self._response_share
-            margins["own_record"] = self._own_record
-        return {name: [_right(margin(c)) for c in comparisons] for name, margin in margins.items()}
+        margins = [self.margins(c) for c in comparisons]
+        left_out = set() if any(c.first for c in comparisons) else {"first"}
+        if not self.votes:
+            left_out |= {"own_length", "pair_majority", "response_share", "own_record"}
+        return {name: [(1 + _sign(m[name])) / 2 for m in margins] for name in RULES if name not in left_out}
+
+    def margins(self, c: Comparison) -> dict[str, float]:
+        """The margin of each rule on a comparison `as_read`."""
+        chosen, rejected = response_keys(c)
+        longer = _longer(c)
+        return {
+            "longer": longer,
+            "first": {"chosen": 1, "rejected": -1, None: 0}[c.first],
+            "own_length": longer * (self.longer_chosen[c.user] or self.longer_chosen[None]),
+            "pair_majority": self.votes[chosen, rejected] - self.votes[rejected, chosen],
+            "response_share": self._share(chosen) - self._share(rejected),
+            "own_record": self.own[c.user, chosen] - self.own[c.user, rejected] if c.user else 0,
+        }
 
     def judged(self, c: Comparison) -> set[Hashable]:
-        """Of the two responses of a comparison `as_read`, those that the same, named user judged in training."""
+        """Those responses of a comparison `as_read` that the same, named user judged in training."""
         return {key for key in response_keys(c) if c.user and (c.user, key) in self.own}
 
-    def _own_length(self, c: Comparison) -> float:
-        return _longer(c) * (self.longer_chosen[c.user] or self.longer_chosen[None])
-
-    def _pair_majority(self, c: Comparison) -> float:
-        prompt = prompt_key(c.prompt)
-        return self.votes[prompt, c.chosen, c.rejected] - self.votes[prompt, c.rejected, c.chosen]
-
-    def _response_share(self, c: Comparison) -> float:
-        prompt = prompt_key(c.prompt)
-        return self._share((prompt, c.chosen)) - self._share((prompt, c.rejected))
-
-    def _own_record(self, c: Comparison) -> float:
-        chosen, rejected = response_keys(c)
-        return self.own[c.user, chosen] - self.own[c.user, rejected] if c.user else 0
-
-    def _share(self, response: tuple[Hashable, str]) -> float:
-        """(wins + 1) / (wins + losses + 2): 1/2 for a response that training never showed."""
+    def _share(self, response: Hashable) -> float:
+        """(wins + 1) / (wins + losses + 2): 1/2 for a response that is not in training."""
         return (self.wins[response] + 1) / (self.wins[response] + self.losses[response] + 2)
 
 
 def fit(train: Iterable[Comparison], users: UserIndex | None = None) -> FittedRules:
     """The rules, with the votes of these training comparisons (may be none).
 
-    users: whose own length preference is learned, by default everybody's.
+    users: the users whose own length preference is learned; by default all.
     """
-    rules = FittedRules(Counter(), Counter(), Counter(), Counter(), Counter())
+    rules = FittedRules()
     for c in map(as_read, train):
-        prompt = prompt_key(c.prompt)
-        rules.votes[prompt, c.chosen, c.rejected] += 1
-        rules.wins[prompt, c.chosen] += 1
-        rules.losses[prompt, c.rejected] += 1
+        chosen, rejected = response_keys(c)
+        rules.votes[chosen, rejected] += 1
+        rules.wins[chosen] += 1
+        rules.losses[rejected] += 1
         if c.user:
-            chosen, rejected = response_keys(c)
             rules.own[c.user, chosen] += 1
             rules.own[c.user, rejected] -= 1
         for who in {c.user if users is None or users.number(c.user) else None, None}:
@@ -184,17 +180,9 @@ def fit(train: Iterable[Comparison], users: UserIndex | None = None) -> FittedRu
     return rules
 
 
-def _longer(c: Comparison) -> float:
+def _longer(c: Comparison) -> int:
     return words(c.chosen) - words(c.rejected)
-
-
-def _first(c: Comparison) -> float:
-    return {"chosen": 1, "rejected": -1, None: 0}[c.first]
 
 
 def _sign(margin: float) -> int:
     return (margin > 0) - (margin < 0)
-
-
-def _right(margin: float) -> float:
-    return (1 + _sign(margin)) / 2

@@ -6,41 +6,28 @@ Raw: gated parquet with the columns persona (a text), instruction, data (the cho
 
 from pathlib import Path
 
-from prlhf.data.files import read_parquet
-from prlhf.data.sets.raw import Count, Options, RawSet, field, raw_files, text_key
+from prlhf.data.files import read_records
+from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key, texts
 
 FILES = ("*.parquet",)
 PERSONAS, ROWS = 1_000, 200  # of the published subset; the paper has 1,586 personas and 317,200 rows
 
 
 def read(folder: Path, options: Options) -> RawSet:
-    """The comparisons of the raw files in `folder`. UserError with file, row and field for what is none."""
+    """The comparisons of the raw files in `folder`. UserError, with file, row and field, for bad raw data."""
     users: dict[str, str] = {}
-    records, rows, equal = [], 0, 0
+    records, rows = [], 0
     for path in raw_files(folder, "persona", *FILES):
-        for number, raw in read_parquet(path):
-            where = f"{path}, row {number}"
-            names = ("persona", "instruction", "data", "original")
-            persona, instruction, chosen, rejected = (field(raw, name, str, where) for name in names)
+        for where, number, raw in read_records(path):
+            persona, prompt, chosen, rejected = texts(raw, where, "persona", "instruction", "data", "original")
             user = users.setdefault(persona, f"persona{len(users) + 1}")
             rows += 1
-            if chosen == rejected:
-                equal += 1
-                continue
-            records.append(
-                {
-                    "prompt": instruction,
-                    "chosen": chosen,
-                    "rejected": rejected,
-                    "user": user,
-                    "user_text": persona,
-                    "attributes": attributes(persona),
-                    "id": f"{path.stem}:{number}",
-                    "split_group": text_key(instruction),
-                }
-            )
+            if chosen != rejected:
+                about = dict(user=user, user_text=persona, attributes=attributes(persona))
+                place = dict(id=f"{path.stem}:{number}", split_group=text_key(prompt))
+                records.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, **about, **place))
     counts = [Count("personas", len(users), PERSONAS), Count("rows", rows, PERSONAS * ROWS)]
-    return RawSet(records, None, counts, {"equal responses": equal})
+    return RawSet(records, None, counts, {"equal responses": rows - len(records)})
 
 
 def attributes(persona: str) -> dict[str, str]:

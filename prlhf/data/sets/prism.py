@@ -1,18 +1,18 @@
 """PRISM (Kirk et al. 2024, HannahRoseKirk/prism-alignment): 1,396 people from 75 countries in dialogue with models.
 
-Raw: survey.jsonl (who they are) and conversations.jsonl (8,011 dialogues; in each turn models answered and one answer was
-chosen). A comparison is the chosen answer against each unchosen one of its turn, or against the best-scored one; the prompt is
-the dialogue so far, which goes on with what was chosen. The user text is what people said about themselves.
+Raw: survey.jsonl (who they are) and conversations.jsonl (8,011 dialogues; in each turn models answered, and the person chose
+one answer). A comparison is the chosen answer against each unchosen one of its turn, or against the best-scored one. The
+prompt is the dialogue so far, with the chosen answers. The user text is what people said about themselves.
 
-Traps: the literal text "EMPTY STRING"; in later turns `if_chosen` compares texts, so that two rows of a turn can be chosen.
+Traps: the literal text "EMPTY STRING"; in later turns `if_chosen` compares texts, so two rows of a turn can be chosen.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from prlhf.data.comparisons import attributes_text
-from prlhf.data.files import read_json_lines
-from prlhf.data.sets.raw import Count, Options, RawSet, Record, field, objects, raw_files
+from prlhf.data.files import Record, read_json_lines
+from prlhf.data.sets.raw import Count, Options, RawSet, field, objects, raw_files
 from prlhf.errors import UserError
 
 FILES = ("survey.jsonl", "conversations.jsonl")
@@ -31,7 +31,10 @@ SURVEY, WITH_DIALOGUES, DIALOGUES = 1_500, 1_396, 8_011  # published
 
 
 def read(folder: Path, options: Options) -> RawSet:
-    """The comparisons of the raw files in `folder`, ordered by user as in the survey. UserError with file, line and field."""
+    """The comparisons of the raw files in `folder`, in the survey's order of users.
+
+    UserError, with file, line and field, for bad raw data.
+    """
     survey_file, conversations_file = raw_files(folder, "prism", *FILES)
     about = {}
     for number, raw in read_json_lines(survey_file):
@@ -47,9 +50,8 @@ def read(folder: Path, options: Options) -> RawSet:
             raise UserError(f"{where}, user_id: {user!r} is not in {survey_file}")
         dialogues += 1
         talking.add(user)
-        texts = {"user_text": attributes_text(about[user]), "attributes": about[user]}
-        comparisons = dialogue(raw, where, options.rejected, dropped)
-        by_user[user] += [{**comparison, "user": user, **texts} for comparison in comparisons]
+        who = dict(user=user, user_text=attributes_text(about[user]), attributes=about[user])
+        by_user[user] += [{**comparison, **who} for comparison in dialogue(raw, where, options.rejected, dropped)]
     counts = [
         Count("people in the survey", len(about), SURVEY),
         Count("people with dialogues", len(talking), WITH_DIALOGUES),
@@ -60,7 +62,7 @@ def read(folder: Path, options: Options) -> RawSet:
 
 
 def attributes(raw: Record, where: str) -> dict[str, str]:
-    """What a person said: the ATTRIBUTES that are given, and the three preferences with the highest ratings."""
+    """The ATTRIBUTES that a person gave, and the three preferences that they rated highest."""
     given = {name: field(raw, name, str, where, optional=True) for name in ATTRIBUTES}
     ratings = field(raw, "stated_prefs", dict, where, optional=True) or {}
     rated = {n: r for n, r in ratings.items() if type(r) in (int, float) and not n.startswith("other")}
@@ -70,7 +72,7 @@ def attributes(raw: Record, where: str) -> dict[str, str]:
 
 
 def dialogue(raw: Record, where: str, rejected: str, dropped: dict[str, int]) -> Iterator[Record]:
-    """The comparisons of one line of conversations.jsonl."""
+    """The comparisons of one line of conversations.jsonl; turns without any are counted in `dropped`."""
     name = field(raw, "conversation_id", str, where)
     turns: dict[int, list[Record]] = {}
     for utterance in objects(raw, "conversation_history", where):
@@ -91,13 +93,8 @@ def dialogue(raw: Record, where: str, rejected: str, dropped: dict[str, int]) ->
             others = sorted(others, key=lambda other: -_score(other[1]))[:1]
         dropped["turns without two answers that differ"] += not others
         for text, utterance in others:
-            yield {
-                "prompt": list(history),
-                "chosen": chosen[0],
-                "rejected": text,
-                "id": f"{name}:{turn}:{utterance.get('within_turn_id')}",
-                "split_group": name,
-            }
+            place = dict(id=f"{name}:{turn}:{utterance.get('within_turn_id')}", split_group=name)
+            yield dict(prompt=list(history), chosen=chosen[0], rejected=text, **place)
         history.append({"role": "assistant", "content": chosen[0]})
 
 

@@ -1,15 +1,15 @@
-"""Personalized Soups (Jang et al. 2023, joeljang/RLPHF): six preferences, three opposite pairs, each taken for a user.
+"""Personalized Soups (Jang et al. 2023, joeljang/RLPHF): six preferences, three opposite pairs; each stands for a user.
 
 Raw: rm_training/P1A.json ... P3B.json, lists of {user_input, completion_a (preferred), completion_b}. user_input ends in a
-sentence that names the preference ("Generate a response that ..."), which would give the user away and is taken off.
+sentence that names the preference ("Generate a response that ..."). It would give the user away, and is taken off.
 """
 
 import re
 from pathlib import Path
 
 from prlhf.data.comparisons import parse_prompt
-from prlhf.data.files import parse_json
-from prlhf.data.sets.raw import Count, Options, RawSet, Record, field, raw_files, text_key
+from prlhf.data.files import Record, parse_json, read_lines
+from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key, texts
 from prlhf.errors import UserError
 
 SENTENCES = {
@@ -21,7 +21,7 @@ SENTENCES = {
     "P3B": "Generate a response in an unfriendly manner.",
 }
 FILES = tuple(f"{name}.json" for name in SENTENCES)
-PUBLISHED = {  # rows, and rows that are different and have two different completions
+PUBLISHED = {  # rows, and different rows with two different completions
     "P1A": (48_300, 8_959),
     "P1B": (48_825, 9_069),
     "P2A": (47_350, 8_239),
@@ -35,16 +35,15 @@ EVALUATION = "koala_eval_50*.json"
 
 
 def read(folder: Path, options: Options) -> RawSet:
-    """The comparisons of the raw files in `folder`. UserError with file, item and field for what is none."""
+    """The comparisons of the raw files in `folder`. UserError, with file, item and field, for bad raw data."""
     dropped = dict.fromkeys(("exact duplicates", "equal completions", UNNAMED), 0)
     records, counts = [], []
     for path in raw_files(folder, "psoups", *FILES):
         name, seen = path.stem, set()
-        items = read_list(path)
+        sentence, items = SENTENCES[name], read_list(path)
         for number, raw in enumerate(items, start=1):
-            where = f"{path}, item {number}"
-            asked, a, b = (field(raw, key, str, where) for key in ("user_input", "completion_a", "completion_b"))
-            prompt = without_sentence(asked, SENTENCES[name])
+            asked, a, b = texts(raw, f"{path}, item {number}", "user_input", "completion_a", "completion_b")
+            prompt = without_sentence(asked, sentence)
             if prompt is None:
                 dropped[UNNAMED] += 1
             elif a == b:
@@ -53,35 +52,23 @@ def read(folder: Path, options: Options) -> RawSet:
                 dropped["exact duplicates"] += 1
             else:
                 seen.add((prompt, a, b))
-                records.append(
-                    {
-                        "prompt": prompt,
-                        "chosen": a,
-                        "rejected": b,
-                        "user": name,
-                        "id": f"{name}:{number}",
-                        "split_group": text_key(prompt),
-                        "attributes": {"preference": SENTENCES[name]},
-                    }
-                )
+                place = dict(user=name, id=f"{name}:{number}", split_group=text_key(prompt))
+                records.append(dict(prompt=prompt, chosen=a, rejected=b, **place, attributes={"preference": sentence}))
         counts.append(Count(f"{name}: rows", len(items), PUBLISHED[name][0]))
         counts.append(Count(f"{name}: different rows with two different completions", len(seen), PUBLISHED[name][1]))
     counts.append(Count(UNNAMED, dropped[UNNAMED], 0))
-    found = [*folder.glob(EVALUATION), *folder.glob(f"*/{EVALUATION}")]
-    prompts = (
-        [koala_prompt(raw, f"{found[0]}, item {i}", i) for i, raw in enumerate(read_list(found[0]), 1)]
-        if found
-        else None
-    )
-    return RawSet(records, None, counts, dropped, prompts)
+    evaluation = [*folder.glob(EVALUATION), *folder.glob(f"*/{EVALUATION}")]
+    prompts = None
+    if evaluation:
+        where, items = evaluation[0], enumerate(read_list(evaluation[0]), start=1)
+        asked = [(i, parse_prompt(raw.get("prompt"), f"{where}, item {i}")) for i, raw in items]
+        prompts = [{"id": f"koala:{i}", "prompt": prompt} for i, prompt in asked]
+    return RawSet(records, None, counts, dropped, prompts, known_users=1.0)  # six preferences, all of them known
 
 
 def read_list(path: Path) -> list[Record]:
     """A JSON file that is a list of objects. UserError, with file and line or item, otherwise."""
-    try:
-        items = parse_json(path.read_text(encoding="utf-8"), str(path), lines=True)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8, found byte 0x{error.object[error.start]:02x}") from None
+    items = parse_json("".join(line for _, line in read_lines(path)), str(path), lines=True)
     if not isinstance(items, list) or not items:
         raise UserError(f"{path}: expected a list of objects, found {'none' if items == [] else type(items).__name__}")
     for number, item in enumerate(items, start=1):
@@ -91,9 +78,9 @@ def read_list(path: Path) -> list[Record]:
 
 
 def without_sentence(asked: str, sentence: str) -> str | None:
-    """The prompt without the sentence at its end; None where another or none is there, or no prompt before it.
+    """The prompt without the sentence at its end; None where there is no such sentence, or no prompt before it.
 
-    Commas and spaces do not count.
+    Only letters are compared: commas and spaces may differ.
     """
     starts = [match.start() for match in re.finditer(BEGINS, asked, re.IGNORECASE)]
     if not starts or _letters(asked[starts[-1] :]) != _letters(sentence):
@@ -103,8 +90,3 @@ def without_sentence(asked: str, sentence: str) -> str | None:
 
 def _letters(text: str) -> str:
     return re.sub("[^a-z]", "", text.lower())
-
-
-def koala_prompt(raw: Record, where: str, number: int) -> Record:
-    """One of the evaluation prompts."""
-    return {"id": f"koala:{number}", "prompt": parse_prompt(raw.get("prompt"), where)}

@@ -1,20 +1,23 @@
-"""What the readers of the papers' data sets share: what they return, and how they look at raw files."""
+"""What the readers of the papers' data sets share: what they return, and how they find and check raw files.
+
+A reader's record is a canonical comparison with a "split_group": comparisons of one group stay on one side of a split.
+"""
 
 import hashlib
-import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prlhf.data.comparisons import shortened
+from prlhf.data.files import Record
 from prlhf.data.sources import SOURCES
 from prlhf.errors import UserError
-
-Record = dict[str, Any]  # a canonical comparison, and its "split_group": what must lie on one side of a split
 
 
 @dataclass(frozen=True)
 class Options:
-    """What `prepare` may be asked for."""
+    """The options of `prepare`."""
 
     seed: int = 123
     few_shot: int = 0  # comparisons of each unknown user to adapt with
@@ -23,7 +26,7 @@ class Options:
 
 
 class Count(NamedTuple):
-    """Something counted, and what the publications say it is (None: nothing)."""
+    """A count, and the published number (None where nothing is published)."""
 
     what: str
     found: int | str
@@ -31,7 +34,7 @@ class Count(NamedTuple):
 
 
 class Official(NamedTuple):
-    """A split that the data set brings along; pool: of unknown users, from the training part."""
+    """A split that comes with the data set; pool: unknown users' comparisons of its training part."""
 
     train: list[Record]
     valid: list[Record]
@@ -39,20 +42,21 @@ class Official(NamedTuple):
 
 
 class RawSet(NamedTuple):
-    """What a reader makes of raw files."""
+    """The comparisons of raw files."""
 
-    records: list[Record]  # to be split, or the official split
+    records: list[Record]  # to be split; empty where there is an official split
     official: Official | None
     counts: list[Count]
     dropped: dict[str, int]  # why, and how many
     prompts: list[Record] | None = None  # the data set's own evaluation prompts
-    dialogues: bool = False  # each group is one user's own, and is divided with that user's others
+    known_users: float = 0.9  # share of the users who are known, where there is no official split
+    dialogues: bool = False  # each group is one user's own; each user's groups are divided
 
 
 def raw_files(folder: Path, name: str, *patterns: str) -> list[Path]:
-    """The files of a folder, or else one below it, that match a pattern, in order of name with numbers as numbers.
+    """The files of a folder, or else of those below it, that match a pattern, ordered by name with numbers as numbers.
 
-    A pattern "a|b" is b where there is no a. name: of the source. UserError where a pattern has none.
+    A pattern "a|b" is b where no file matches a. name: the source. UserError where no file matches a pattern.
     """
     files: list[Path] = []
     for pattern in patterns:
@@ -64,18 +68,9 @@ def raw_files(folder: Path, name: str, *patterns: str) -> list[Path]:
                 f"{folder}: no file {pattern}; expected the raw files of {source.title} ({source.page}), "
                 f"which `python -m prlhf.data fetch {name}` downloads"
             )
-        files += sorted(matching, key=lambda path: [int(s) if s.isdecimal() else s for s in _pieces(path.name)])
+        pieces = {path: re.split(r"(\d+)", path.name) for path in matching}  # batch12.json: batch, 12, .json
+        files += sorted(pieces, key=lambda path: [int(s) if s.isdecimal() else s for s in pieces[path]])
     return files
-
-
-def _pieces(name: str) -> list[str]:
-    """'batch12.json' -> ['batch', '12', '.json'], beginning with a word."""
-    pieces = [""]
-    for letter in name:
-        if letter.isdecimal() != pieces[-1].isdecimal():
-            pieces.append("")
-        pieces[-1] += letter
-    return pieces
 
 
 KINDS = {str: "text", dict: "an object", list: "a list", int: "a whole number", bool: "true or false"}
@@ -87,14 +82,18 @@ def field(record: Record, name: str, kind: type, where: str, optional: bool = Fa
     if value is None and optional:
         return None
     if type(value) is not kind:
-        found = "nothing" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-        found = found if len(found) <= 60 else found[:57] + "..."
+        found = "nothing" if value is None else shortened(value)
         raise UserError(f"{where}, {name}: expected {KINDS[kind]}, found {found}")
     return value
 
 
+def texts(record: Record, where: str, *names: str) -> list[str]:
+    """The fields of these names, each a text. UserError as of `field`."""
+    return [field(record, name, str, where) for name in names]
+
+
 def objects(record: Record, name: str, where: str, optional: bool = False) -> list[Record]:
-    """record[name], a list of objects; [] where it is optional and absent."""
+    """record[name], a list of objects; [] where it is optional and absent. UserError as of `field`."""
     found = field(record, name, list, where, optional) or []
     for i, item in enumerate(found):
         if not isinstance(item, dict):
@@ -103,5 +102,5 @@ def objects(record: Record, name: str, where: str, optional: bool = False) -> li
 
 
 def text_key(text: str) -> str:
-    """A short name for a text, the same for equal texts: what a group of comparisons of one prompt is called."""
+    """A short name for a text, the same for equal texts: the split_group of the comparisons of one prompt."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -2,25 +2,26 @@
 
     python -m prlhf.simulate FILE --out OUT [--workers 10] [--seed 3456] [--shorter 0.3]
 
-Each user, in order of number of comparisons, draws a preference: shorter with probability 0.3, longer otherwise
-(with numpy's RandomState and the paper's seed 3456, users 4, 5 and 6 of the first ten prefer shorter). Length is in
-words; pairs of equal length are dropped and counted. --workers N first gives the comparisons to worker1 ... workerN
-at random, evenly, which is how a file without users becomes one with users.
+Each user, in order of number of comparisons, draws a preference: shorter with probability 0.3, longer otherwise. With numpy's
+RandomState and the paper's seed 3456, users 4, 5 and 6 of the first ten prefer shorter. Length is in words; pairs of equal
+length are dropped and counted. --workers N first gives the comparisons to worker1 ... workerN, evenly and at random: a file
+without users becomes one with users.
 """
 
 import argparse
 import random
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from prlhf.data.comparisons import Comparison, parse_comparison, words
-from prlhf.data.files import read_json_lines, write_json_lines
-from prlhf.data.users import UserIndex
-from prlhf.errors import UserError, run_command
+from prlhf.data.comparisons import Comparison, read_parsed, words
+from prlhf.data.files import Record, write_json_lines
+from prlhf.data.users import ranked
+from prlhf.errors import UserError, check_range
+
+Responses = tuple[str, str]
+OTHER = {"chosen": "rejected", "rejected": "chosen"}
 
 
 def preferences(users: int, shorter: float, seed: int) -> list[bool]:
@@ -29,78 +30,63 @@ def preferences(users: int, shorter: float, seed: int) -> list[bool]:
 
 
 def assign_workers(count: int, workers: int, seed: int) -> list[str]:
-    """worker1 ... workerN for `count` comparisons: as evenly as can be, in a random order."""
+    """worker1 ... workerN for `count` comparisons: as evenly as possible, in a random order."""
     names = [f"worker{i % workers + 1}" for i in range(count)]
     random.Random(seed).shuffle(names)
     return names
 
 
-def relabel(
-    comparison: Comparison, prefers_shorter: bool, length: Callable[[str], int] = words
-) -> tuple[str, str] | None:
-    """(chosen, rejected) as the user would have it; None where both are as long."""
-    first, second = comparison.chosen, comparison.rejected
+def relabel(responses: Responses, prefers_shorter: bool, length: Callable[[str], int] = words) -> Responses | None:
+    """The two responses as (chosen, rejected) by the user's preference; None where they are equally long."""
+    first, second = responses
     if length(first) == length(second):
         return None
     return (first, second) if (length(first) < length(second)) == prefers_shorter else (second, first)
 
 
 def simulate(
-    records: list[tuple[dict[str, Any], Comparison]], workers: int | None, shorter: float, seed: int
-) -> tuple[list[dict[str, Any]], dict[str, bool], int]:
-    """Relabelled records (other fields kept), each user's preference (True: shorter), and how many ties were dropped."""
+    records: list[tuple[Record, Comparison]], workers: int | None, shorter: float, seed: int
+) -> tuple[list[Record], dict[str, bool], int]:
+    """The relabelled records (other fields kept), each user's preference (True: shorter), and the number of ties dropped."""
     if workers:
         names: list[str | None] = list(assign_workers(len(records), workers, seed))
-        order = tuple(f"worker{i + 1}" for i in range(workers))
+        order = [f"worker{i + 1}" for i in range(workers)]
     else:
         names = [comparison.user for _, comparison in records]
-        order = UserIndex.from_comparisons(comparison for _, comparison in records).names
+        order = ranked(names)
     if not order:
         raise UserError("no comparison has a user; expected users in the file or --workers N")
     prefers_shorter = dict(zip(order, preferences(len(order), shorter, seed)))
     kept, ties = [], 0
-    for (record, comparison), name in zip(records, names):
+    for (record, c), name in zip(records, names):
         if name is None:
             continue
-        labelled = relabel(comparison, prefers_shorter[name])
+        labelled = relabel((c.chosen, c.rejected), prefers_shorter[name])
         if labelled is None:
             ties += 1
-        else:
-            kept.append({**record, **_labelled(comparison, labelled), "user": name})
+            continue
+        chosen, rejected = labelled
+        changed = {"chosen": chosen, "rejected": rejected}
+        if c.first is not None:  # the response that was shown first stays the same one
+            changed["first"] = c.first if chosen == c.chosen else OTHER[c.first]
+        kept.append({**record, **changed, "user": name})
     return kept, prefers_shorter, ties
 
 
-def _labelled(comparison: Comparison, labelled: tuple[str, str]) -> dict[str, str]:
-    """The responses in their new order; which one was shown first moves with them."""
-    fields = {"chosen": labelled[0], "rejected": labelled[1]}
-    if comparison.first is not None:
-        swapped = labelled[0] != comparison.chosen
-        other = {"chosen": "rejected", "rejected": "chosen"}
-        fields["first"] = other[comparison.first] if swapped else comparison.first
-    return fields
-
-
 def main() -> None:
-    """Relabel a file of comparisons, and say who prefers what."""
+    """Relabel a file of comparisons, and print each user's preference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="comparisons, with or without users")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--workers", type=int, help="give the comparisons to so many new users")
+    parser.add_argument("--workers", type=int, help="give the comparisons to this many new users")
     parser.add_argument("--shorter", type=float, default=0.3, help="probability that a user prefers shorter responses")
     parser.add_argument("--seed", type=int, default=3456)
     args = parser.parse_args()
-    if not 0 <= args.shorter <= 1:
-        raise UserError(f"--shorter: found {args.shorter}, expected a probability")
-    if not 0 <= args.seed < 2**32:
-        raise UserError(f"--seed: found {args.seed}, expected 0 to 2**32 - 1")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers: found {args.workers}, expected at least 1")
+    check_range("--shorter", args.shorter, low=0, high=1)
+    check_range("--seed", args.seed, low=0, high=2**32 - 1)
+    check_range("--workers", 1 if args.workers is None else args.workers, low=1)
 
-    name = Path(args.file).name
-    records = [
-        (record, parse_comparison(record, f"{args.file}, line {number}", f"{name}:{number}"))
-        for number, record in read_json_lines(args.file)
-    ]
+    records = [(record, comparison) for _, record, comparison in read_parsed(args.file)]
     kept, prefers_shorter, ties = simulate(records, args.workers, args.shorter, args.seed)
     write_json_lines(args.out, kept)
     counts = Counter(record["user"] for record in kept)
@@ -109,7 +95,3 @@ def main() -> None:
     majority = sum(counts[user] for user, shorter in prefers_shorter.items() if not shorter)
     share = max(majority, len(kept) - majority) / max(1, len(kept))
     print(f"{args.out}: {len(kept)} comparisons, {ties} ties dropped; the majority's preference covers {share:.4f}")
-
-
-if __name__ == "__main__":
-    run_command(main)

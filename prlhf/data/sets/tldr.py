@@ -1,26 +1,25 @@
 """TL;DR comparisons (Stiennon et al. 2020, openai/summarize_from_feedback): real annotators, the paper's main data.
 
 Raw: JSON Lines batch3.json ... batch22.json, a line {info{post, title, subreddit, ...}, summaries[2]{text, policy},
-choice, worker, split, ...}. The paper keeps comparisons of which both policies contain "sup" and neither "ppo" or "cnn";
-known are the ten workers with most comparisons in training. The split is the data set's own.
+choice, worker, split, ...}. The paper keeps comparisons whose policies both contain "sup" and neither "ppo" nor "cnn". The
+ten workers with most training comparisons are known. The split is the data set's own.
 
-As `tldr_length` the choices are simulated (paper, section 5.1): every worker prefers the longer or the shorter summary.
+In `tldr_length` the choices are simulated (paper, section 5.1): each worker prefers the longer or the shorter summary.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from prlhf.data.comparisons import Comparison, parse_comparison, parse_user
-from prlhf.data.files import read_json_lines
-from prlhf.data.sets.raw import Count, Official, Options, RawSet, Record, field, objects, raw_files, text_key
+from prlhf.data.comparisons import parse_user
+from prlhf.data.files import Record, read_json_lines
+from prlhf.data.sets.raw import Count, Official, Options, RawSet, field, objects, raw_files, text_key
 from prlhf.data.sets.simulate import preferences, relabel
-from prlhf.data.users import UserIndex
+from prlhf.data.users import ranked
 from prlhf.errors import UserError
 
 FILES = ("batch*.json",)
 TRAIN, VALID = ("train",), ("valid1", "valid2")
-SHORTER, SEED = 0.3, 3456  # of the simulation: how many prefer the shorter summary, and its draws
+SHORTER, SEED = 0.3, 3456  # of the simulation: the probability that a worker prefers the shorter summary
 PUBLISHED = {  # by number of known workers
     "comparisons for training after the filter of policies": {10: 38_487, 40: 38_487},
     "comparisons for validation after the filter of policies": {10: 16_294, 40: 16_294},
@@ -29,90 +28,80 @@ PUBLISHED = {  # by number of known workers
     "of the known workers, for validation": {10: 4_921},
     "of other workers, for validation": {10: 11_373},
 }
-PREFER_LONGER = {  # of the validation comparisons by such workers, ties included
+PREFER_LONGER = {  # shares of the validation comparisons, ties included
     "of known workers' validation comparisons, by workers who prefer longer": {10: "68.50 %", 40: "63.56 %"},
     "of other workers' validation comparisons, by workers who prefer longer": {10: "63.63 %", 40: "71.34 %"},
 }
 
 
 class Filtered(NamedTuple):
-    """What passes the filter of policies: comparisons, and how many for training and for validation, post or not."""
+    """The comparisons that pass the filter of policies, and how many passed for training and for validation.
 
-    comparisons: list[Record]
+    counts: those without a post included, which are in neither list.
+    """
+
+    train: list[Record]
+    valid: list[Record]
     counts: tuple[int, int]
     dropped: dict[str, int]
 
-    def part(self, splits: tuple[str, ...]) -> list[Record]:
-        """The comparisons for training, or for validation."""
-        return [record for record in self.comparisons if record["split"] in splits]
-
 
 def read(folder: Path, options: Options) -> RawSet:
-    """The comparisons of the raw files in `folder`. UserError, with file, line and field, for what is none."""
+    """The comparisons of the raw files in `folder`. UserError, with file, line and field, for bad raw data."""
     filtered = _filtered(folder)
-    return _reading(filtered, filtered.comparisons, _ranked(filtered, TRAIN), options)
+    return _raw_set(filtered, filtered.train, filtered.valid, options)
 
 
 def read_length(folder: Path, options: Options) -> RawSet:
-    """The same with simulated choices: one draw for each worker, those of training first, in order of activity.
+    """The same comparisons with simulated choices. Each worker draws once: first those of training, in order of activity.
 
-    Length is in characters, as in the paper's code; ties, which that code decides by position, are dropped.
+    Length is in characters, as in the paper's code. Ties are dropped; that code decides them by position.
     """
     filtered = _filtered(folder)
-    workers = _ranked(filtered, TRAIN)
-    order = list(dict.fromkeys((*workers, *_ranked(filtered, VALID))))
+    workers = ranked(r["user"] for r in filtered.train)
+    order = list(dict.fromkeys((*workers, *ranked(r["user"] for r in filtered.valid))))
     prefers_shorter = dict(zip(order, preferences(len(order), SHORTER, SEED)))
-    labelled = []
-    for record in filtered.comparisons:
-        choice = relabel(_parsed(record), prefers_shorter[record["user"]], length=len)
-        if choice is not None:
-            labelled.append({**record, "chosen": choice[0], "rejected": choice[1]})
-    filtered.dropped["as long as each other"] = len(filtered.comparisons) - len(labelled)
-    reading = _reading(filtered, labelled, workers, options)
+
+    def relabelled(records: list[Record]) -> list[Record]:
+        choices = (relabel((r["chosen"], r["rejected"]), prefers_shorter[r["user"]], len) for r in records)
+        return [{**r, "chosen": choice[0], "rejected": choice[1]} for r, choice in zip(records, choices) if choice]
+
+    train, valid = relabelled(filtered.train), relabelled(filtered.valid)
+    ties = len(filtered.train) + len(filtered.valid) - len(train) - len(valid)
+    filtered.dropped["as long as each other"] = ties
     known = set(workers[: options.known_users])
-    groups: tuple[list[bool], list[bool]] = [], []
-    for record in filtered.part(VALID):
-        groups[record["user"] not in known].append(not prefers_shorter[record["user"]])
-    shares = [f"{100 * sum(longer) / len(longer):.2f} %" if longer else "none" for longer in groups]
-    counts = [
-        Count(what, share, said.get(options.known_users)) for (what, said), share in zip(PREFER_LONGER.items(), shares)
-    ]
-    return reading._replace(counts=reading.counts + counts)
+    counts = []
+    for (what, published), is_known in zip(PREFER_LONGER.items(), (True, False)):
+        longer = [not prefers_shorter[r["user"]] for r in filtered.valid if (r["user"] in known) == is_known]
+        share = f"{100 * sum(longer) / len(longer):.2f} %" if longer else "none"
+        counts.append(Count(what, share, published.get(options.known_users)))
+    raw = _raw_set(filtered, train, valid, options)
+    return raw._replace(counts=raw.counts + counts)
 
 
-def _ranked(filtered: Filtered, splits: tuple[str, ...]) -> tuple[str, ...]:
-    """The workers by descending number of comparisons."""
-    return UserIndex.from_comparisons(map(_parsed, filtered.part(splits))).names
-
-
-def _reading(filtered: Filtered, labelled: list[Record], workers: Sequence[str], options: Options) -> RawSet:
-    """The official split of comparisons, and the counts of what was there before choices were simulated.
-
-    workers: those of training, by activity.
-    """
-    known = set(workers[: options.known_users])
-    train = [r for r in filtered.part(TRAIN) if r["user"] in known]
-    valid = [r["user"] in known for r in filtered.part(VALID)]
-    different = sum(r["chosen"] != r["rejected"] for r in train)
-    found = (*filtered.counts, len(train), different, sum(valid), len(valid) - sum(valid))
+def _raw_set(filtered: Filtered, train: list[Record], valid: list[Record], options: Options) -> RawSet:
+    """The official split of labelled comparisons. The counts are of the comparisons before choices were simulated."""
+    known = set(ranked(r["user"] for r in filtered.train)[: options.known_users])
+    of_known = [r for r in filtered.train if r["user"] in known]
+    different = sum(r["chosen"] != r["rejected"] for r in of_known)
+    held_out = sum(r["user"] in known for r in filtered.valid)
+    found = (*filtered.counts, len(of_known), different, held_out, len(filtered.valid) - held_out)
     counts = [Count(what, n, said.get(options.known_users)) for (what, said), n in zip(PUBLISHED.items(), found)]
-    kept = [r for r in labelled if r["chosen"] != r["rejected"]]
+    kept, kept_valid = ([r for r in part if r["chosen"] != r["rejected"]] for part in (train, valid))
+    equal = len(train) + len(valid) - len(kept) - len(kept_valid)
     official = Official(
-        [r for r in kept if r["split"] in TRAIN and r["user"] in known],
-        [r for r in kept if r["split"] in VALID],
-        [r for r in kept if r["split"] in TRAIN and r["user"] not in known],
+        train=[r for r in kept if r["user"] in known],
+        valid=kept_valid,
+        pool=[r for r in kept if r["user"] not in known],
     )
-    return RawSet([], official, counts, {**filtered.dropped, "with equal summaries": len(labelled) - len(kept)})
-
-
-def _parsed(record: Record) -> Comparison:
-    return parse_comparison(record, record["id"], record["id"])
+    return RawSet([], official, counts, {**filtered.dropped, "with equal summaries": equal})
 
 
 def _filtered(folder: Path) -> Filtered:
-    """The comparisons that pass the filter of policies, in the files' order. UserError with file, line and field."""
+    """The comparisons that pass the filter of policies, in file order. UserError with file, line and field."""
     dropped = dict.fromkeys(("of other policies", "without a post"), 0)
-    comparisons, counts = [], [0, 0]
+    parts: tuple[list[Record], list[Record]] = [], []
+    counts = [0, 0]
     for path in raw_files(folder, "tldr", *FILES):
         for number, raw in read_json_lines(path):
             where = f"{path}, line {number}"
@@ -129,23 +118,17 @@ def _filtered(folder: Path) -> Filtered:
                 raise UserError(f"{where}: found {found}, expected choice 0 or 1 and split train, valid1 or valid2")
             counts[split in VALID] += 1
             info = field(raw, "info", dict, where)
-            post = field(info, "post", str, f"{where}, info", optional=True)
+            title, subreddit, post = (
+                field(info, name, str, f"{where}, info", optional=True) or "" for name in ("title", "subreddit", "post")
+            )
             if not post:
                 dropped["without a post"] += 1
                 continue
-            title, subreddit = (field(info, n, str, f"{where}, info", True) or "" for n in ("title", "subreddit"))
             texts = [field(s, "text", str, f"{where}, summaries[{i}]") for i, s in enumerate(summaries)]
             texts = [text if text.startswith(" ") else " " + text for text in texts]
             prompt = f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
-            comparisons.append(
-                {
-                    "prompt": prompt,
-                    "chosen": texts[choice],
-                    "rejected": texts[1 - choice],
-                    "user": parse_user(field(raw, "worker", str, where), f"{where}, worker"),
-                    "id": f"{path.stem}:{number}",
-                    "split_group": text_key(prompt),
-                    "split": split,
-                }
-            )
-    return Filtered(comparisons, (counts[0], counts[1]), dropped)
+            user = parse_user(field(raw, "worker", str, where), f"{where}, worker")
+            place = dict(user=user, id=f"{path.stem}:{number}", split_group=text_key(prompt), split=split)
+            chosen, rejected = texts[choice], texts[1 - choice]
+            parts[split in VALID].append(dict(prompt=prompt, chosen=chosen, rejected=rejected, **place))
+    return Filtered(*parts, (counts[0], counts[1]), dropped)
