@@ -147,16 +147,18 @@ def unpack(folder: RawFolder, archive: str, fresh: bool) -> list[str]:
 
 def wanted_members(opened: zipfile.ZipFile, path: Path, patterns: Iterable[str]) -> list[str]:
     """The members that match one of the patterns, but for macOS's shadow files. UserError as of `unpack`."""
-    wanted = []
-    for member in opened.namelist():
-        inside = PurePosixPath(member.replace("\\", "/"))
+    wanted: dict[str, zipfile.ZipInfo] = {}
+    for member in opened.infolist():
+        inside = PurePosixPath(member.filename.replace("\\", "/"))
         if inside.is_absolute() or ".." in inside.parts:
-            raise UserError(f"{path}: found a member {member!r}, expected paths within the folder")
+            raise UserError(f"{path}: found a member {member.filename!r}, expected paths within the folder")
         if any(inside.match(pattern) for pattern in patterns) and not inside.name.startswith("._"):
-            wanted.append(member)
+            first = wanted.setdefault(inside.name, member)
+            if first.CRC != member.CRC:
+                raise UserError(f"{path}: found {first.filename} and {member.filename}, expected one {inside.name}")
     if not wanted:
         raise UserError(f"{path}: found {', '.join(opened.namelist()[:5])} ..., expected {' or '.join(patterns)}")
-    return wanted
+    return [member.filename for member in wanted.values()]
 
 
 def fetch_repository(folder: RawFolder) -> list[str]:
