@@ -17,7 +17,7 @@ from prlhf.generate import __main__ as generate
 from prlhf.score.score import score
 from prlhf.solve import linear as solve
 from prlhf.solve import strength
-from prlhf.solve.prior import LARGEST, check_size
+from prlhf.solve.run import LARGEST, check_size
 from prlhf.store.final import load_final
 from prlhf.train import __main__ as train
 from prlhf.train import loop

@@ -18,7 +18,7 @@ from helpers import (
 from prlhf.method.prior import Prior, Strength, counts_of
 from prlhf.score.reference import weights_fingerprint
 from prlhf.solve import strength as strength_module
-from prlhf.solve.prior import set_prior
+from prlhf.solve.run import set_prior
 from prlhf.train.step import accumulate_gradients
 
 SOFT = ("method=prm",)

@@ -21,8 +21,8 @@ from prlhf.config.keys import Config
 from prlhf.errors import TrainingError, UserError
 from prlhf.method.prior import Prior, Strength, counts_of, difference_scale
 from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
-from prlhf.solve.linear import LinearProblem, blank_copy, linear_problem, solve, unscaled
-from prlhf.solve.strength import FOLDS, Choice, Fold, choose, folds, losses_along
+from prlhf.solve.linear import LinearProblem, linear_problem, scaled_copy, solve, unscaled
+from prlhf.solve.strength import FOLDS, Choice, Fold, choose, folds, held_out_losses
 
 AUTO = ("user_model.prior=auto", "user_model.shared_prior=auto")
 
@@ -117,11 +117,11 @@ def problem_of(case: Case, model, *keys: str) -> tuple[Config, LinearProblem]:
         for (user, y1, y2), required in zip(case.pairs_N3.tolist(), case.required_N.tolist())
     ]
     readings = [Reading(0, (1,), (s,)) for s in range(len(case.states_SW))]
-    return config, linear_problem(config, model, comparisons, readings, case.states_SW, case.known)
+    return config, linear_problem(config.loss, model, comparisons, (readings, case.states_SW), case.known)
 
 
-def scaled_copy(model, problem: LinearProblem):
-    return blank_copy(model, {name: p.detach() for name, p in model.named_parameters()}, problem.scale_W)
+def start_of(model, problem: LinearProblem):
+    return scaled_copy(model, dict(model.named_parameters()), problem.scale_W)
 
 
 def read_out(objective: float, model, solution, problem: LinearProblem) -> Solved:
@@ -133,17 +133,17 @@ def read_out(objective: float, model, solution, problem: LinearProblem) -> Solve
 def solved(case: Case, form: str, strength: Strength, *keys: str, K: int = 2) -> Solved:
     model = user_model(form, case.known, case.states_SW.shape[1], K)
     _, problem = problem_of(case, model, *keys)
-    solution = scaled_copy(model, problem)
-    return read_out(solve(problem, solution, strength), model, solution, problem)
+    solution = start_of(model, problem)
+    return read_out(solve(problem, solution, strength).objective, model, solution, problem)
 
 
 def chosen_and_solved(case: Case, form: str, K: int = 2, *keys: str) -> tuple[Choice, Solved]:
     """With the strength by cross-validation."""
     model = user_model(form, case.known, case.states_SW.shape[1], K)
     config, problem = problem_of(case, model, *AUTO, *keys)
-    solution = scaled_copy(model, problem)
+    solution = start_of(model, problem)
     choice = choose(problem, solution, config.user_model, 0)
-    return choice, read_out(solve(problem, solution, choice.strength), model, solution, problem)
+    return choice, read_out(solve(problem, solution, choice.strength).objective, model, solution, problem)
 
 
 # The objective, written out.
@@ -432,7 +432,7 @@ def test_what_is_fitted_for_a_strength_does_not_depend_on_those_before(form):
     _, problem = problem_of(case, model, "loss.alpha=0.6")
     all_of_it = [Fold(problem.users_N >= 0, problem.users_N >= 0)]
     along, alone = (
-        losses_along(problem, scaled_copy(model, problem), [Strength(s, 2.0) for s in candidates], all_of_it, "users")
+        held_out_losses(problem, start_of(model, problem), {s: Strength(s, 2.0) for s in candidates}, all_of_it)
         for candidates in ((0.0, 0.5, 1.0, 2.0), (2.0,))
     )
     assert along[2.0] == pytest.approx(alone[2.0], abs=1e-5)
@@ -640,7 +640,7 @@ def test_unusual_data_have_a_strength_or_that_is_refused(name):
         return
     choice, found = chosen_and_solved(case, "rank")
     assert found.vectors_MW.isfinite().all()
-    record = choice.record()
+    record = choice.record
     losses = [*record["held_out_loss_by_prior"].values(), *record["held_out_loss_by_shared_prior"].values()]
     assert losses and all(map(math.isfinite, losses))
 
@@ -655,7 +655,7 @@ def test_states_that_are_not_finite_are_an_error_for_people():
 def test_two_solutions_are_the_same_bits():
     case = random_case(M=2, N=40)
     one, other = (chosen_and_solved(case, "individual", 0, "user_model.shared_prior=2.0") for _ in range(2))
-    assert one[0].record() == other[0].record()
+    assert one[0].record == other[0].record
     for form in ("individual", "cluster", "softmax"):
         one, other = (solved(case, form, Strength(2.0, 2.0)) for _ in range(2))
         assert one.objective == other.objective

@@ -18,7 +18,7 @@ from prlhf.forecast.dry_run import available_memory, predict, render
 from prlhf.parallel.ranks import process_group, say, started_processes, started_rank
 from prlhf.parallel.shard import training_model
 from prlhf.score.reference import weights_fingerprint
-from prlhf.solve.prior import set_prior
+from prlhf.solve.run import set_prior
 from prlhf.store.final import save_final
 from prlhf.store.runs import Run, open_run
 from prlhf.train.loop import log_solution, out_of_memory_explained, reproducible, train, with_reference
