@@ -1,15 +1,15 @@
-"""The ways to take a training step that benchmarks/step.py and benchmarks/breakdown.py compare.
+"""The arms that benchmarks/step.py and benchmarks/breakdown.py compare: ways to take one training step.
 
-prlhf      plain DPO (uniform user, T_u = 0); reference computed before, once
-prlhf pdpo P-DPO, both branches (individual users, T_u = 10, alpha 0.5); reference as above
-rows       the same P-DPO as one would write it, DPO's loss in each branch: both responses as rows of their own, the model's
-           logits at all positions, their reference computed in the step
-rows once  the same, but for a reference that both branches share
-trl        TRL's DPOTrainer with its defaults, but for: precision as here (a model in float32 that computes in bfloat16 where
-           model.compute_dtype says so), precomputed reference, dropout and checkpointing as here; one arm for each
-           per-device batch size, of which the fastest counts. On a GPU Liger's kernels where installed
+prlhf      plain DPO (uniform user, T_u = 0); the reference is computed once, before the steps
+prlhf pdpo P-DPO with both branches (individual users, T_u = 10, alpha 0.5); reference as above
+rows       the same P-DPO in the obvious way: DPO's loss for each branch, the two responses as separate rows, the model's logits
+           at all positions, the reference computed in the step for each branch
+rows once  as rows, but both branches share one reference
+trl        TRL's DPOTrainer with its defaults, except: precision as here (a float32 model that computes in bfloat16 if
+           model.compute_dtype says so), reference precomputed, dropout and checkpointing as here. One arm per per-device batch
+           size, of which the fastest counts. On a GPU with Liger's kernels if they are installed
 
-The first two do as train.py does, on a GPU with deterministic kernels (--set deterministic=false turns these off).
+The first two do what train.py does, on a GPU with deterministic kernels (--set deterministic=false turns them off).
 """
 
 import argparse
@@ -47,9 +47,9 @@ from prlhf.train.step import accumulate_gradients, part_loss
 P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
 PLAIN = ("user_model.kind=uniform", "user_model.tokens=0")
 ARMS = {"prlhf": PLAIN, "prlhf pdpo": P_DPO, "rows": P_DPO, "rows once": P_DPO}
-OURS = ("prlhf", "prlhf pdpo")  # the arms that do as train.py does
+OURS = ("prlhf", "prlhf pdpo")  # the arms that do what train.py does
 USERS = 4
-NOISE = 0.5  # by how much of its input a layer's output is moved, so that the policy's margins are not 0
+NOISE = 0.5  # change of a layer's output, relative to its input; without it the policy's margins are 0
 
 
 def config_of(name: str, args: argparse.Namespace) -> Config:
@@ -61,15 +61,14 @@ def config_of(name: str, args: argparse.Namespace) -> Config:
 
 
 def computing_type(args: argparse.Namespace) -> str:
-    """What matrix products are computed in, by all arms."""
+    """The type in which all arms compute matrix products."""
     model = config_of("prlhf", args).model
     return model.compute_dtype or model.dtype
 
 
 @contextlib.contextmanager
 def surroundings(label: str, args: argparse.Namespace) -> Iterator[None]:
-    """Within the context an arm may shard its model, as model.compute_dtype asks for; ours compute as reproducibly as in
-    train.py."""
+    """The context of an arm: a process group if model.compute_dtype needs one; reproducible kernels, as in train.py, for ours."""
     device = choose_device("auto")
     with contextlib.ExitStack() as stack:
         if label in OURS:
@@ -81,18 +80,18 @@ def surroundings(label: str, args: argparse.Namespace) -> Iterator[None]:
 
 
 class Computed(NamedTuple):
-    """What an arm computes, apart from how fast: the update's loss, and each comparison's reward margin beta h, with both
-    branches of P-DPO the generic one's before the user's."""
+    """An update's loss, and the reward margin beta h of each comparison. P-DPO has the margins of the generic branch first,
+    then those of the user branch."""
 
     loss: float
     margins: list[float]
 
 
 class Arm(ABC):
-    """A way to take a training step."""
+    """One way to take a training step."""
 
     optimizer: torch.optim.Optimizer | Optimizers
-    reference_s = 0.0  # seconds the reference took, once, before the first step
+    reference_s = 0.0  # seconds that the reference took before the first step
 
     @abstractmethod
     def accumulate(self) -> float:
@@ -103,13 +102,13 @@ class Arm(ABC):
         """The reward margins of `Computed`, by the functions that `accumulate` calls."""
 
     def computed(self) -> Computed:
-        """What it computes, with its weights left as they are."""
+        """The loss and margins; the weights stay as they are."""
         with torch.no_grad():
             margins = self.margins()
         return Computed(self.step(apply=False), margins)
 
     def step(self, apply: bool = True) -> float:
-        """One update, or, to warm up, all of it but the change of the weights; returns the loss."""
+        """One update; returns the loss. apply=False: all of it except the change of the weights."""
         loss = self.accumulate()
         clip([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         if apply:
@@ -119,22 +118,25 @@ class Arm(ABC):
 
 
 def path_of(name: str) -> str:
-    """A parameter's path in the backbone, whether ours or PEFT's model names it."""
+    """A parameter's path in the backbone, from its name in our model or in PEFT's."""
     return name.removeprefix("backbone.").removeprefix(PEFT_PREFIX).removesuffix(".default.weight")
 
 
 @torch.no_grad()
 def moved(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Give the trained weights values that are not the reference's, and the same ones in every arm.
+    """Move the trained weights away from the reference's, to the same values in every arm.
 
-    Noise of NOISE / sqrt(inputs), whatever the width, is added to weights that all arms start with. Adapters, which each
-    implementation draws for itself, become such noise, both A and B. What is drawn depends on the weight's path alone, not
-    on the order; tied weights are there under one name.
+    Adds noise of size NOISE / sqrt(inputs) to weights that all arms start with. Adapters, which each implementation
+    initialises in its own way, are replaced by such noise, both A and B. The noise depends on the weight's path alone, not
+    on the order; tied weights occur under one name.
     """
     for name, p in parameters.items():
         if not p.requires_grad:
             continue
-        path, values = path_of(name), p.to_local() if isinstance(p, DTensor) else p  # one process has them all
+        path, values = (
+            path_of(name),
+            p.to_local() if isinstance(p, DTensor) else p,
+        )  # there is one process, so all are local
         generator = torch.Generator(values.device).manual_seed(zlib.crc32(path.encode()))
         noise = NOISE / values.shape[-1] ** 0.5 * torch.randn(values.shape, generator=generator, device=values.device)
         if path.endswith((".lora_A", ".lora_B")):
@@ -144,7 +146,7 @@ def moved(parameters: dict[str, torch.nn.Parameter]) -> None:
 
 
 class Ours(Arm):
-    """A step of this project, by the function that its training loop calls."""
+    """A step of this project, taken by the function that the training loop calls."""
 
     def __init__(self, name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]):
         self.config = config_of(name, args)
@@ -154,7 +156,9 @@ class Ours(Arm):
         self.reference = score(self.model, comparisons, None, self.config.optim.micro_batch_size)
         self.reference_s = time.perf_counter() - started
         moved(named_parameters(self.model))
-        self.optimizer = make_optimizer(self.config, self.model, 2 * args.rounds)  # on a GPU there are steps not timed
+        self.optimizer = make_optimizer(
+            self.config, self.model, 2 * args.rounds
+        )  # on a GPU half the steps are not timed
         if self.model.device.type == "cpu" and name in OURS:  # as train.py does
             self.optimizer.keep_gradients()
         self.model.train()
@@ -173,13 +177,15 @@ class Ours(Arm):
 
 
 class Rows(Ours):
-    """P-DPO without any of what this project saves."""
+    """P-DPO without any of this project's savings."""
 
     def __init__(self, name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]):
         super().__init__(name, args, comparisons)
         self.shares_reference = name == "rows once"
         config = self.config.model
-        self.reference_model = load_weights(config.name, config.dtype).to(self.model.device)  # as before the first step
+        self.reference_model = load_weights(config.name, config.dtype).to(
+            self.model.device
+        )  # the weights before the first step
 
     def log_probs(self, backbone: torch.nn.Module, c: EncodedComparison, user: int | None) -> torch.Tensor:
         """log p(y | x, u) of both responses, (2,), from two padded rows and all their logits."""
@@ -202,7 +208,7 @@ class Rows(Ours):
         return torch.stack(sums)
 
     def branch_margins(self) -> Iterator[torch.Tensor]:
-        """beta h of each comparison, (), in its user's branch and in the generic one by turns."""
+        """beta h (a scalar) of each comparison: the user branch, then the generic one."""
         for c in self.comparisons:
             reference = None
             for user in (c.user, 0):
@@ -226,7 +232,7 @@ class Rows(Ours):
 
 
 class TRL(Arm):
-    """A step of DPOTrainer: its collator, its training_step, and AdamW as here."""
+    """A step of DPOTrainer: its collator and its training_step, with our AdamW settings."""
 
     def __init__(self, batch_size: int, args: argparse.Namespace, comparisons: list[EncodedComparison]):
         from datasets import Dataset
@@ -270,7 +276,7 @@ class TRL(Arm):
         self.trainer.optimizer = self.optimizer
 
     def collated(self, comparisons: Sequence[EncodedComparison]) -> dict[str, torch.Tensor]:
-        """TRL's batch of some comparisons, without its reference."""
+        """TRL's batch of some comparisons, without reference log-probs."""
         rows = [{"prompt_ids": c.prefix, "chosen_ids": c.chosen, "rejected_ids": c.rejected} for c in comparisons]
         return {name: t.to(self.device) for name, t in self.trainer.data_collator(rows).items()}
 
@@ -288,7 +294,7 @@ class TRL(Arm):
         return sum(self.trainer.training_step(self.model, dict(batch)).item() for batch in self.batches)
 
     def margins(self) -> list[float]:
-        """From the trainer's loss of each comparison alone, log(1 + exp(-margin))."""
+        """Recovered from the trainer's loss log(1 + exp(-margin)) of each comparison."""
         names, found = ("ref_chosen_logps", "ref_rejected_logps"), []
         references = zip(*(torch.cat([batch[name] for batch in self.batches]).split(1) for name in names))
         for c, reference in zip(self.comparisons, references):
@@ -304,7 +310,7 @@ def is_plain(label: str) -> bool:
 
 
 def made(label: str, args: argparse.Namespace, comparisons: list[EncodedComparison]) -> Arm:
-    """The arm of a label: "trl, batch 2" is the trainer with that batch size."""
+    """The arm of a label; "trl, batch 2" is the trainer with batch size 2."""
     name, _, size = label.partition(", batch ")
     if name in ("rows", "rows once"):
         return Rows(name, args, comparisons)

@@ -1,11 +1,10 @@
 """Where the time of a training step goes, by kind of operation.
 
-    python benchmarks/breakdown.py [the arguments of benchmarks/step.py; --arms names what is looked at] [--out FILE.json]
+    python benchmarks/breakdown.py [the arguments of benchmarks/step.py; --arms selects the arms] [--out FILE.json]
 
-On a CPU self time of torch's operations, from torch.profiler; on a GPU that of the kernels, beside the time by the clock, in
-which kernels may also wait for each other. Forward, backward and optimiser together; the head is part of the matrix products.
-The profiler itself costs some of what it shows. First arms that compute the same thing must agree on it, as in
-benchmarks/step.py.
+On a CPU: self time of torch's operations, by torch.profiler. On a GPU: time of the kernels, beside wall-clock time, which
+includes waiting between kernels. Forward, backward and optimiser together; the head's products are among the matrix products.
+The profiler itself adds to the times it shows. First, arms that compute the same thing must agree, as in benchmarks/step.py.
 """
 
 import json
@@ -24,7 +23,8 @@ from prlhf.errors import run_command
 from prlhf.train.malloc import keep_freed_memory
 
 REST = "elementwise, reductions, the rest"
-# The first kind that a name has a part of: torch's operations on a CPU, kernels on a GPU (attention names its products too).
+# A name is of the first kind whose pattern it matches: torch's operations on a CPU, kernels on a GPU. Attention comes first,
+# as its names contain those of its products.
 KINDS = {
     "attention": r"flash|fmha|flex_attention|sdpa|_attention|aten::_softmax|softmax_warp",
     "matrix products": r"aten::(mm|addmm|bmm|baddbmm|linear)_?$|gemm|gemv|nvjet|cutlass|splitK|triton_tem|_fused_values",
@@ -41,14 +41,14 @@ def kind(operation: str) -> str:
 
 
 class Times(NamedTuple):
-    """Seconds of a step: by the clock, and of its operations by kind."""
+    """Seconds of a step: by the wall clock, and by kind of operation."""
 
     clock: float
     kinds: dict[str, float]
 
 
 def times_by_kind(arm: Arm) -> Times:
-    """The times of a second step."""
+    """The times of the arm's second step."""
     cuda = torch.cuda.is_available()
     arm.step()
     if cuda:
@@ -69,7 +69,7 @@ def times_by_kind(arm: Arm) -> Times:
 
 
 def report(found: dict[str, Times]) -> None:
-    """Print the table: each kind's share of all operations' time, and that time."""
+    """Print the table: each kind's share of the operations' time, and that time."""
     totals = {name: sum(times.kinds.values()) for name, times in found.items()}
     print("| | " + " | ".join(found) + " |")
     print("|---" * (len(found) + 1) + "|")
@@ -90,7 +90,7 @@ def main() -> None:
             arm = made(name, args, comparisons)
             computed[name] = arm.computed()
             found[name] = times_by_kind(arm)
-            del arm  # there may be no room for the next one beside it
+            del arm  # the next one may not fit beside it
     check_equal(computed, computing_type(args))
     report(found)
     print(f"\n{device_name()}")

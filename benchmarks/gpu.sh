@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the rows of docs/performance.md and docs/scaling.md that say "not measured".
+# The measurements that need a GPU: the rows of docs/performance.md and docs/scaling.md that say "not measured".
 #
 #     benchmarks/gpu.sh OUT [kernels] [lora] [full]      all three by default; PYTHON=python3 names another Python
 #
-# kernels  the log-prob kernels and packed rows compiled, by their tests; then their cost beside the bare products
+# kernels  tests of the compiled log-prob kernels and packed rows; then their cost beside the bare matrix products
 # lora     Llama-3-8B's shape, LoRA of rank 16 on bfloat16: a step, its memory beside the dry run's, where its time goes, and
-#          P-DPO beside plain rows (the arms wait side by side, which takes some 120 GB; with less, STEP=--one-at-a-time)
-# full     GPT-J 6B's shape, full fine-tuning in mixed precision: the same but for the rows (needs some 110 GB on one GPU, so
-#          one arm at a time)
+#          P-DPO against plain rows (the arms wait side by side, about 120 GB; with less memory: STEP=--one-at-a-time)
+# full     GPT-J 6B's shape, full fine-tuning in mixed precision: the same without the rows (about 110 GB on one GPU, so the
+#          arms run one at a time)
 #
-# Weights are random (benchmarks/random_model.py) and lie in OUT/models. TRL takes part where it and peft are installed, with
-# several batch sizes, of which one that finds no memory is left out, and with Liger's kernels where they are; `versions`, at
-# the end, says what was there. A part that fails does not stop the next: every log is in OUT, and the last lines of each are
-# printed at the end. To try it: LAYERS="--layers 2" COMPARISONS=2 ROUNDS=1 STEP="--shape short", LOGPROB="--positions 64".
+# Weights are random (benchmarks/random_model.py) and lie in OUT/models. TRL takes part if it and peft are installed, with
+# several batch sizes, and with Liger's kernels if they are; a batch size that does not fit in memory is left out. The log
+# `versions` says what was installed. A part that fails does not stop the next. Every log is in OUT; the last lines of each are
+# printed at the end. A trial: LAYERS="--layers 2" COMPARISONS=2 ROUNDS=1 STEP="--shape short", LOGPROB="--positions 64".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?expected a folder for logs and tables}

@@ -1,15 +1,15 @@
-"""What log-probs cost beside the matrix products they are made of.
+"""The cost of log-probs, relative to the matrix products that they consist of.
 
     python benchmarks/logprob.py [--positions 8192 --width 4096 --vocabulary 128256 --dtype bfloat16] [--out FILE.json]
 
 forward: log p of every target without gradients (reference, evaluation), over one matrix product of that size.
 training: forward, and backward for the hidden states with a frozen head (LoRA), over three such products.
-The implementations take turns; medians over the rounds. First all must agree with float64 on a part, our own in the hidden
-states' gradient too; the table has both errors. Extra memory is what is allocated beyond inputs and the hidden states'
-gradient, on a GPU alone. Others are measured where they install: cut-cross-entropy, liger-kernel, torch's own
-F.linear_cross_entropy.
+The implementations take turns, and medians over the rounds are compared. First, all must agree with float64 on a part of the
+positions, ours in the hidden states' gradient too; the table has both errors. Extra memory, on a GPU only, is what is allocated
+beyond the inputs and the hidden states' gradient. Others are measured if they are installed: cut-cross-entropy, liger-kernel,
+and torch's own F.linear_cross_entropy.
 
-prlhf triton         as the models call it: both designs of prlhf/logprobs_triton.py, each for its purpose
+prlhf triton         as the models call it: both designs of prlhf/kernels/triton.py, each for its purpose
 prlhf triton, fused  values by the fused kernel alone (half types); in training all slopes come in the backward pass, by tiles
 prlhf triton, tiles  the vendor's products on tiles of the vocabulary alone; in training all slopes are kept from the forward
                      pass (for the backward pass there is no fused kernel)
@@ -37,18 +37,18 @@ from prlhf.train.malloc import keep_freed_memory
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> (N,)
 Call = Callable[[], object]
-# The largest relative error against float64: more is another function. Half types round the gradient itself.
+# Largest relative error against float64 that is rounding, not another function. Half types round the gradient itself.
 MOST_ERROR, MOST_GRADIENT_ERROR = 1e-2, 3e-2
 
 
 def full_logits(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """As one would write it: logits in the inputs' type, their softmax in float32 (float64 for float64)."""
+    """The obvious way: logits in the inputs' type, their softmax in float32 (float64 for float64)."""
     logits_NV = (hidden_ND @ weight_VD.T).to(accumulation_type(hidden_ND.dtype))
     return logits_NV.log_softmax(dim=-1).gather(1, targets_N[:, None])[:, 0]
 
 
 def one_design(fused: bool) -> LogProbs:
-    """Triton by one of its designs, without the other where that is possible (see above)."""
+    """One of the two Triton designs alone, as far as possible (see above)."""
     from prlhf.kernels import triton as logprobs_triton
 
     def values(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -67,14 +67,14 @@ def one_design(fused: bool) -> LogProbs:
 
 
 def implementations(cuda: bool) -> dict[str, LogProbs]:
-    """What is measured, by name."""
+    """The implementations that can run here, by name."""
     found: dict[str, LogProbs] = {
         "full logits": full_logits,
         "torch.compile of full logits": torch.compile(full_logits),
         "prlhf torch": lambda h, w, t: log_probs(h, w, None, t, "torch"),
         "prlhf chunked": lambda h, w, t: log_probs(h, w, None, t, "chunked"),
     }
-    if cuda or os.environ.get("TRITON_INTERPRET") == "1":  # there to be tried, not to be timed
+    if cuda or os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter shows that it runs, not how fast
         found["prlhf triton"] = lambda h, w, t: log_probs(h, w, None, t, "triton")
         found["prlhf triton, fused"], found["prlhf triton, tiles"] = one_design(fused=True), one_design(fused=False)
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
@@ -95,7 +95,7 @@ def implementations(cuda: bool) -> dict[str, LogProbs]:
 
 
 class Inputs(NamedTuple):
-    """What log-probs are computed from, and the gradient that comes back."""
+    """The inputs of log-probs, and the gradient of the loss for them."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -104,7 +104,7 @@ class Inputs(NamedTuple):
 
 
 def training(function: LogProbs, inputs: Inputs) -> Tensor:
-    """Forward and backward; the hidden states' gradient."""
+    """Forward and backward pass; returns the hidden states' gradient."""
     leaf_ND = inputs.hidden_ND.detach().requires_grad_()
     log_p_N = function(leaf_ND, inputs.weight_VD, inputs.targets_N)
     log_p_N.backward(inputs.grad_N.to(log_p_N.dtype))
@@ -119,6 +119,7 @@ def three_products(inputs: Inputs) -> None:
 
 
 def seconds(function: Call) -> float:
+    """Seconds of a call."""
     started = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -127,7 +128,7 @@ def seconds(function: Call) -> float:
 
 
 def extra_memory_mb(function: Call) -> float:
-    """Most memory allocated on the GPU by a call, beyond what was there before, in MB."""
+    """Peak GPU memory of a call, minus what was allocated before, in MB."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -148,10 +149,10 @@ class Errors(NamedTuple):
 
 
 def checked(arms: dict[str, LogProbs], inputs: Inputs) -> dict[str, Errors]:
-    """Each arm's errors on 64 positions; arms that do not run here are taken out of `arms`.
+    """Each arm's errors on 64 positions; arms that do not run here are removed from `arms`.
 
-    SystemExit where the values are another function's, and where the gradient of one of ours is (what others do with the
-    incoming gradient is their own: Liger takes it to be the same everywhere).
+    SystemExit if the values are those of another function, or the gradient of one of ours is. Others' gradients are not
+    checked: Liger assumes that the incoming gradient is the same at all positions.
     """
     hidden_ND, _, targets_N, grad_N = (t[:64] for t in inputs)
     part = Inputs(hidden_ND, inputs.weight_VD, targets_N, grad_N)
@@ -164,7 +165,7 @@ def checked(arms: dict[str, LogProbs], inputs: Inputs) -> dict[str, Errors]:
             with torch.no_grad():
                 found = function(hidden_ND, inputs.weight_VD, targets_N)
             errors[name] = Errors(relative_error(found, truth), relative_error(training(function, part), truth_grad))
-        except Exception as error:  # another project's kernel on a machine that it does not run on
+        except Exception as error:  # another project's kernel that does not run on this machine
             if ours:
                 raise
             print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0][:100]}")
@@ -176,7 +177,7 @@ def checked(arms: dict[str, LogProbs], inputs: Inputs) -> dict[str, Errors]:
 
 
 def measured(calls: dict[str, tuple[Call, Call]], rounds: int) -> dict[str, list[list[float]]]:
-    """Seconds of each arm's forward pass and of its training, by round; the arms take turns, after one to warm up."""
+    """Seconds of each arm's forward pass and training, by round, after one warm-up round; the arms take turns."""
     times: dict[str, list[list[float]]] = {name: [[], []] for name in calls}
     for number in range(rounds + 1):
         for name, (forward, both) in calls.items():

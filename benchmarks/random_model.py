@@ -3,7 +3,7 @@
     python benchmarks/random_model.py "Llama-3-8B" --out FOLDER [--dtype bfloat16]
     python benchmarks/step.py --model FOLDER --lora 16 --dtype bfloat16
 
-Writes config.json, safetensors and a tokenizer of bytes (whose tokens are the vocabulary's first), as a Hugging Face folder.
+Writes a Hugging Face folder: config.json, safetensors, and a tokenizer of bytes, whose ids are the vocabulary's first.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Comparisons of random tokens with the lengths of real ones, models of real shapes, and the FLOPs that they must cost."""
+"""Random comparisons with the lengths of real ones, models of real shapes, and the FLOPs of an update."""
 
 import random
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ SHAPES = {
 
 
 def random_comparisons(shape: str, count: int, vocabulary: int, users: int, seed: int = 0) -> list[EncodedComparison]:
-    """`count` comparisons of uniformly random tokens, by users 1 .. `users` in turn; lengths are at least 2."""
+    """`count` comparisons of uniformly random tokens, from users 1 .. `users` in turn; lengths are at least 2."""
     rng = random.Random(seed)
 
     def ids(length: tuple[int, int]) -> list[int]:
@@ -51,7 +51,7 @@ def random_comparisons(shape: str, count: int, vocabulary: int, users: int, seed
 
 
 def training_data(comparisons: list[EncodedComparison], users: int) -> TrainingData:
-    """The comparisons as training takes them, by users without names of their own."""
+    """The comparisons as training takes them, with users user0, user1, ..."""
     index = UserIndex([f"user{i}" for i in range(users)])
     return TrainingData(index, Dataset(comparisons, [], EncodingReport(len(comparisons))), None)
 
@@ -59,15 +59,15 @@ def training_data(comparisons: list[EncodedComparison], users: int) -> TrainingD
 def useful_flops(
     config: PretrainedConfig, comparisons: Sequence[EncodedComparison], vectors: int, branches: int, lora: bool
 ) -> int:
-    """What one update must spend in matrix products, however it is computed: prompts once a branch, logits of responses.
+    """FLOPs in matrix products that one update needs at least: each prompt once per branch, logits at response positions only.
 
     Forward, for a tree of P prefix positions (T_u = `vectors` included) and responses of y1 and y2 tokens, with W weights in
-    the blocks' linear layers, L layers, width D and vocabulary V, a product of two numbers and their sum being 2:
+    the blocks' linear layers, L layers, width D and vocabulary V (a multiplication and an addition are 2 FLOPs):
 
         2 W (P + y1 + y2) + 2 V D (y1 + y2) + 4 L D (P (P + 1) / 2 + sum_y [y P + y (y + 1) / 2])
 
-    Backward: twice as much; with LoRA once for what has frozen weights (no gradient of these), the adapters not counted.
-    Nothing is counted for a reference that was computed before, for checkpointing, padding, or a mask's empty half.
+    Backward: twice as much; with LoRA once for products with frozen weights, which need no weight gradient. Adapters, the
+    precomputed reference, checkpointing, padding and the masked half of attention are not counted.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -1,13 +1,13 @@
-"""How many positions an epoch computes, with and without what comparisons of one pair, or of the same responses, share.
+"""Positions computed in an epoch, with and without sharing between comparisons of one pair or of the same responses.
 
     python benchmarks/sharing.py --data runs/data/ukpconvarg1/train.jsonl.gz [--known 10] [--batch-size 32]
                                  [--micro-batch 8] [--out FILE.json]
 
-`group_by` puts comparisons of the same two responses, or of few responses, into one update, `share_trees` computes once what
-they have in common. P-DPO with both branches, T_u = 10, and a reward model behind the backbone. Counts positions of the
-forward passes, and beside them their padding; the model that lays them out is a random one of one block, on the CPU, where a
-row is a tree. By default an update is one forward pass a branch, which shares the most and pads the most; training cuts it
-into micro-batches of optim.micro_batch_size trees (8 by default), whose responses are not shared with those of another one.
+`group_by` puts comparisons of the same two responses, or of few responses, into one update; `share_trees` computes what they
+have in common once. Two models: P-DPO with both branches and T_u = 10, and a linear reward head. Counts the positions of the
+forward passes, and the padding among them; a random model of one block lays them out on the CPU, one tree per row. By default
+an update is one forward pass per branch, which shares the most and pads the most. Training cuts it into micro-batches of
+optim.micro_batch_size trees (8 by default), which share nothing with each other.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MODELS = {
 
 
 def main() -> None:
-    """Count an epoch for each combination of the two keys."""
+    """Count the positions of an epoch for each combination of the two keys."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument(
@@ -49,12 +49,8 @@ def main() -> None:
     else:
         tokenizer = load_tokenizer(config_module.load_config(None, [f"model.name={args.tokenizer}"]).model)
     keys = ["model.family=llama", "model.width=16", "model.heads=1", "model.layers=1", "data.max_tokens=4000"]
-    keys += [
-        f"data.known_users={args.known}",
-        f"data.limit={args.limit or 'null'}",
-        f"optim.batch_size={args.batch_size}",
-    ]
-    keys.append(f"optim.micro_batch_size={args.micro_batch or 2 * args.batch_size}")
+    keys += [f"data.known_users={args.known}", f"data.limit={args.limit or 'null'}"]
+    keys += [f"optim.batch_size={args.batch_size}", f"optim.micro_batch_size={args.micro_batch or 2 * args.batch_size}"]
     data, rows = None, []
     print("| | optim.group_by | model.share_trees | positions an epoch | of none | padding, of positions |")
     print("|---" * 6 + "|")

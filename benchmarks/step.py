@@ -1,21 +1,20 @@
-"""Seconds a training step takes, against TRL's DPOTrainer on the same comparisons.
+"""Seconds of a training step, against TRL's DPOTrainer on the same comparisons.
 
     pip install -c constraints.txt -e '.[bench]' && make model
     python benchmarks/step.py [--shape tldr | chat] [--rounds 5] [--comparisons 4] [--lora 0] [--out FILE.json]
 
-One step is one update: forward and backward passes over the same comparisons in the same order, clipping, AdamW. The arms
-take turns within a run, and medians over the rounds are compared: on a shared machine separate runs differ by a factor of
-two. First all arms that compute the same thing must agree on it: on the update's loss and on the reward margin of each
-comparison in each branch (`check_equal`). Each arm is a process of its own, as its users would run it, which works while the
-others wait; peak memory is that of the process (on a CPU with imports, of which TRL has more). On a GPU an arm gives back
-what it does not hold when its turn ends, and takes a step that is not timed when it begins; where the arms do not even then
-find room beside each other, --one-at-a-time starts each when the one before has ended.
+One step is one update: forward and backward passes over the same comparisons in the same order, clipping, AdamW. The arms are
+those of benchmarks/arms.py: prlhf, "prlhf pdpo", rows, "rows once", trl. They take turns within a run, and medians over the
+rounds are compared, since separate runs on a shared machine differ by up to a factor of two. First, arms that compute the same
+thing must agree on the update's loss and on each comparison's reward margin in each branch (`check_equal`).
 
-The arms are those of benchmarks/arms.py: prlhf, "prlhf pdpo", rows, "rows once", trl.
+Each arm runs in a process of its own, as its users would run it, and waits while the others work. Peak memory is that of the
+process; on a CPU this includes imports, of which TRL has more. On a GPU an arm frees its cached memory after its turn, and
+takes one step that is not timed before the next. If the arms do not fit side by side, --one-at-a-time runs them one after the other.
 
-Beside the peak of our arms stands what `train.py --dry-run` says, but for saving. The share of the matmul rate is that of the FLOPs an
-update must spend (`shapes.useful_flops`) in the time it took, over what a large matrix product of the same type reaches here, in
-the same run. Models of real shapes: benchmarks/random_model.py; the runs that want a GPU: benchmarks/gpu.sh.
+The table has the prediction of `train.py --dry-run` (without saving) beside our arms' peak memory. The share of the matmul rate
+is the FLOPs that an update must spend (`shapes.useful_flops`) per second, over the rate of a large matrix product of the same
+type, measured in the same run. Models of real shapes: benchmarks/random_model.py. Runs for a GPU: benchmarks/gpu.sh.
 """
 
 import argparse
@@ -48,18 +47,19 @@ from prlhf.forecast.memory import CUDA_CONTEXT
 from prlhf.train.log import peak_memory_gb
 from prlhf.train.malloc import keep_freed_memory
 
-# How far arms may be apart, over the largest reward margin. float32: a margin of about 1 is beta times the difference of sums
-# of some hundred to some thousand, each held to 1e-7 of itself, so 1e-5 to 1e-4 of it is rounding (measured: 1e-5 to 6e-5),
-# and 1 % of one layer's weights is 2e-3. bfloat16: hidden states rounded to 2^-9 at each block are 1 to 2 % of a logit.
+# The allowed difference between arms, relative to the largest reward margin. float32: a margin of about 1 is beta times the
+# difference of sums of a hundred to a few thousand, each exact to 1e-7 of itself, so rounding is 1e-5 to 1e-4 of the margin
+# (measured: 1e-5 to 6e-5); a change of 1% in one layer's weights gives 2e-3. bfloat16: rounding hidden states to 2^-9 in each
+# block changes a logit by 1 to 2%.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "liger-kernel")
 
 
 def check_equal(computed: dict[str, Computed], dtype: str) -> None:
-    """All plain DPO arms compute the same, and all P-DPO arms; else the times would compare different things.
+    """Check that all plain DPO arms compute the same, and all P-DPO arms.
 
-    SystemExit where the update's loss or any reward margin of one arm is further from another's than TOLERANCE of the
-    largest margin, or is not finite. The margins are what tells arms apart: a loss is near log 2 whatever the weights are.
+    SystemExit if the update's loss or a reward margin differs between arms by more than TOLERANCE times the largest margin, or
+    is not finite. The margins tell arms apart; a loss is near log 2 for any weights.
     """
     plain = {label: found for label, found in computed.items() if is_plain(label)}
     personal = {label: found for label, found in computed.items() if label not in plain}
@@ -69,16 +69,16 @@ def check_equal(computed: dict[str, Computed], dtype: str) -> None:
         found = torch.tensor([[loss, *margins] for loss, margins in group.values()], dtype=torch.float64)
         allowed = TOLERANCE[dtype] * found[0, 1:].abs().max()
         apart = (found - found[0]).abs().max()
-        if not apart <= allowed:  # neither is it where one is not a number
+        if not apart <= allowed:  # true for NaN too
             raise SystemExit(f"the arms do not compute the same: {apart:.1e} apart, expected {allowed:.1e}: {group}")
 
 
 class WorkerDied(Exception):
-    """A worker's process is no more; what it said is on stderr."""
+    """A worker's process has ended; its messages are on stderr."""
 
 
 class Worker:
-    """An arm in a process of its own, which does something only when it is asked to."""
+    """An arm in a process of its own, which works only when asked."""
 
     MARK = "answer: "
 
@@ -89,7 +89,7 @@ class Worker:
         )  # fmt: skip
 
     def answer(self) -> dict[str, Any]:
-        """What the process says next."""
+        """The process's next answer."""
         for line in self.process.stdout:
             if line.startswith(self.MARK):
                 return json.loads(line[len(self.MARK) :])
@@ -97,17 +97,17 @@ class Worker:
 
     def ask(self, what: str) -> dict[str, Any]:
         """ "start": reference_s; "check": loss, margins (`Computed`); "step": seconds, peak_gb."""
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+        with contextlib.suppress(BrokenPipeError):  # `answer` then finds the end of the output
             self.process.stdin.write(what + "\n")
         return self.answer()
 
     def end(self) -> None:
-        """Let the process end, and wait for that."""
+        """Close the process's input and wait for its end."""
         self.process.communicate()
 
 
 def work(label: str, args: argparse.Namespace, comparisons: list[EncodedComparison]) -> None:
-    """A worker's loop: a line in, an answer out."""
+    """A worker's loop: read a line, print an answer."""
     cuda = torch.cuda.is_available()
     for line in sys.stdin:
         what = line.strip()
@@ -118,7 +118,7 @@ def work(label: str, args: argparse.Namespace, comparisons: list[EncodedComparis
             found = arm.computed()._asdict()
         else:
             if cuda:
-                arm.step()  # takes again the memory that was given back
+                arm.step()  # allocates the freed memory again
                 torch.cuda.synchronize()
             started = time.perf_counter()
             arm.step()
@@ -132,7 +132,7 @@ def work(label: str, args: argparse.Namespace, comparisons: list[EncodedComparis
 
 @dataclass
 class Measured:
-    """What was found of an arm."""
+    """The measurements of an arm."""
 
     reference_s: float
     computed: Computed | None = None
@@ -141,9 +141,9 @@ class Measured:
 
 
 def measure(labels: Sequence[str], rounds: int, dtype: str) -> dict[str, Measured]:
-    """The arms side by side: all start, all are checked, and in each round each takes its step.
+    """Start all arms, check them, and let each take one step per round.
 
-    One of TRL's batch sizes that dies of it (too little memory) is left out.
+    A batch size of TRL whose process dies (too little memory) is left out.
     """
     workers = {label: Worker(label) for label in labels}
     found: dict[str, Measured] = {}
@@ -186,7 +186,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--arms", nargs="+", default=[*ARMS, "trl"], choices=[*ARMS, "trl"])
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for the prlhf arms")
-    parser.add_argument("--one-at-a-time", action="store_true", help="where the arms' models have no room together")
+    parser.add_argument("--one-at-a-time", action="store_true", help="for models that do not fit in memory together")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="also write the table as JSON")
@@ -194,13 +194,13 @@ def arguments(description: str | None) -> argparse.Namespace:
 
 
 def labels(args: argparse.Namespace) -> list[str]:
-    """The arms asked for, TRL's once for each of its batch sizes."""
+    """The labels of the arms asked for; TRL has one per batch size."""
     trl = [f"trl, batch {size}" for size in args.trl_batch]
     return [label for arm in args.arms for label in (trl if arm == "trl" else [arm])]
 
 
 def comparisons_of(args: argparse.Namespace) -> list[EncodedComparison]:
-    """The comparisons of the update, random tokens of the model's vocabulary."""
+    """The comparisons of the update: random tokens of the model's vocabulary."""
     vocabulary = len(load_tokenizer(config_module.load_config(None, [f"model.name={args.model}"]).model))
     return random_comparisons(args.shape, args.comparisons, vocabulary, USERS, args.seed)
 
@@ -224,23 +224,23 @@ def main() -> None:
 
 
 class Machine(NamedTuple):
-    """What it was measured on, and with which packages (None: not installed)."""
+    """The machine of the measurement, and package versions (None: not installed)."""
 
     device: str
     matmul_rate: float  # FLOPs a second
-    dtype: str  # of these FLOPs
+    dtype: str  # of the matrix product
     versions: dict[str, str | None]
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's with the threads that torch takes."""
+    """The GPU's name, or the processor's and the number of threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str | None]:
-    """The version of each of PACKAGES."""
+    """The installed version of each of PACKAGES."""
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -249,7 +249,7 @@ def versions() -> dict[str, str | None]:
 
 
 def matmul_rate(width: int, dtype: torch.dtype, rounds: int = 7) -> float:
-    """FLOPs a second of (8192, D) x (D, 4 D) on a GPU, of a quarter of the rows on a CPU: the median of some rounds."""
+    """FLOPs per second of (8192, D) x (D, 4 D) on a GPU, with a quarter of the rows on a CPU; median of the rounds."""
     device = choose_device("auto")
     rows = 8192 if device == "cuda" else 2048
     left, right = (torch.randn(*size, device=device).to(dtype) for size in ((rows, width), (width, 4 * width)))
@@ -266,7 +266,7 @@ def matmul_rate(width: int, dtype: torch.dtype, rounds: int = 7) -> float:
 def shares_of_rate(
     args: argparse.Namespace, comparisons: Sequence[EncodedComparison], seconds: dict[str, float], rate: float
 ) -> dict[str, float]:
-    """What share of the matmul rate each arm's useful FLOPs are."""
+    """Each arm's useful FLOPs per second, as a share of the matmul rate."""
     config = AutoConfig.from_pretrained(str(Path(args.model).expanduser()))
     plain, personal = (
         useful_flops(config, comparisons, vectors, branches, args.lora > 0) for vectors, branches in ((0, 1), (10, 2))
@@ -275,8 +275,8 @@ def shares_of_rate(
 
 
 def predicted_gb(name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]) -> float:
-    """What the dry run says that an arm's memory will be at its peak, in 1e9 bytes, counted as `peak_memory_gb` counts; but for
-    the saving of a checkpoint, which no arm does."""
+    """An arm's peak memory as the dry run predicts it, in 1e9 bytes, counted as in `peak_memory_gb`; without the saving of a
+    checkpoint, which no arm does."""
     config, device = config_of(name, args), choose_device("auto")
     memory = predict(config, load_tokenizer(config.model), training_data(comparisons, USERS), device).memory
     peak = max(size for phase, size in memory.peaks.items() if phase != "saving")
@@ -286,7 +286,7 @@ def predicted_gb(name: str, args: argparse.Namespace, comparisons: list[EncodedC
 def report(
     args: argparse.Namespace, comparisons: list[EncodedComparison], found: dict[str, Measured], machine: Machine
 ) -> None:
-    """Print the table, and write it as JSON where that is asked for."""
+    """Print the table, and write it as JSON if --out is given."""
     medians = {name: statistics.median(arm.seconds) for name, arm in found.items()}
     trl = {name: t for name, t in medians.items() if name.startswith("trl")}
     best = min(trl, key=lambda name: trl[name]) if trl else None
@@ -326,7 +326,7 @@ def report(
         )
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in machine.versions.items())
     rate = f"{machine.matmul_rate / 1e12:.3f} TFLOP/s, {machine.dtype}"
-    print(f"\nmatmul rate: {rate}, measured in this run, while no arm worked\n{machine.device}; {packages}")
+    print(f"\nmatmul rate: {rate}, measured in this run, while no arm was working\n{machine.device}; {packages}")
     if args.out:
         seconds = {name: arm.seconds for name, arm in found.items()}
         written = {"arguments": vars(args), **machine._asdict(), "seconds": seconds, "rows": rows}

@@ -1,13 +1,13 @@
-"""What the number of users m costs: a training step, its memory, saving and loading, and a late user against the first.
+"""The cost of the number of users m: a training step, its memory, saving and loading, and a late user against the first.
 
     python benchmarks/users.py [--users 10 10000 1000000] [--width 64] [--rounds 30] [--out FILE.json]
 
-For individual users (T_u = 1) and for K = 100 clusters, a P-DPO step of a small random model at each m, by the functions
-that the training loop calls. Each update has the same texts. Its users come back every --gap updates where there are enough
-of them: the default is just more than the steps that momentum moves a row (194), all of which are then made up. To warm up,
---gap updates are taken, all but the last two without the backbone. The arms take turns; the ratio to the smallest m is the
-median over rounds of that round's ratio. Memory beside the table and its moments is a step's peak less what was held before
-it. Saving and loading are safetensors, as for final/; the vectors of a late user (987,654 of a million) and of the first,
+Takes P-DPO steps of a small random model for individual users (T_u = 1) and for K = 100 clusters at each m, by the functions
+that the training loop calls. All updates have the same texts; their users come back every --gap updates if there are enough of
+them. The default is just above the number of steps for which momentum moves a row (194), all of which are then caught up. The
+warm-up takes --gap updates, all but the last two without the backbone. The arms take turns. The ratio to the smallest m is the
+median over rounds of the round's ratio. A step's memory is its peak minus what was held before it, so without the table and its
+moments. Saving and loading use safetensors, as for final/. The vectors of a late user (987,654 of a million) and of the first,
 and answers of --new-tokens tokens to them, are timed in turn.
 """
 
@@ -42,7 +42,7 @@ KINDS = {
 
 
 class Arm:
-    """A model of a kind for m users, in training."""
+    """A model of one kind for m users, in training."""
 
     def __init__(self, kind: str, users: int, args: argparse.Namespace):
         keys = ("model.family=llama", f"model.width={args.width}", f"optim.micro_batch_size={args.comparisons}")
@@ -59,12 +59,12 @@ class Arm:
         self.model.train()
 
     def batch(self) -> list[EncodedComparison]:
-        """The next update: the same texts, by the users whose turn it is."""
+        """The next update: the same texts, with the next users."""
         first = self.updates * len(self.texts)
         return [c._replace(user=self.turns[(first + i) % len(self.turns)]) for i, c in enumerate(self.texts)]
 
     def step(self, backbone: bool = True) -> None:
-        """One update, as the training loop does it; to warm up without the backbone, with another gradient."""
+        """One update, as in the training loop; backbone=False, for the warm-up: a cheap gradient of the user vectors."""
         comparisons = self.batch()
         users = [c.user for c in comparisons]
         self.optimizer.catch_up(self.model.user_model.rows_of([0, *users]))
@@ -79,11 +79,11 @@ class Arm:
 
     @property
     def table_mb(self) -> float:
-        """The table and its two moments."""
+        """Size of the table and its two moments, in MB."""
         return 3 * sum(table.nbytes for table in self.model.user_model.tables) / 1e6
 
     def file_us(self) -> tuple[float, float]:
-        """Microseconds a user to save the user model, and to load it."""
+        """Microseconds per user to save the user model, and to load it."""
         state = {name: p.detach().cpu().contiguous() for name, p in self.model.user_model.state_dict().items()}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "users.safetensors"
@@ -92,17 +92,17 @@ class Arm:
         return saving / self.users * 1e6, loading / self.users * 1e6
 
     def read(self, user: int) -> None:
-        """One user's vectors."""
+        """Compute one user's vectors."""
         with torch.no_grad():
             self.model.user_model(torch.tensor([user], device=self.model.device))
 
     def answer(self, user: int, tokens: int) -> None:
-        """A response to that user."""
+        """Generate a response for the user."""
         generate(self.model, [Request(self.texts[0].prefix, user, "x")], -1, Decoding(max_new_tokens=tokens))
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """What a call takes."""
+    """Seconds of a call."""
     started = time.perf_counter()
     call()
     if torch.cuda.is_available():
@@ -111,14 +111,14 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def extra_mb(call: Callable[[], object]) -> float | None:
-    """The peak of memory during a call, beyond what was held before; None where the system does not tell."""
+    """Peak memory of a call, minus what was held before, in MB; None if the system does not tell."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory is not held
+        ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): forget the peak of resident memory
     except (OSError, AttributeError):
         return None
@@ -128,13 +128,13 @@ def extra_mb(call: Callable[[], object]) -> float | None:
 
 
 def resident_kb(name: str) -> int:
-    """VmRSS, resident memory, or VmHWM, its peak."""
+    """VmRSS (resident memory) or VmHWM (its peak) of this process, in kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
 def late_over_first(call: Callable[[int], object], late: int, rounds: int) -> float:
-    """The median time that a call takes for user `late` over that for user 1, in turn."""
+    """Median time of a call for user `late`, over that for user 1; the two take turns."""
     times = [(seconds(lambda: call(late)), seconds(lambda: call(1))) for _ in range(rounds)]
     return statistics.median(t for t, _ in times) / statistics.median(t for _, t in times)
 
@@ -189,7 +189,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, rows: list[dict], times: list[list[float]]) -> None:
-    """Print the table, and write it as JSON where that is asked for."""
+    """Print the table, and write it as JSON if --out is given."""
     print(
         "| users | m | step, ms | over the smallest m | table and moments, MB | a step's memory beside, MB | "
         "save, us/user | load, us/user | late user over first: vectors | answer |"

@@ -1,11 +1,11 @@
-"""The paper's ablations at small scale: what alpha, the number of clusters, the shared component and T_u do.
+"""The paper's ablations at small scale: the effect of alpha, the number of clusters, the shared component and T_u.
 
     make length-data model && python -m examples.ablation [linear | tokens] [--out runs/ablation] [--seeds 0 1 2]
                                                           [--set key=value ...]
 
 Simulated length preferences (configs/length_prm.yaml): ten workers, of whom 4, 5 and 6 prefer the shorter response.
-linear: P-RM with a linear head on a frozen SmolLM2-135M, minutes on a CPU. tokens: T_u, the vectors of a user, in the soft
-prompt of a P-RM with LoRA. Prints a table; the same command again goes on where it stopped.
+linear: P-RM with a linear head on a frozen SmolLM2-135M, minutes on a CPU. tokens: T_u, the number of a user's vectors, in the
+soft prompt of a P-RM with LoRA. Prints a table. The same command again continues where it stopped.
 """
 
 import json
@@ -35,11 +35,11 @@ SOFT_PROMPT = (
     "user_model.aggregator=soft_prompt", "user_model.init=vocabulary", "user_model.lr=1e-2",
 )  # fmt: skip
 TOKENS = {f"individual, T_u = {tokens}": (f"user_model.tokens={tokens}",) for tokens in (1, 4, 16)}
-TABLES = {"linear": (LINEAR, ()), "tokens": (TOKENS, SOFT_PROMPT)}  # arms, and the keys of all of them
+TABLES = {"linear": (LINEAR, ()), "tokens": (TOKENS, SOFT_PROMPT)}  # arms, and the keys that all of them have
 
 
 def main() -> None:
-    """Every arm and seed, then the table."""
+    """Run every arm and seed, then print the table."""
     parser = grid.options(__doc__, "runs/ablation")
     parser.add_argument("table", nargs="?", default="linear", choices=list(TABLES))
     args = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def row(arm: str, reports: Sequence[dict[str, Any]]) -> str:
-    """The arm's accuracies and gain, in %: mean ± standard deviation over seeds; of one seed the gain's interval."""
+    """The arm's accuracies and gain in %: mean ± standard deviation over seeds; with one seed, the gain's interval."""
     cells = [_cell([report["accuracy"]["top"] for report in reports])]
     for name in ("generic_user", "shuffled_users", "personalisation_gain"):
         cells.append(_cell([report["controls"].get(name, {}).get("accuracy") for report in reports]))

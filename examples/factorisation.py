@@ -1,11 +1,11 @@
-"""What can be reached without reading a word: matrix factorisation of who chose which response.
+"""Accuracy that can be reached without reading the text: matrix factorisation of who chose which response.
 
     python -m examples.factorisation --data FOLDER [--rank 4] [--seeds 0 1 2]
 
-A response's reward is b_y for everybody, and b_y + z_u . v_y for user u, whatever its text: a linear reward head whose hidden
-state is one dimension a response, with the same prior, cross-validation and solver as a model that reads (`prlhf.solve`).
-Prints the accuracy on known users' held-out comparisons of responses that others judged in training, as themselves and as the
-generic user, and on unknown users'. On responses that nobody judged it is one half by construction.
+The reward of response y, whatever its text, is b_y for the generic user and b_y + z_u . v_y for user u. This is a linear reward
+head whose hidden states have one dimension per response; prior, cross-validation and solver are those of a model that reads
+(`prlhf.solve`). Prints the accuracy on held-out comparisons of responses that were judged in training: of known users (as
+themselves, and as the generic user) and of unknown users. On responses that nobody judged it is 50% by construction.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, run_command
 from prlhf.evaluate.report import percent
 from prlhf.method.users import LowRankUsers
-from prlhf.solve.linear import LinearProblem, solve, vectors_of_all
+from prlhf.solve.linear import LinearProblem, solve
 from prlhf.solve.strength import choose
 
 ALPHA = 0.5
 
 
 class Factorisation:
-    """The responses of training comparisons by number, and what was fitted to them."""
+    """Factors fitted to training comparisons, and the rewards of all their responses (M + 1, S)."""
 
     def __init__(self, train: Sequence[Comparison], users: UserIndex, rank: int, seed: int):
         keys = [key for c in train for key in response_keys(as_read(c))]
@@ -39,18 +39,19 @@ class Factorisation:
         y = torch.tensor([self.number[key] for key in keys]).view(-1, 2)
         users_N = torch.tensor([users.number(c.user) for c in train])
         own_N = ALPHA * (users_N > 0).double()
-        like = {"dtype": torch.float64}
-        states_SS = torch.eye(S, **like) / 2**0.5  # the difference of two has a square of 1
-        problem = LinearProblem(LossConfig(alpha=ALPHA), states_SS, torch.ones(S, **like), y[:, 0], y[:, 1], users_N,
-                                torch.ones(len(train), **like), own_N, 1 - own_N, M)  # fmt: skip
-        model = LowRankUsers(torch.zeros(1, S, **like), torch.zeros(rank, 1, S, **like), torch.zeros(M, rank, **like))
+        states_SS = torch.eye(S, dtype=torch.float64) / 2**0.5  # a difference of two rows has length 1
+        ones, zeros = states_SS.new_ones, states_SS.new_zeros
+        problem = LinearProblem(
+            LossConfig(alpha=ALPHA), states_SS, ones(S), y[:, 0], y[:, 1], users_N, ones(len(train)), own_N, M
+        )
+        model = LowRankUsers(zeros(1, S), zeros(rank, 1, S), zeros(M, rank))
         config = UserModelConfig(rank=rank, prior="auto", shared_prior="auto")
         self.strength = choose(problem, model, config, seed).strength
         solve(problem, model, self.strength)
-        self.rewards_MS = (vectors_of_all(model, M) @ states_SS.T).detach().numpy()
+        self.rewards_MS = (problem.vectors(model) @ states_SS.T).detach().numpy()
 
     def accuracy(self, comparisons: Sequence[Comparison], generic: bool = False) -> float:
-        """The share of comparisons whose chosen response has the larger reward; ties, and what is new, count one half."""
+        """Share of comparisons whose chosen response has the larger reward. Ties count 1/2; an unseen response has reward 0."""
         right = []
         for c in map(as_read, comparisons):
             row = self.rewards_MS[0 if generic else self.users.number(c.user)]
@@ -60,7 +61,7 @@ class Factorisation:
 
 
 def main() -> None:
-    """A row a seed."""
+    """Print one row per seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the folder of the Polis files")
     parser.add_argument("--rank", type=int, default=4, help="of the user factors (default: %(default)s)")

@@ -1,7 +1,7 @@
 """The grid behind a table: arms x seeds, trained by train.py and evaluated by evaluate.py in this process.
 
-Each run has its own folder, OUT/ARM_seedN, and its evaluations lie in eval/ there. What is finished is left as it is, so
-the same command again goes on where it stopped; but its checkpoints, which it no longer needs, are removed.
+Each run has its own folder OUT/ARM_seedN, with its evaluations in eval/. Finished runs and evaluations are kept, so the same
+command again continues where it stopped. A finished run's checkpoints are removed, as it no longer needs them.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from prlhf.errors import UserError, did_you_mean
 from prlhf.evaluate import __main__ as evaluate
 from prlhf.train import __main__ as train
 
-OWN: dict[str, str | None] = {"": None}  # held out: the config's own data.valid, evaluated in eval/ itself
+OWN: dict[str, str | None] = {"": None}  # held-out file: the config's data.valid, evaluated in eval/ itself
 
 
 class Arm(NamedTuple):
-    """A row of the table: a config, and the keys that make it this row."""
+    """A row of the table: a config, and the keys that this row changes."""
 
     config: str
     keys: tuple[str, ...]
@@ -34,10 +34,10 @@ def call(main: Callable[[], None], *arguments: str) -> None:
 
 
 def options(description: str | None, out: str) -> argparse.ArgumentParser:
-    """The options of every grid."""
+    """The command-line options that all grids share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=out, help="where the runs go (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="these alone, in this order (default: all)")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, in this order (default: all)")
     parser.add_argument("--seeds", nargs="+", default=["0", "1", "2"], metavar="N")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for every run")
     return parser
@@ -49,10 +49,10 @@ def run_grid(
     keys: tuple[str, ...] = (),
     held_out: Mapping[str, str | None] = OWN,
 ) -> dict[str, dict[str, list[Path]]]:
-    """Train and evaluate args.arms x args.seeds; the evaluations' folders, by held-out file, arm and seed.
+    """Train and evaluate args.arms x args.seeds; returns the evaluations' folders by held-out file and arm, one per seed.
 
-    args: as `options` parses them; keys: of every run, overridden by args.set and that by an arm's; held_out: files by
-    the name of their folder in eval/. UserError, before anything is trained, for what is wrong in any run's config.
+    args: parsed by `options`. keys: of every run; args.set overrides them, and an arm's keys override both. held_out: files, by
+    the name of their folder in eval/. UserError for any run's config, before anything is trained.
     """
     chosen = _chosen(args, arms)
     plan = []
@@ -76,7 +76,7 @@ def run_grid(
 
 
 def _chosen(args: argparse.Namespace, arms: Mapping[str, Arm]) -> dict[str, Arm]:
-    """The arms of --arms. UserError for an unknown one, and where --set would make an arm another one."""
+    """The arms of --arms. UserError for an unknown arm, and if --set would change a key in which the arms differ."""
     for name in args.arms or ():
         if name not in arms:
             raise UserError(
@@ -91,7 +91,7 @@ def _chosen(args: argparse.Namespace, arms: Mapping[str, Arm]) -> dict[str, Arm]
 
 
 def _is_evaluated(folder: Path, data: str | None) -> bool:
-    """Whether the folder holds a whole report (evaluate.py writes it last) about this file."""
+    """Whether the folder holds a complete report on this file; evaluate.py writes the report last."""
     try:
         return json.loads((folder / "report.json").read_text(encoding="utf-8"))["data"] == data
     except (OSError, ValueError, KeyError, TypeError):

@@ -2,8 +2,8 @@
 
     python -m examples.lemma
 
-Seven users vote on four pairs of responses. Both models are linear heads on a small random-weight backbone, fitted to
-the very votes until the gradient vanishes.
+Seven users vote on four pairs of responses. Both models are linear heads on a small random-weight backbone, fitted to all
+votes until the gradient vanishes.
 """
 
 import math
@@ -27,7 +27,7 @@ VOTES_FOR_FIRST = (1, 3, 4, 6)  # of the seven users, on each pair
 
 
 def votes(seed: int = 0) -> list[EncodedComparison]:
-    """Pair p is judged by all users, of whom VOTES_FOR_FIRST[p], drawn at random, choose its first response."""
+    """All users judge each pair p; VOTES_FOR_FIRST[p] of them, drawn at random, choose its first response."""
     rng = random.Random(seed)
     found = []
     for p, count in enumerate(VOTES_FOR_FIRST):
@@ -40,7 +40,7 @@ def votes(seed: int = 0) -> list[EncodedComparison]:
 
 
 def fitted(config: Config, comparisons: list[EncodedComparison], decay: float = 0.0) -> PersonalizedModel:
-    """The reward model of `config` whose user model minimises the loss on `comparisons` (+ decay |e|^2), by L-BFGS."""
+    """The reward model of `config`, its user model fitted by L-BFGS to the loss on `comparisons` + decay |e|^2."""
     tokenizer = byte_tokenizer()
     backbone = random_backbone(config.model, len(tokenizer), config.seed).double()
     model = build_model(config, tokenizer, USERS, backbone)
@@ -70,13 +70,14 @@ def lemma_config(*overrides: str) -> Config:
 
 
 def margins(model: PersonalizedModel, comparisons: list[EncodedComparison], users: list[int]) -> list[float]:
-    """r(chosen) - r(rejected) for these users."""
+    """r(chosen) - r(rejected) of each comparison, read by the given user."""
     rewards = score(model, comparisons, users, batch_size=8)
     assert isinstance(rewards, Rewards)
     return (rewards.chosen - rewards.rejected).tolist()
 
 
 def main() -> None:
+    """Fit both models and print what they have learned of each pair."""
     comparisons = votes()
     vanilla = fitted(lemma_config("user_model.kind=uniform"), comparisons)
     personal = fitted(lemma_config("user_model.kind=individual"), comparisons, decay=1e-4)

@@ -2,12 +2,12 @@
 
     python -m examples.polis --data FOLDER [--config polis_prm.yaml] [--out runs/polis] [--seeds 0 1 2] [--set key=value ...]
 
-Trains a vanilla reward model and each user model, for every seed, by train.py; evaluates each on known voters' unseen votes, on
-statements that occur in no training comparison, and on voters whom it does not know, by evaluate.py; and compares them by
-prlhf.compare. The arms whose name ends in _paper have the paper's forms, without a prior, trained by AdamW, from the last
-token's state. The same command again goes on where it stopped. --config polis_lora_prm.yaml trains the backbone too.
+Trains a vanilla reward model and each user model for every seed (train.py). Evaluates each (evaluate.py) on known voters' unseen
+votes, on statements that occur in no training comparison, and on unknown voters. Compares them (prlhf.compare). Arms whose name
+ends in _paper have the paper's form: no prior, AdamW, the last token's state. The same command again continues where it
+stopped. --config polis_lora_prm.yaml trains the backbone too.
 
-What can be reached without reading a word: python -m examples.factorisation --data FOLDER
+The accuracy that can be reached without reading the text: python -m examples.factorisation --data FOLDER
 """
 
 from pathlib import Path
@@ -33,7 +33,7 @@ HELD_OUT = ("valid_seen_statements", "valid_new_statements", "unseen_users_test"
 
 
 def main() -> None:
-    """Every arm and seed, then the three comparisons."""
+    """Run every arm and seed, then the three comparisons."""
     parser = grid.options(__doc__, "runs/polis")
     parser.add_argument("--data", required=True, help=f"the folder of train.jsonl, {', '.join(HELD_OUT)}.jsonl")
     parser.add_argument(
@@ -44,7 +44,7 @@ def main() -> None:
     data = (f"data.train={args.data}/train.jsonl", "data.valid=null")
     evaluations = grid.run_grid(args, arms, data, {split: f"{args.data}/{split}.jsonl" for split in HELD_OUT})
     for split, found in evaluations.items():
-        if len(found) > 1:  # one arm has nothing to be compared with
+        if len(found) > 1:  # a single arm has nothing to compare with
             names = [f"{arm}={','.join(map(str, folders))}" for arm, folders in found.items()]
             grid.call(compare.main, *names, "--out", str(Path(args.out) / f"comparison_{split}"))
 

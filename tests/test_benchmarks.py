@@ -1,4 +1,4 @@
-"""The benchmarks' own parts run, at toy size; what they compare with is not installed here."""
+"""The benchmarks run at toy size; packages that they compare with need not be installed."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def run(script, *arguments):
 
 
 def saved_model(folder, family="llama", bos=False):
-    """A tiny model with a tokenizer of bytes, which begins a text with BOS where that is asked for."""
+    """A tiny model with a tokenizer of bytes. bos: the tokenizer begins each text with BOS."""
     tokenizer = byte_tokenizer()
     if bos:
         begin = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
@@ -76,7 +76,7 @@ def arms(monkeypatch):
 
 @pytest.fixture
 def in_process(step, arms, monkeypatch):
-    """The arms in this process: the command line, and what makes an arm of a label."""
+    """Arms in this process: a function from a command line to its arguments, comparisons, and a maker of arms by label."""
 
     def prepare(*command):
         torch.set_num_threads(1)  # as ONE
@@ -130,7 +130,7 @@ def test_arms_that_compute_the_same_pass(step, arms, in_process, tmp_path, famil
 
 @pytest.mark.parametrize("options", [(), ("--lora", 4)], ids=["full", "lora"])
 def test_an_arm_that_computes_another_thing_is_refused(step, arms, in_process, tmp_path, options):
-    """Users exchanged, user vectors before BOS, one layer's weights 1 % larger: what losses near log 2 would not tell."""
+    """Exchanged users, user vectors before BOS, one layer's weights 1% larger: losses near log 2 would not show them."""
     command = ("--model", saved_model(tmp_path / "model", bos=True), "--shape", "short", *options)
     args, comparisons, made = in_process(*command)
     right = {"prlhf pdpo": made("prlhf pdpo").computed()}
@@ -154,7 +154,7 @@ def test_an_arm_that_computes_another_thing_is_refused(step, arms, in_process, t
 
 
 class AsInPEFT(nn.Module):
-    """A linear layer with adapters under PEFT's names, which start as they happen to."""
+    """A linear layer with adapters under PEFT's names and with their own initial values."""
 
     def __init__(self, inputs, outputs, rank):
         super().__init__()
@@ -164,7 +164,7 @@ class AsInPEFT(nn.Module):
 
 
 def test_adapters_are_those_of_the_other_arms_whatever_they_were(arms, in_process, model):
-    """PEFT draws A by itself and in an order of its own: A and B are set by the layer's path alone."""
+    """PEFT draws A itself, in its own order; `moved` sets A and B by the layer's path alone."""
     _, _, made = in_process("--model", model, "--shape", "short", "--lora", 4)
     ours = lora_layers(made("prlhf").model.backbone)
     layers = nn.Module()
@@ -206,7 +206,7 @@ def test_the_share_of_the_matmul_rate_is_useful_flops_over_what_the_time_allows(
 
 
 def test_a_random_model_of_a_real_shape_loads(tmp_path):
-    """The shape in everything but its layers; the vocabulary, of which the tokenizer knows the bytes, is the real one."""
+    """The real shape except for fewer layers; the vocabulary has its real size, of which the tokenizer uses the bytes."""
     monkeypatched = {"GPT-J 6B": {"n_embd": 16, "n_head": 2, "rotary_dim": 4}}
     code = (
         "import sys, runpy; sys.path.insert(0, sys.argv[1]); import shapes\n"
@@ -287,7 +287,7 @@ def test_breakdown_knows_operations_and_kernels_by_their_names(step):
 
 
 def test_logprob_prints_a_table_and_writes_json(tmp_path):
-    """With Triton both of its designs, which conftest lets its interpreter run where there is no GPU."""
+    """Includes both designs of Triton, run by its interpreter if there is no GPU (conftest)."""
     out = tmp_path / "logprob.json"
     sizes = ("--positions", 70, "--width", 40, "--vocabulary", 300, "--rounds", 1)
     assert "| prlhf chunked | " in run("logprob.py", *sizes, "--dtype", "bfloat16", "--out", out)
@@ -321,7 +321,7 @@ def test_logprob_refuses_another_function_and_another_gradient(monkeypatch, caps
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tries the script where there is no GPU")
 @pytest.mark.slow
 def test_gpu_script_runs_without_one(tmp_path):
-    """Its part `full`, with a tiny model in the place of GPT-J 6B."""
+    """The part `full`, with a tiny model in place of GPT-J 6B."""
     saved_model(tmp_path / "out" / "models" / "gptj", "gptj")
     small = {"PYTHON": sys.executable, "COMPARISONS": "2", "ROUNDS": "1", "STEP": "--shape short"}
     found = subprocess.run(
@@ -380,7 +380,7 @@ def test_users_prints_a_table_and_writes_json(tmp_path):
 
 @pytest.mark.slow
 def test_a_step_with_a_million_users_costs_what_one_with_ten_costs(tmp_path):
-    """At most 1.2 times, beside a table that grows; and the 987,654th user is answered as quickly as the first."""
+    """At most 1.2 times, without the growing table; and the 987,654th user is answered as quickly as the first."""
     out = tmp_path / "users.json"
     run("users.py", "--users", 10, 1_000_000, "--out", out)
     for row in json.loads(out.read_text())["rows"]:

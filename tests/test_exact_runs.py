@@ -1,4 +1,4 @@
-"""Runs in which a linear reward head is solved: in place of updates, or before the first; through the public commands."""
+"""Runs that solve a linear reward head, in place of updates or before the first one, through the public commands."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from prlhf.generate import __main__ as generate
 from prlhf.score.score import score
 from prlhf.solve import linear as solve
 from prlhf.solve import strength
-from prlhf.solve.prior import LARGEST, check_size
+from prlhf.solve.run import LARGEST, check_size
 from prlhf.store.final import load_final
 from prlhf.train import __main__ as train
 from prlhf.train import loop
@@ -123,7 +123,7 @@ def test_an_exact_run_that_is_killed_starts_anew(call, tmp_path, monkeypatch, mo
 
 
 def test_a_solution_that_the_search_has_not_reached_is_told(call, tmp_path, monkeypatch):
-    """One iteration in place of all that it takes; and users who may not differ, whose own gradients are none of it."""
+    """A search of one iteration gives a warning. Users who may not differ give none, whatever their own gradients are."""
     status, said, _ = call(train.main, *command(tmp_path / "whole", *EXACT))
     assert status == 0 and "not exact" not in said and records(tmp_path / "whole")[0]["largest_gradient"] < 1e-6
     monkeypatch.setattr(strength, "USERS", (0.0,))
@@ -136,7 +136,7 @@ def test_a_solution_that_the_search_has_not_reached_is_told(call, tmp_path, monk
 
 
 def test_a_training_that_starts_solved_has_the_rewards_of_the_exact_solution(call, tmp_path, monkeypatch):
-    """Of all training comparisons as their users and as user 0 read them, before the first update."""
+    """For all training comparisons, read by their users and by user 0, before the first update."""
     exact, run, found = tmp_path / "exact", tmp_path / "run", {}
     take_step = loop.take_step
 

@@ -1,4 +1,4 @@
-"""A table of the paper as one command: what it runs, what it leaves alone the second time, and what it writes."""
+"""A table of the paper as one command: what it runs, what it skips the second time, and what it writes."""
 
 import json
 import re
@@ -11,12 +11,8 @@ import pytest
 import torch
 
 from examples import ablation, grid, polis, table1
-from examples import conformity as conformity_script
-from examples.conformity import conformity
 from prlhf.config import load as config_module
-from prlhf.data.comparisons import Comparison
 from prlhf.evaluate import __main__ as evaluate
-from prlhf.evaluate.report import write_margins
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -31,7 +27,7 @@ vanilla RM 60.27 / 61.10+-3.44 / 59.20; P-RM individual alpha 1: 58.59 / 58.76+-
 62.09+-3.51 / 60.65; cluster 5 alpha 1: 58.79 / 59.72+-3.76 / 59.94; cluster 5 alpha .5: 59.66 / 60.19+-2.95 / 59.90.
 Vanilla DPO 60.48 / 60.57+-3.14 / 60.99; P-DPO individual 1: 60.07 / 60.13+-3.75 / 60.53; individual .5: 61.33 /
 61.61+-3.49 / 61.97; cluster 1: 59.24 / 60.20+-4.69 / 59.58; cluster .5: 60.98 / 61.46+-4.77 / 61.27.
-"""  # of the paper's first version, in the order of its rows
+"""  # from the paper's first version, in the order of its rows
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +61,7 @@ def arguments(data, out, *more):
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """A finished grid of two arms and two seeds. Who damages it has it completed."""
+    """A finished grid of two arms and two seeds. A test that damages it completes it again."""
     out = tmp_path_factory.mktemp("grid") / "table1"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -85,7 +81,7 @@ def files(folder):
 
 
 def rows(folder):
-    """table1.md's rows by title: of the table, and of the differences."""
+    """The rows of table1.md by title: those of the table, and those of the differences."""
     lines = [line for line in (folder / "table1.md").read_text().splitlines() if line.startswith("| ")]
     tables = []
     for title, *cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines):
@@ -171,7 +167,7 @@ def test_an_interrupted_grid_is_completed(call, finished, data, tmp_path):
 
 
 def test_part_of_the_table(call, tmp_path, data):
-    """P-DPO, given before its vanilla arm, which is the baseline nevertheless; then an arm alone."""
+    """P-DPO named before its vanilla arm, which still is the baseline; then an arm alone."""
     arms, common = ("pdpo_cluster5_a1", "vanilla_dpo"), ("--data", data, "--out", tmp_path, "--seeds", "0")
     status, _, err = call(table1.main, *common, "--arms", *arms, "--set", *TINY)
     assert status == 0, err
@@ -226,7 +222,7 @@ def test_bad_input_is_told_before_anything_is_trained(call, tmp_path, data, more
 
 
 def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
-    """The folders of examples/polis.py and examples/ablation.py, and what each is trained and evaluated with."""
+    """examples/polis.py and examples/ablation.py: the folders of their runs, and the arguments of training and evaluation."""
     calls = []
 
     def recorded(main, *given):
@@ -274,33 +270,3 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     assert {"vanilla(uniform)_seed1", "individual_alpha0.5_notshared_seed0", "cluster_K10_seed1"} < folders
     calls.clear()
     assert call(ablation.main, *common, *keys)[0] == 0 and {module for module, _ in calls} == {"prlhf.train.__main__"}
-
-
-def test_conformity_of_several_seeds_and_bad_groups(call, tmp_path):
-    """Ann is right once in two seeds of one comparison each; bob never."""
-    file = tmp_path / "train.jsonl"
-    votes = ({"prompt": "p", "chosen": "A", "rejected": "B", "user": user} for user in ("ann", "bob"))
-    file.write_text("".join(json.dumps(vote) + "\n" for vote in votes))
-    for seed, margin in ((0, 1.0), (1, -1.0)):
-        comparisons = [Comparison("p", "A", "B", user, None, user) for user in ("ann", "bob")]
-        (tmp_path / str(seed)).mkdir()
-        margins = np.array([[margin, -1.0]] * 3)
-        write_margins(tmp_path / str(seed), comparisons, [True, True], margins)
-    models = f"m={tmp_path / '0'},{tmp_path / '1'}"
-    status, said, err = call(conformity_script.main, file, models, "--groups", 1)
-    assert status == 0 and "| m | 25.00 |" in said, err
-    status, _, err = call(conformity_script.main, file, models, "--groups", 3)
-    assert status == 2 and "--groups: found 3, expected at least 1, at most 2" in err
-
-
-def test_conformity_by_hand():
-    """Three judges of one pair, A A B: to each A-judge the others are even on it, to the one of B they are for A."""
-
-    def votes(user, chosen, rejected):
-        return Comparison("p", chosen, rejected, user, None, user)
-
-    assert conformity([votes("ann", "A", "B"), votes("bob", "A", "B"), votes("cid", "B", "A")]) == {
-        "ann": 0.5, "bob": 0.5, "cid": 0.0,
-    }  # fmt: skip
-    more = [votes("ann", "A", "B"), votes("bob", "A", "B"), votes("cid", "B", "A"), votes("dee", "A", "C")]
-    assert conformity(more) == {"ann": 1.0, "bob": 1.0, "cid": 0.0, "dee": 1.0}  # to dee A has 2 of 3 votes, C none

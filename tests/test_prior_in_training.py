@@ -1,4 +1,4 @@
-"""What the prior adds to an update, against its objective written out; and what updates have where nobody differs."""
+"""The prior's part of an update, against its formula written out; and the prior of updates if nobody differs."""
 
 import random
 from collections import Counter
@@ -18,7 +18,7 @@ from helpers import (
 from prlhf.method.prior import Prior, Strength, counts_of
 from prlhf.score.reference import weights_fingerprint
 from prlhf.solve import strength as strength_module
-from prlhf.solve.prior import set_prior
+from prlhf.solve.run import set_prior
 from prlhf.train.step import accumulate_gradients
 
 SOFT = ("method=prm",)
@@ -46,7 +46,7 @@ def one_thread():
 def charged(model, comparisons, update, s, s_0, scale_W):
     """The mean over the update of |z_u|^2 / (2 n_u), and (|e_0|^2 / (2 s_0^2) + K |B|^2 / (2 s^2)) / N, written out.
 
-    z_u: an offset over s, coordinates, or softmax(w_u); zero for user 0; of clusters, what they are beyond those of user 0, with e_0 = V w_0.
+    z_u: an offset over s, coordinates, or softmax(w_u); zero for user 0. For clusters: minus that of user 0, with e_0 = V w_0.
     """
     users, n = model.user_model, Counter(c.user for c in comparisons)
 
@@ -81,7 +81,7 @@ def charged(model, comparisons, update, s, s_0, scale_W):
 @pytest.mark.parametrize("base", [SOFT, LINEAR, DPO], ids=["soft prompt", "linear head", "pdpo"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_gradient_of_an_update_is_that_of_the_loss_and_the_prior(form, base):
-    """Whatever the order and the micro-batches, with users who come twice, once, or not, in the update."""
+    """For any order and micro-batches, with users who occur twice, once or not at all in the update."""
     comparisons, update = random_comparisons(9, seed=2), [4, 0, 7, 2, 5]
     assert 0 in {comparisons[i].user for i in update}
     assert Counter(comparisons[i].user for i in update) != Counter(c.user for c in comparisons)
@@ -117,7 +117,7 @@ def test_without_a_shared_prior_what_users_share_is_free():
 
 
 def test_all_updates_of_an_epoch_together_charge_the_whole_prior_once():
-    """-log p of the user model: each known user's coordinates once, however many comparisons are the user's."""
+    """-log p of the user model: each known user's coordinates once, for any number of comparisons of the user."""
     comparisons = random_comparisons(11, seed=1)
     model = tiny_model(tiny_config(*SOFT, "user_model.rank=2"), noise=0.3)
     prior = Prior(Strength(S, S_0), torch.ones(1), 11, counts_of([c.user for c in comparisons], USERS))
@@ -154,7 +154,7 @@ def test_without_a_prior_a_model_has_none():
 
 @pytest.mark.parametrize("init", ["vocabulary", "solved"])
 def test_where_nobody_is_found_to_differ_updates_have_a_narrow_prior(init, monkeypatch):
-    """Of candidates 0 is chosen; solved users then are all alike, and a standard deviation of 0 could not be charged."""
+    """0 is chosen, so solved users are all alike; updates cannot use a standard deviation of 0."""
     monkeypatch.setattr(strength_module, "USERS", (0.0,))
     keys = (*LINEAR, "user_model.rank=2", "user_model.prior=auto", "lora.rank=2", f"user_model.init={init}")
     config = tiny_config(*keys)

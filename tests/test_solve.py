@@ -1,7 +1,7 @@
-"""The exact solution of a linear reward head, the prior on users and its strength, against oracles that are written here.
+"""The exact solution of a linear reward head, the prior on users and its strength, against oracles written here.
 
-Oracles are written in coordinates x = e * rms, in which differences of hidden states have a mean square of 1 in each of their
-W dimensions and a coordinate of e_0 has the variance s_0^2 / W (`prior`'s docstring).
+The oracles use the coordinates x = e * rms, in which differences of hidden states have a mean square of 1 in each of their W
+dimensions, and a coordinate of e_0 has variance s_0^2 / W (see prlhf/method/prior.py).
 
 Shape suffixes: N comparisons, M known users, S responses, W width, K rank.
 """
@@ -21,8 +21,8 @@ from prlhf.config.keys import Config
 from prlhf.errors import TrainingError, UserError
 from prlhf.method.prior import Prior, Strength, counts_of, difference_scale
 from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
-from prlhf.solve.linear import LinearProblem, blank_copy, linear_problem, solve, unscaled
-from prlhf.solve.strength import FOLDS, Choice, Fold, choose, folds, losses_along
+from prlhf.solve.linear import LinearProblem, linear_problem, scaled_copy, solve, unscaled
+from prlhf.solve.strength import FOLDS, Choice, Fold, choose, folds, held_out_losses
 
 AUTO = ("user_model.prior=auto", "user_model.shared_prior=auto")
 
@@ -48,12 +48,12 @@ class Case(NamedTuple):
 
 
 def case_of(states_SW: Tensor, pairs_N3: Tensor, known: int) -> Case:
-    """Each comparison requires another margin."""
+    """The required margins differ between comparisons."""
     return Case(states_SW, pairs_N3, known, 0.5 + torch.arange(len(pairs_N3), dtype=torch.float64) % 3)
 
 
 def random_case(seed: int = 0, M: int = 4, S: int = 14, W: int = 4, N: int = 60, unknown: bool = True) -> Case:
-    """Random votes that agree a little with one direction for all and one a user; the first users have the most."""
+    """Random votes of users whose tastes share a common direction; users 0 and 1 vote most."""
     generator = torch.Generator().manual_seed(seed)
     states_SW = (
         torch.randn(S, W, generator=generator, dtype=torch.float64) * torch.tensor([3.0, 1.0, 0.2, 1.0])[:W] + 0.5
@@ -75,7 +75,7 @@ def zeros(*shape: int) -> Tensor:
 
 
 def user_model(form: str, M: int, W: int, K: int = 2):
-    """As `build_user_model` makes it for a linear reward head from zero, noise included where it has some."""
+    """A user model as `build_user_model` makes it for a linear reward head with init=zero, with the same kinds of noise."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -99,7 +99,7 @@ FORMS = (
 
 
 class Solved(NamedTuple):
-    """What the code under test found, in the coordinates of hidden states."""
+    """The solution of the code under test, in the coordinates of hidden states."""
 
     objective: float
     values: dict[str, Tensor]
@@ -117,11 +117,11 @@ def problem_of(case: Case, model, *keys: str) -> tuple[Config, LinearProblem]:
         for (user, y1, y2), required in zip(case.pairs_N3.tolist(), case.required_N.tolist())
     ]
     readings = [Reading(0, (1,), (s,)) for s in range(len(case.states_SW))]
-    return config, linear_problem(config, model, comparisons, readings, case.states_SW, case.known)
+    return config, linear_problem(config.loss, model, comparisons, (readings, case.states_SW), case.known)
 
 
-def scaled_copy(model, problem: LinearProblem):
-    return blank_copy(model, {name: p.detach() for name, p in model.named_parameters()}, problem.scale_W)
+def start_of(model, problem: LinearProblem):
+    return scaled_copy(model, dict(model.named_parameters()), problem.scale_W)
 
 
 def read_out(objective: float, model, solution, problem: LinearProblem) -> Solved:
@@ -133,24 +133,24 @@ def read_out(objective: float, model, solution, problem: LinearProblem) -> Solve
 def solved(case: Case, form: str, strength: Strength, *keys: str, K: int = 2) -> Solved:
     model = user_model(form, case.known, case.states_SW.shape[1], K)
     _, problem = problem_of(case, model, *keys)
-    solution = scaled_copy(model, problem)
-    return read_out(solve(problem, solution, strength), model, solution, problem)
+    solution = start_of(model, problem)
+    return read_out(solve(problem, solution, strength).objective, model, solution, problem)
 
 
 def chosen_and_solved(case: Case, form: str, K: int = 2, *keys: str) -> tuple[Choice, Solved]:
-    """With the strength by cross-validation."""
+    """The same with the strength chosen by cross-validation."""
     model = user_model(form, case.known, case.states_SW.shape[1], K)
     config, problem = problem_of(case, model, *AUTO, *keys)
-    solution = scaled_copy(model, problem)
+    solution = start_of(model, problem)
     choice = choose(problem, solution, config.user_model, 0)
-    return choice, read_out(solve(problem, solution, choice.strength), model, solution, problem)
+    return choice, read_out(solve(problem, solution, choice.strength).objective, model, solution, problem)
 
 
 # The objective, written out.
 
 
 class Loss(NamedTuple):
-    """alpha, and what makes the loss of a comparison."""
+    """The keys of the loss that the tests vary."""
 
     alpha: float = 0.5
     label_smoothing: float = 0.0
@@ -163,7 +163,7 @@ class Loss(NamedTuple):
 
 
 def plain_loss_sum(case: Case, loss: Loss, x_MW: Tensor, personal: bool = True) -> Tensor:
-    """sum_c alpha loss(r_u) + (1 - alpha) loss(r_0) with r_u = (x_u / rms) . h; a comparison of user 0 is generic alone."""
+    """sum_c alpha loss(r_u) + (1 - alpha) loss(r_0) with r_u = (x_u / rms) . h; user 0 has only the generic loss."""
     rewards_MS = (x_MW / case.rms_W) @ case.states_SW.T
     u_N, y1_N, y2_N = case.pairs_N3.T
 
@@ -193,7 +193,7 @@ def plain_vectors(form: str, x: dict[str, Tensor]) -> Tensor:
 
 
 def plain_penalty(form: str, x: dict[str, Tensor], strength: Strength) -> Tensor:
-    """-log p but for its constant, with x ~ N(0, s_0^2 / W) and so on."""
+    """-log p without its constant: e_0 ~ N(0, s_0^2 / W), and so on."""
     s, s_0 = strength
     f_MW = plain_vectors(form, x)
     W = f_MW.shape[1]
@@ -223,12 +223,12 @@ def plain_objective(form: str, case: Case, loss: Loss, strength: Strength, x: di
 
 
 def in_x(case: Case, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters in the coordinates x = e * rms; w and z are none of vectors."""
+    """Parameters in the coordinates x = e * rms; w and z are no vectors, and stay."""
     return {name: value.clone() if name in ("w_MK", "z_MK") else value * case.rms_W for name, value in values.items()}
 
 
 def newton(function, start: Tensor) -> Tensor:
-    """The minimum of a convex function by Newton's method, halving the steps that do not descend."""
+    """The minimum of a convex function by Newton's method, halving steps that do not descend."""
     x = start
     for _ in range(50):
         gradient, hessian = torch.func.grad(function)(x), torch.func.hessian(function)(x)
@@ -276,7 +276,7 @@ def test_convex_users_are_where_newtons_method_ends(form, loss):
 
 @pytest.mark.parametrize("form", ["uniform", "individual", "rank", "cluster"])
 def test_the_scale_of_hidden_states_changes_no_reward(form):
-    """What is solved is e . h of the hidden states as they are, the same whatever units their dimensions have."""
+    """The rewards e . h do not depend on the units of the hidden states' dimensions."""
     case, strength = random_case(), Strength(3.0, 2.0)
     units_W = torch.tensor([1e3, 1e-3, 1.0, 17.0], dtype=torch.float64)
     one = solved(case, form, strength).rewards(case.states_SW)
@@ -339,15 +339,15 @@ def test_low_rank_users_are_stationary_and_as_good_as_the_best_of_random_starts(
 
 
 def offset_gradient(case: Case, loss: Loss, f_MW: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the summed loss for e_0, which all users have, (W,), and for the users' offsets, (M, W)."""
+    """The gradient of the summed loss for e_0, (W,), and for the users' offsets, (M, W)."""
     gradient_MW = torch.func.grad(lambda x_MW: plain_loss_sum(case, loss, x_MW))(f_MW)
     return gradient_MW.sum(dim=0), gradient_MW[1:]
 
 
 @pytest.mark.parametrize("s, K", [(0.6, 3), (1.5, 3), (4.0, 3), (4.0, 6)])
 def test_users_of_a_sufficient_rank_are_the_optimum_of_the_nuclear_norm(s, K):
-    """min over O of L(e_0, O) + c |O|_*, c = sqrt(K W) / s: a convex problem, at whose optimum the gradient G for O has no
-    singular value above c, and <G, O> = -c |O|_*."""
+    """min over O of L(e_0, O) + c |O|_*, c = sqrt(K W) / s, is convex. At its optimum the gradient G for O has no singular
+    value above c, and <G, O> = -c |O|_*."""
     case, loss, s_0 = random_case(seed=3, M=5, W=3, N=90), Loss(0.7), 2.0
     found = solved(case, "rank", Strength(s, s_0), *loss.keys, K=K)
     f_MW, W = found.vectors_MW * case.rms_W, 3
@@ -362,7 +362,7 @@ def test_users_of_a_sufficient_rank_are_the_optimum_of_the_nuclear_norm(s, K):
 
 
 def test_a_prior_too_strong_for_any_direction_makes_all_users_exactly_the_generic_one():
-    """Right below and above the s at which the first singular value of the gradient at the generic optimum is sqrt(K W) / s."""
+    """Just below and above the s at which the gradient's first singular value at the generic optimum is sqrt(K W) / s."""
     case, loss, W = random_case(seed=3, M=5, W=3, N=90), Loss(0.7), 3
     generic = solved(case, "rank", Strength(0.0, 2.0), *loss.keys)
     assert torch.equal(generic.vectors_MW, generic.vectors_MW[:1].expand(6, -1))
@@ -384,7 +384,7 @@ def test_folds_hold_out_each_users_responses_and_never_train_on_them():
     pairs = case.pairs_N3.tolist()
     found = folds(problem, seed=3)
     assert len(found) == FOLDS
-    held_out_of = {}  # fold of each user's response, from the pairs that are scored
+    held_out_of = {}  # the fold of each user's response, found from the scored pairs
     for k, fold in enumerate(found):
         assert not (fold.train_N & fold.held_out_N).any()
         trained = {(u, y) for (u, *ys), train in zip(pairs, fold.train_N.tolist()) if train and u for y in ys}
@@ -394,10 +394,10 @@ def test_folds_hold_out_each_users_responses_and_never_train_on_them():
             assert held_out_of.setdefault(vote, k) == k
         for (u, *ys), train, held in zip(pairs, fold.train_N.tolist(), fold.held_out_N.tolist()):
             if u == 0:
-                assert train != held  # whole: scored once, else trained on
+                assert train != held  # in each fold it is scored or trained on
             elif not train and not held:
                 sides = [(u, y) in trained for y in ys]
-                assert not all(sides)  # it straddles: one of them is held out
+                assert not all(sides)  # it straddles: one response is held out
     scored_N = sum(fold.held_out_N.int() for fold in found)
     assert scored_N.max() == 1 and all(scored_N[case.pairs_N3[:, 0] == 0] == 1)
     again = folds(problem, seed=3)
@@ -406,7 +406,7 @@ def test_folds_hold_out_each_users_responses_and_never_train_on_them():
 
 
 def test_a_users_responses_are_dealt_out_nearly_equally():
-    """A user who has judged every pair of 12 responses: folds of 2 or 3 score 1 or 3 pairs, and train on those of the rest."""
+    """Each user judges all pairs of 12 responses. A fold of 2 or 3 responses scores 1 or 3 pairs and trains on those of the rest."""
     rows = [(u, a, b) for u in (1, 2) for a in range(12) for b in range(a)]
     case = case_of(random_case(S=12).states_SW, torch.tensor(rows), 2)
     _, problem = problem_of(case, user_model("individual", 2, 4))
@@ -426,13 +426,13 @@ def test_where_nothing_can_be_held_out_that_is_said():
 
 @pytest.mark.parametrize("form", ["individual", "rank", "cluster", "softmax"])
 def test_what_is_fitted_for_a_strength_does_not_depend_on_those_before(form):
-    """At s = 1 one direction of two is used, at s = 2 both."""
+    """At s = 1 one of two directions is used, at s = 2 both."""
     case = random_case(M=6, N=120)
     model = user_model(form, 6, 4)
     _, problem = problem_of(case, model, "loss.alpha=0.6")
     all_of_it = [Fold(problem.users_N >= 0, problem.users_N >= 0)]
     along, alone = (
-        losses_along(problem, scaled_copy(model, problem), [Strength(s, 2.0) for s in candidates], all_of_it, "users")
+        held_out_losses(problem, start_of(model, problem), {s: Strength(s, 2.0) for s in candidates}, all_of_it)
         for candidates in ((0.0, 0.5, 1.0, 2.0), (2.0,))
     )
     assert along[2.0] == pytest.approx(alone[2.0], abs=1e-5)
@@ -442,7 +442,7 @@ def test_what_is_fitted_for_a_strength_does_not_depend_on_those_before(form):
 
 
 def tiny_users(form: str):
-    """One shared number and users that are told by hand: W = 1, M = 2."""
+    """A shared number and two users by hand: W = 1, M = 2."""
 
     def t(*values, shape) -> Tensor:
         return torch.tensor(values, dtype=torch.float64).view(shape)
@@ -461,7 +461,7 @@ def tiny_users(form: str):
     }[form]()
 
 
-# s = 2 and s_0 = 4, and vectors count ten times what they are: e = 2 is 20, whose square over 2 s_0^2 is 400 / 32 = 12.5.
+# s = 2, s_0 = 4, and vectors are scaled by 10: e = 2 becomes 20, and 20^2 / (2 s_0^2) = 400 / 32 = 12.5.
 BY_HAND = {
     "uniform": 12.5,
     "individual": 12.5 + 100 / 8 + 900 / 8,  # offsets 1 and -3
@@ -489,14 +489,14 @@ def test_batches_are_charged_with_the_prior_once_altogether(form, users, batches
 def test_counts_and_scales():
     assert counts_of([2, 0, 2, 1], 3).tolist() == [1, 1, 2, 0]
     differences_NW = torch.tensor([[3.0, 0.0, 1.0], [4.0, 0.0, 1.0]], dtype=torch.float64)
-    never = math.sqrt((25 + 2) / 6)  # as the mean of all squares
+    never = math.sqrt((25 + 2) / 6)  # where responses never differ: from the mean of all squares
     expected = [math.sqrt(12.5 * 3), never * math.sqrt(3), math.sqrt(3)]
     assert difference_scale(differences_NW).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("form", ["individual", "rank", "cluster shared"])
 def test_users_with_fewer_comparisons_end_nearer_to_what_users_share(form):
-    """Five users judge the same pair alike, against all others, but 1, 2, 4, 8 and 16 times."""
+    """Five users judge the same pair alike, 1, 2, 4, 8 and 16 times; unknown users judge it the other way."""
     times = [1, 2, 4, 8, 16]
     rows = [(u, 0, 1) for u, n in enumerate(times, start=1) for _ in range(n)] + [(0, 1, 0)] * 40
     case = case_of(random_case(S=2).states_SW, torch.tensor(rows), 5)
@@ -509,12 +509,12 @@ def test_users_with_fewer_comparisons_end_nearer_to_what_users_share(form):
 
 
 class Simulated(NamedTuple):
-    """Users drawn from exactly the prior, what they said of some responses, and what they say of others."""
+    """Users drawn from the prior, their votes on some responses, and their votes on others."""
 
     case: Case
-    rewards_MS: Tensor  # the true ones
+    rewards_MS: Tensor  # true rewards
     offsets_MW: Tensor  # of x_i from x_0
-    fresh_N3: Tensor  # user, chosen, rejected of responses that this user has not judged
+    fresh_N3: Tensor  # user, chosen, rejected; of responses that are not in the user's training comparisons
 
 
 def simulated(
@@ -560,8 +560,14 @@ def principal_cosines(one_MW: Tensor, other_MW: Tensor, rank: int) -> Tensor:
     return torch.linalg.svdvals(bases[0] @ bases[1].T)
 
 
+@pytest.fixture
+def coarse(monkeypatch):
+    """Stop the search earlier, for tests that do not need seven digits of the solution."""
+    monkeypatch.setattr("prlhf.solve.linear.TOLERANCE", 1e-4)
+
+
 @pytest.mark.parametrize("K", [2, 4])
-def test_low_rank_users_of_a_chosen_strength_recover_simulated_ones(K):
+def test_low_rank_users_of_a_chosen_strength_recover_simulated_ones(K, coarse):
     s = 3.0
     world = simulated(0, s, s_0=2.0, rank=2)
     choice, found = chosen_and_solved(world.case, "rank", K)
@@ -574,12 +580,10 @@ def test_low_rank_users_of_a_chosen_strength_recover_simulated_ones(K):
     assert s / 3 <= choice.strength.users <= 3 * s
 
 
-@pytest.mark.parametrize(
-    "form, K", [("individual", 0), ("rank", 2), ("rank", 4), ("cluster", 3), ("cluster shared", 3)]
-)
-def test_where_users_do_not_differ_no_user_model_is_worse_than_vanilla(form, K):
-    """All are one reward vector: on fresh pairs, paired, the user model is within noise of the uniform one."""
-    world = simulated(0, 0.0, s_0=2.0, rank=1, M=8, S=30, W=3, each=60)
+@pytest.mark.parametrize("form, K", [("individual", 0), ("rank", 4), ("cluster", 3), ("cluster shared", 3)])
+def test_where_users_do_not_differ_no_user_model_is_worse_than_vanilla(form, K, coarse):
+    """All users have one reward vector. On fresh pairs the user model is within noise of the uniform one (paired)."""
+    world = simulated(0, 0.0, s_0=2.0, rank=1, M=8, S=30, W=3, each=50)
     _, vanilla = chosen_and_solved(world.case, "uniform")
     choice, found = chosen_and_solved(world.case, form, K)
     assert choice.strength.users == 0
@@ -622,17 +626,16 @@ def test_unusual_data_have_a_sensible_solution(name, form):
     case = unusual(name)
     found = solved(case, form, Strength(2.0, 2.0), K=3)
     assert math.isfinite(found.objective) and found.vectors_MW.isfinite().all()
-    on_simplex = (
-        case.known / 6 / len(case.pairs_N3) if form == "softmax shared" else 0
-    )  # |z|^2 / 2 of users at (1, 1, 1) / 3
-    assert found.objective <= math.log(2) + on_simplex + 1e-9  # what e = 0 has
+    # |z|^2 / 2 of users at (1, 1, 1) / 3
+    on_simplex = case.known / 6 / len(case.pairs_N3) if form == "softmax shared" else 0
+    assert found.objective <= math.log(2) + on_simplex + 1e-9  # the objective of e = 0
     if form in ("individual", "individual alone", "rank"):
         without = [u for u in range(case.known + 1) if u not in case.pairs_N3[:, 0]]
         assert (found.vectors_MW[without] - found.vectors_MW[0]).abs().le(1e-4).all()
 
 
 @pytest.mark.parametrize("name", ["one known user", "two responses", "all unknown", "no pair that differs"])
-def test_unusual_data_have_a_strength_or_that_is_refused(name):
+def test_unusual_data_have_a_strength_or_that_is_refused(name, coarse):
     case = unusual(name)
     if name == "two responses":
         with pytest.raises(UserError, match="too few to choose"):
@@ -640,7 +643,7 @@ def test_unusual_data_have_a_strength_or_that_is_refused(name):
         return
     choice, found = chosen_and_solved(case, "rank")
     assert found.vectors_MW.isfinite().all()
-    record = choice.record()
+    record = choice.record
     losses = [*record["held_out_loss_by_prior"].values(), *record["held_out_loss_by_shared_prior"].values()]
     assert losses and all(map(math.isfinite, losses))
 
@@ -652,10 +655,11 @@ def test_states_that_are_not_finite_are_an_error_for_people():
         solved(case, "cluster", Strength(2.0, 2.0))
 
 
-def test_two_solutions_are_the_same_bits():
+def test_two_solutions_are_the_same_bits(monkeypatch, coarse):
+    monkeypatch.setattr("prlhf.solve.strength.USERS", (0.0, 1.0, 4.0))
     case = random_case(M=2, N=40)
     one, other = (chosen_and_solved(case, "individual", 0, "user_model.shared_prior=2.0") for _ in range(2))
-    assert one[0].record() == other[0].record()
+    assert one[0].record == other[0].record
     for form in ("individual", "cluster", "softmax"):
         one, other = (solved(case, form, Strength(2.0, 2.0)) for _ in range(2))
         assert one.objective == other.objective
@@ -663,7 +667,7 @@ def test_two_solutions_are_the_same_bits():
 
 
 def test_one_cluster_is_one_direction():
-    """K = 1: f(u) = w_u v, all users' vectors parallel, and no worse than users who do not differ."""
+    """K = 1: f(u) = w_u v, so all users' vectors are parallel; they differ in length."""
     case = random_case()
     found = solved(case, "cluster", Strength(2.0, 2.0), K=1)
     assert torch.linalg.svdvals(found.vectors_MW)[1] < 1e-8

@@ -22,7 +22,7 @@ from prlhf.forecast.phases import bytes_of, counted_update, fake_training, large
 from prlhf.method.models import PersonalizedModel
 from prlhf.parallel.ranks import check_processes
 from prlhf.score.states import readings_of
-from prlhf.solve.prior import check_size, needs_solver
+from prlhf.solve.run import check_size, needs_solver
 from prlhf.train.plan import Schedule, schedule
 
 

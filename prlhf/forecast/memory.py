@@ -30,7 +30,7 @@ from prlhf.parallel.ranks import sharded
 from prlhf.parallel.tensors import FILE_BYTES
 from prlhf.score.states import has_fixed_states, readings_of
 from prlhf.solve.linear import MEMORY
-from prlhf.solve.prior import needs_solver
+from prlhf.solve.run import needs_solver
 from prlhf.train.log import peak_memory_gb
 from prlhf.train.optimizer import make_optimizer
 from prlhf.train.plan import Part

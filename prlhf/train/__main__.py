@@ -20,7 +20,7 @@ from prlhf.parallel.ranks import process_group, say, started_processes, started_
 from prlhf.parallel.shard import training_model
 from prlhf.score.reference import weights_fingerprint
 from prlhf.score.task import prepare_task
-from prlhf.solve.prior import set_prior
+from prlhf.solve.run import set_prior
 from prlhf.store.final import save_final
 from prlhf.store.runs import Run, open_run
 from prlhf.train.loop import log_solution, out_of_memory_explained, reproducible, train
