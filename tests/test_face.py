@@ -167,3 +167,8 @@ def test_root_scripts_are_the_commands(script):
     module = importlib.util.module_from_spec(file)
     file.loader.exec_module(module)
     assert module.main is importlib.import_module(f"prlhf.{script}.__main__").main
+
+
+def test_the_readme_quotes_the_plain_method():
+    quoted = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n    loss =")[2].partition("```")[0]
+    assert quoted and f"    loss ={quoted}" in (ROOT / "prlhf/method/plain.py").read_text(encoding="utf-8")
