@@ -1,5 +1,6 @@
 # make demo   a personalised model from nothing, on a laptop
 # make test   the tests (make test-slow: those that take long)
+# make lint   ruff (rules and format) and mypy
 # make eval   evaluate the newest run (or CHECKPOINT=DIR)
 # make table1 the paper's Table 1 from the raw TL;DR files (DATA=FOLDER; TABLE1="--seeds 0 ..."), for a GPU
 
@@ -14,7 +15,7 @@ DEMO := runs/length_demo
 CHECKPOINT ?= $(patsubst %/users.json,%,$(firstword $(shell ls -t runs/*/final/users.json 2>/dev/null)))
 WORKERS := worker1,worker2,worker3,worker4,worker5,worker6,worker7,worker8,worker9,worker10
 
-.PHONY: install test test-slow demo length-data model experiments table1 eval config-table
+.PHONY: install lint test test-slow demo length-data model experiments table1 eval config-table
 
 install: $(VENV)/.installed
 
@@ -22,6 +23,15 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("prlhf needs Python 3.10 or newer, found " + sys.version.split()[0]) if sys.version_info < (3, 10) else 0'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[test,demo]'
+	touch $@
+
+lint: $(VENV)/.linters
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
+
+$(VENV)/.linters: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 test: install

@@ -1,0 +1,148 @@
+"""A trained model for Python: text and user names in, text and numbers out. `prlhf.load` makes it.
+
+In every call `users` is a name for all items, or a list with one name an item. None and "generic" mean the unknown
+user, whom the model answers with user 0's vectors. A name that the model does not know is a UserError.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from prlhf.backbone.loading import choose_device
+from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
+from prlhf.data.comparisons import GENERIC, named_user, parse_comparison, parse_prompt, parse_response
+from prlhf.errors import UserError
+from prlhf.generate.decode import Decoding, Request, generate
+from prlhf.generate.rewards import ScoredLine, encode
+from prlhf.method.losses import Answers, Outputs, needs_reference, reward_margin
+from prlhf.method.models import PersonalizedLM
+from prlhf.score.score import score
+from prlhf.store.final import Loaded, reference_model
+
+OWN = "@own"  # as generate.py's --users: each comparison is read by the user that it names
+Names = str | Sequence[str | None] | None
+Prompts = Sequence[str | Sequence[Mapping[str, str]]]
+
+
+class TextModel:
+    """A trained model with its tokenizer and user names. `loaded` has the parts: config, tokenizer, users, model."""
+
+    def __init__(self, loaded: Loaded):
+        self.loaded, self.config = loaded, loaded.config
+        self.encoder = Encoder(loaded.tokenizer, loaded.config.data, loaded.config.method)
+        loaded.model.to(choose_device(loaded.config.device))
+
+    @property
+    def users(self) -> tuple[str, ...]:
+        """The names of the known users, most active in training first."""
+        return self.loaded.users.names
+
+    def generate(
+        self, prompts: Prompts, users: Names = None, user_texts: Names = None, batch_size: int = 32, **decoding: Any
+    ) -> list[str]:
+        """One response to each prompt, as its user prefers it. For models of `method: pdpo`.
+
+        prompts: a list whose items are text, taken as it is, or lists of {"role", "content"} messages, which go through
+        the chat template. user_texts: text about the user, put before the prompt; one for all, or a list.
+        decoding: max_new_tokens (128), temperature (0: greedy), top_p (1) and seed (0). Responses do not depend on
+        batch_size. They are those of generate.py for the same prompts without ids.
+        UserError for a model that does not generate, an unknown user, and a prompt that is none or too long.
+        """
+        if not isinstance(self.loaded.model, PersonalizedLM):
+            raise UserError(
+                f"{self.loaded.path}: a model of method {self.config.method} does not generate, expected pdpo"
+            )
+        names, texts = _one_each(users, prompts, "users"), _one_each(user_texts, prompts, "user_texts")
+        requests = []
+        for i, (prompt, name, text) in enumerate(zip(prompts, names, texts)):
+            where = f"prompts[{i}]"
+            prefix = self.encoder.prefix_to_answer(parse_prompt(prompt, where), text, where)
+            requests.append(Request(prefix.ids, self._number(name), f"{i + 1} {name or GENERIC}"))
+        settings, responses = Decoding(**decoding), []
+        for start in range(0, len(requests), batch_size):
+            batch = requests[start : start + batch_size]
+            responses += generate(self.loaded.model, batch, self.encoder.eos, settings)
+        return self.loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+
+    def score(
+        self, prompts: Prompts, responses: Sequence[str], users: Names = None, user_texts: Names = None
+    ) -> list[float]:
+        """One number for each response, given its prompt and user:
+
+        `method: prm`: the reward r_P(x, y, u). Rewards to one prompt can be compared; their zero is arbitrary.
+        `method: pdpo`: log pi_P(y | x, u) in nats, the sum over the response's tokens, EOS included. Not the implicit
+        reward, which takes a reference: `margins` gives beta h.
+        Prompts, users and user texts as for `generate`; responses to one prompt all see the prompt cut as the longest
+        of them demands. UserError for a model of `method: pairwise`, which reads two responses, an unknown user, lists of
+        different lengths, and a prompt or response that is none or too long.
+        """
+        if self.encoder.question is not None:
+            raise UserError(f"{self.loaded.path}: method pairwise compares two responses, expected prm or pdpo")
+        names, texts = _one_each(users, prompts, "users"), _one_each(user_texts, prompts, "user_texts")
+        lines = []
+        for i, (prompt, response) in enumerate(zip(prompts, _one_each(responses, prompts, "responses"))):
+            x, y = parse_prompt(prompt, f"prompts[{i}]"), parse_response(response, f"responses[{i}]")
+            lines.append(ScoredLine(x, y, names[i], texts[i], str(i), f"prompts[{i}]"))
+        encoded = [line.reading for line in encode(lines, self.encoder, [self._number(name) for name in names])]
+        # Each response stands on both sides of a comparison, and is computed once.
+        pairs = [EncodedComparison([*r.prefix], [*r.prefix], [*r.response], [*r.response], r.user) for r in encoded]
+        outputs = self._outputs(pairs) if pairs else None
+        assert not isinstance(outputs, Answers)  # refused above
+        return outputs.chosen.tolist() if outputs else []
+
+    def margins(self, comparisons: Sequence[Mapping[str, Any]], users: Names = OWN) -> list[float]:
+        """How much more reward the chosen response of each comparison has than the rejected one, for its user:
+
+        `method: pdpo`: beta h(u), the implicit reward against the reference (SimPO, ORPO: beta times the difference of
+        log-probs a token); `prm`: r_P(x, y1, u) - r_P(x, y2, u); `pairwise`: logit P(y1 over y2).
+        sigmoid(margin) is the probability that the user prefers the chosen one, for the sigmoid losses.
+
+        comparisons: records as in a data file, {"prompt", "chosen", "rejected", "user"?, "user_text"?}. By default each is
+        read by the user that it names, the generic user where it names none or an unknown one, as evaluate.py does;
+        `users` puts others in their place. After full fine-tuning the first call loads the base model, the reference.
+        UserError, with the comparison's position: no comparison, or one that leaves too little room for its prompt.
+        """
+        data = self.config.data
+        records = [named_user(dict(record), data.user_column) for record in comparisons]
+        parsed = [parse_comparison(r, f"comparisons[{i}]", str(i), data.attributes) for i, r in enumerate(records)]
+        if users == OWN:
+            numbers = [self.loaded.number(c.user) for c in parsed]
+        else:
+            numbers = [self._number(name) for name in _one_each(users, parsed, "users")]
+        pairs = []
+        for i, (comparison, number) in enumerate(zip(parsed, numbers)):
+            encoded = self.encoder.encode(comparison, self.loaded.users, EncodingReport())
+            if encoded is None:
+                raise UserError(
+                    f"comparisons[{i}]: beside the longer response fewer than data.min_prompt_tokens "
+                    f"({data.min_prompt_tokens}) tokens of the prompt fit into data.max_tokens ({data.max_tokens})"
+                )
+            pairs.append(encoded._replace(user=number))
+        if not pairs:
+            return []
+        reference: Any = None
+        if needs_reference(self.config):
+            reference = score(self._reference, pairs, None, self.config.evaluate.batch_size)
+        return reward_margin(self.config.loss, self._outputs(pairs), reference).tolist()
+
+    def _outputs(self, pairs: list[EncodedComparison]) -> Outputs:
+        users = [c.user for c in pairs]
+        return score(self.loaded.model, pairs, users, self.config.evaluate.batch_size)
+
+    @cached_property
+    def _reference(self) -> PersonalizedLM:
+        return reference_model(self.loaded).to(self.loaded.model.device)
+
+    def _number(self, name: str | None) -> int:
+        return 0 if name is None else self.loaded.required_number(name)
+
+
+def _one_each(values: Any, items: Sequence[Any], name: str) -> list[Any]:
+    """`values` as a list with one for each item. UserError where it is a list of another length, or `items` is one text."""
+    if isinstance(items, str):
+        raise UserError(f"expected a list, found one text: {items[:60]!r}")
+    if values is None or isinstance(values, str):
+        return [values] * len(items)
+    if len(values) != len(items):
+        raise UserError(f"{name}: found {len(values)}, expected {len(items)}, one for each item")
+    return list(values)
