@@ -67,7 +67,7 @@ def finished(data, tmp_path_factory):
         patch.chdir(ROOT)
         patch.setenv("PRLHF_CACHE", str(out.parent / "cache"))
         patch.setattr("prlhf.evaluate.report.optional_pyplot", lambda: None)
-        torch.set_num_threads(2)  # as the tests have it: other numbers of threads round otherwise
+        torch.set_num_threads(1)  # as the tests have it: other numbers of threads round otherwise
         patch.setattr(sys, "argv", ["table1", *map(str, arguments(data, out))])
         table1.main()
     return out
