@@ -10,10 +10,10 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from prlhf.batch.trees import PreferenceBatch, sees, tree_mask
+from prlhf.batch.trees import ReadingBatch, sees, tree_mask
 
 
-def attention_mask(batch: PreferenceBatch) -> Tensor | BlockMask:
+def attention_mask(batch: ReadingBatch) -> Tensor | BlockMask:
     """What each position of the batch's rows sees (`tree_mask`): blocks for a packed row on a GPU, else dense."""
     if not (batch.packed and batch.input_ids_RT.is_cuda):
         return tree_mask(batch.trees_RT, batch.segments_RT)
@@ -32,7 +32,7 @@ def attention_dropout(model: PreTrainedModel) -> float:
     return getattr(model.config, "attention_dropout", 0.0) or getattr(model.config, "attn_pdrop", 0.0)
 
 
-def tree_block_mask(batch: PreferenceBatch) -> BlockMask:
+def tree_block_mask(batch: ReadingBatch) -> BlockMask:
     """`tree_mask` as FlexAttention's blocks of 128 x 128 positions."""
     trees_RT, segments_RT = batch.trees_RT, batch.segments_RT
 
