@@ -58,36 +58,31 @@ def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTr
 
 
 def _tree_attention(
-    attention: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | BlockMask | None,
-    **options: Any,
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention.
 
     Without a mask (the model's own forward) attention is causal.
     """
-    if isinstance(attention_mask, Tensor) and query.device.type == "cpu":
+    if isinstance(mask, Tensor) and query.device.type == "cpu":
         # Where several query heads read one key head (GQA), Hugging Face's function copies keys and values for each, as
         # a GPU's kernels want them. A CPU's kernel needs no copies, and the backward pass would keep them.
         dropout, scale = options.get("dropout", 0.0), options.get("scaling")
         output_RHTd = nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, dropout, scale=scale, enable_gqa=True
+            query, key, value, mask, dropout, scale=scale, enable_gqa=True
         )
         return output_RHTd.transpose(1, 2), None
-    forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
-    return forward(attention, query, key, value, attention_mask, **options)
+    forward = flex_attention_forward if isinstance(mask, BlockMask) else sdpa_attention_forward
+    return forward(attention, query, key, value, mask, **options)
 
 
 def _gptj_attention(
-    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask
+    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None
 ) -> tuple[Tensor, None]:
     """GPTJAttention._attn, softmax(Q K^T / sqrt(d) + mask) V, by `_tree_attention`; heads (R, H, T, d) in and out."""
     dropout = attention.attn_dropout.p if attention.training else 0.0
     query, key = query.to(value.dtype), key.to(value.dtype)
-    output_RTHd, _ = _tree_attention(attention, query, key, value, attention_mask, dropout=dropout)
+    output_RTHd, _ = _tree_attention(attention, query, key, value, mask, dropout=dropout)
     return output_RTHd.transpose(1, 2), None
 
 

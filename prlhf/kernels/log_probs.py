@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prlhf.errors import UserError
-from prlhf.kernels.chunked import CHUNKED
+from prlhf.kernels.chunked import CHUNKED, logits
 from prlhf.kernels.passes import HeadGradients, Passes, Softmax, accumulation_type
 
 IGNORED = -100  # a target whose log-prob and gradient are 0
@@ -68,9 +68,7 @@ def _passes(impl: str | Passes, on_gpu: bool) -> Passes:
 
 
 def _readable(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
-    dtype = accumulation_type(hidden_ND.dtype)
-    bias_V = None if bias_V is None else bias_V.to(dtype)
-    logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V)
+    logits_NV = logits(hidden_ND, weight_VD.to(accumulation_type(hidden_ND.dtype)), bias_V)
     return logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]
 
 

@@ -182,24 +182,14 @@ def gathered_rows(rows: Sequence[int], values: Tensor, count: int) -> Tensor:
 
 
 def sum_rows(table: nn.Parameter) -> None:
-    """Sum a table's sparse gradient over ranks, in place. Only the rows that are in it are sent."""
-    W = world_size()
-    if W == 1:
+    """Sum a table's sparse gradient over ranks, in place. Only the rows that are in it are sent (by gloo, on the CPU)."""
+    if world_size() == 1:
         return
-    grad = None if table.grad is None else table.grad.coalesce()
-    n, r = 0 if grad is None else grad._nnz(), rank()
-    counts_W = torch.zeros(W, dtype=torch.long)
-    counts_W[r] = n
-    most = int(summed(counts_W).max())
-    rows_WN = torch.zeros(W, most, dtype=torch.long)
-    values_WN = torch.zeros(W, most, *table.shape[1:], dtype=table.dtype)
-    if grad is not None:
-        rows_WN[r, :n], values_WN[r, :n] = grad.indices()[0], grad.values()
-    real_WN = torch.arange(most) < counts_W[:, None]  # the others are padding
-    rows, values = summed(rows_WN)[real_WN], summed(values_WN)[real_WN]
-    table.grad = torch.sparse_coo_tensor(
-        rows[None].to(table.device), values.to(table.device), table.shape, check_invariants=False
-    ).coalesce()
+    grad = table.grad
+    if grad is None:
+        rows, values = torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, *table.shape[1:], dtype=table.dtype)
+        grad = torch.sparse_coo_tensor(rows, values, table.shape, check_invariants=False)
+    table.grad = summed(grad.cpu().coalesce()).to(table.device).coalesce()
 
 
 def say(text: str) -> None:
