@@ -44,8 +44,8 @@ def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTraine
     name = folder or config.name
     if name is None:
         return byte_tokenizer()
-    with _explained(name):
-        return AutoTokenizer.from_pretrained(_expanded(name), trust_remote_code=False)
+    with _explained(name) as source:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -57,9 +57,9 @@ def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
 
 def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
     """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it."""
-    with _explained(name):
+    with _explained(name) as source:
         model = AutoModelForCausalLM.from_pretrained(
-            _expanded(name), dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+            source, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
         )
     make_savable(model)
     return use_tree_attention(model)
@@ -74,12 +74,12 @@ def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
         with parameters_on_meta(torch.float32):
             return use_tree_attention(random_backbone(config, len(tokenizer), 0))
     dtype = DTYPES[config.dtype]
-    with parameters_on_meta(dtype), _explained(config.name):
-        described = AutoConfig.from_pretrained(_expanded(config.name), trust_remote_code=False)
+    with parameters_on_meta(dtype), _explained(config.name) as source:
+        described = AutoConfig.from_pretrained(source, trust_remote_code=False)
         # In float32, as from_pretrained makes it: rotary frequencies computed in a half type would differ.
         model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, trust_remote_code=False)
         with contextlib.suppress(OSError):  # not every model has one
-            model.generation_config = GenerationConfig.from_pretrained(_expanded(config.name))
+            model.generation_config = GenerationConfig.from_pretrained(source)
     model.config.dtype = dtype
     make_savable(model)
     return use_tree_attention(model.eval())
@@ -161,13 +161,13 @@ def _expanded(name: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _explained(name: str | Path) -> Iterator[None]:
-    """Loading errors as one sentence, without transformers' log messages."""
+def _explained(name: str | Path) -> Iterator[str]:
+    """The name to load by (~ replaced). Within the context loading errors are one sentence, without log messages."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        yield _expanded(name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
