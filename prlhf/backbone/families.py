@@ -1,8 +1,7 @@
-"""What differs between Hugging Face families: attention, head, blocks, what LoRA adapts.
+"""What differs between Hugging Face families: head, blocks, positions, what LoRA adapts.
 
-The model classes are Hugging Face's own. Llama-like families (Llama 2/3, Tulu, SmolLM2, Mistral, Qwen) take an
-attention mask through the attention interface; GPT-J has no SDPA there and gets one here. Either takes a dense mask
-(SDPA) or FlexAttention's BlockMask, of which only the blocks that anything sees are computed.
+The model classes are Hugging Face's own: GPT-J, and Llama-like families (Llama 2/3, Tulu, SmolLM2, Mistral, Qwen), which
+take a mask through the attention interface. `attention` makes either take the preference tree's mask.
 """
 
 from typing import NamedTuple
@@ -31,6 +30,16 @@ def head(model: PreTrainedModel) -> Head:
     return Head(layer.weight, layer.bias)
 
 
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks, in order."""
+    return list(model.base_model.h if model.config.model_type == "gptj" else model.base_model.layers)
+
+
+def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """`names`, or all linear layers of the blocks for the model's family."""
+    return names or LORA_TARGETS.get(model.config.model_type, LLAMA_LIKE)
+
+
 def hidden_states(
     model: PreTrainedModel,
     embeddings_RTD: Tensor,
@@ -40,9 +49,9 @@ def hidden_states(
 ) -> Tensor:
     """Last hidden states (R, T, D), after the final norm: what the head reads.
 
-    mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it; S counts the cached positions too.
+    mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it. S counts cached positions too.
     """
-    if isinstance(mask, Tensor):  # from a boolean one each block would make, and keep, what is added to its scores
+    if isinstance(mask, Tensor):  # made additive here, once: each block would make and keep its own
         mask = torch.zeros(mask.shape, dtype=embeddings_RTD.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     output = model.base_model(
         inputs_embeds=embeddings_RTD,
@@ -54,22 +63,12 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks, in order."""
-    return list(model.base_model.h if model.config.model_type == "gptj" else model.base_model.layers)
-
-
 def check_positions(model: PreTrainedModel, positions: int) -> None:
-    """UserError where a sequence of so many positions is more than the model reads (its sliding window counts)."""
+    """UserError where a sequence has more positions than the model reads, by its sliding window too."""
     limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    limit = min(value for value in (*limits, positions) if value is not None)
+    limit = min((value for value in limits if value is not None), default=positions)
     if limit < positions:
         raise UserError(
             f"data.max_tokens: a sequence takes {positions} positions, user vectors included, and the model reads {limit}; "
             "expected shorter prompts, responses or --max-new-tokens"
         )
-
-
-def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """`names`, or all linear layers of the blocks for the model's family."""
-    return names or LORA_TARGETS.get(model.config.model_type, LLAMA_LIKE)

@@ -2,7 +2,7 @@
 
     y = W x + b + (alpha / rank) B A dropout(x),   A of shape (rank, in), B of shape (out, rank), B = 0 at the start
 
-With the adapters off the model is the reference again: no second copy of the weights is needed.
+With the adapters off the model is the reference again: it needs no second copy of the weights.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), both products in x's type, as the base's: half-type rows stay so, and A and B are cast."""
+        """(..., in) -> (..., out). A and B are cast to x's type, so half-precision rows stay half-precision."""
         y = self.base(x)
         if not self.enabled:
             return y
@@ -46,7 +46,7 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], seed: int) -> list[str]:
-    """Freeze `model` and adapt every linear layer named in `targets`; returns their paths. Weights drawn from `seed`.
+    """Freeze `model` and adapt every linear layer named in `targets`; returns their paths. A is drawn from `seed`.
 
     UserError where a name fits no linear layer of the model.
     """
@@ -62,8 +62,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for path in paths:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, LoRALinear(linear[path], config))
+            model.set_submodule(path, LoRALinear(linear[path], config))
     return paths
 
 
@@ -99,7 +98,7 @@ def save_lora(
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json; `PeftModel.from_pretrained` reads them too.
 
-    state: the adapters' weights (`lora_state`), where those of the model are sharded.
+    state: the adapters' whole weights (`lora_state`) where the model's are sharded.
     """
     state = lora_state(model) if state is None else state
     state = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
@@ -119,14 +118,11 @@ def save_lora(
 
 
 def load_lora(model: nn.Module, folder: Path) -> None:
-    """Read the adapters' weights that `save_lora` or PEFT wrote into an adapted model."""
-    state = load_file(folder / "adapter_model.safetensors")
-    layers = lora_layers(model)
-    expected = {f"{PEFT_PREFIX}{path}.{part}.weight" for path in layers for part in ("lora_A", "lora_B")}
-    if state.keys() != expected:
-        odd = sorted(state.keys() ^ expected)
-        raise UserError(f"{folder / 'adapter_model.safetensors'}: does not fit the model's adapters (e.g. {odd[0]})")
-    with torch.no_grad():
-        for path, layer in layers.items():
-            layer.lora_A.copy_(state[f"{PEFT_PREFIX}{path}.lora_A.weight"])
-            layer.lora_B.copy_(state[f"{PEFT_PREFIX}{path}.lora_B.weight"])
+    """Read adapters' weights that `save_lora` or PEFT wrote. UserError where they are of other layers."""
+    path = folder / "adapter_model.safetensors"
+    state, own = load_file(path), lora_state(model)
+    if state.keys() != own.keys():
+        odd = sorted(state.keys() ^ own.keys())
+        raise UserError(f"{path}: does not fit the model's adapters (e.g. {odd[0]})")
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

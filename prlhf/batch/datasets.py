@@ -20,34 +20,34 @@ class Dataset(NamedTuple):
 
     @property
     def names(self) -> list[str | None]:
-        """Who chose, by the names in the file."""
+        """The user of each comparison, as the file names them."""
         return [c.user for c in self.raw]
 
 
-def encode_file(file: ComparisonFile, encoder: Encoder, users: UserIndex) -> Dataset:
-    """All comparisons of a file as tokens. UserError where none fits."""
-    report = EncodingReport(equal_responses_dropped=file.equal_responses)
-    pairs = [(encoder.encode(c, users, report), c) for c in file.comparisons]
-    kept = [(encoded, c) for encoded, c in pairs if encoded is not None]
-    if not kept:
-        raise UserError(
-            f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(pairs)} comparisons fits; expected more"
-        )
-    return Dataset([encoded for encoded, _ in kept], [c for _, c in kept], report)
-
-
 class TrainingData(NamedTuple):
-    """What a config trains and evaluates on, as tokens, and who is known."""
+    """What a config trains and evaluates on, as tokens, and the known users."""
 
     users: UserIndex
     train: Dataset
     valid: Dataset | None
 
 
+def encode_file(file: ComparisonFile, encoder: Encoder, users: UserIndex) -> Dataset:
+    """All comparisons of a file as tokens. UserError where none fits."""
+    report = EncodingReport(equal_responses_dropped=file.equal_responses)
+    encoded = [encoder.encode(c, users, report) for c in file.comparisons]
+    kept = [(tokens, c) for tokens, c in zip(encoded, file.comparisons) if tokens is not None]
+    if not kept:
+        raise UserError(
+            f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(encoded)} comparisons fits; expected more"
+        )
+    return Dataset([tokens for tokens, _ in kept], [c for _, c in kept], report)
+
+
 def encode_training_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, train: ComparisonFile, valid: ComparisonFile | None
 ) -> TrainingData:
-    """The files' comparisons, sampled as the config says, as tokens. UserError where nobody is known and somebody must."""
+    """The files' comparisons as tokens, sampled as the config says. UserError where a known user is needed and none is."""
     encoder = Encoder(tokenizer, config.data, config.method)
     most_active = UserIndex.from_comparisons(train.comparisons, config.data.known_users)
     train = train.sample(config.data.limit, config.seed)
@@ -61,6 +61,6 @@ def encode_training_data(
     if config.train.best_by == "accuracy" and not any(c.user for c in held_out.comparisons):
         raise UserError(
             f"{config.data.valid}: found {len(held_out.comparisons)} comparisons, none by a user whom {config.data.train} "
-            "knows; train.best_by=accuracy is known users' accuracy: expected some of theirs, or train.best_by=loss"
+            "knows; train.best_by=accuracy measures known users: expected some of theirs, or train.best_by=loss"
         )
     return TrainingData(users, encoded, held_out)

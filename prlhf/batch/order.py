@@ -6,18 +6,16 @@ from collections.abc import Hashable, Sequence
 
 from prlhf.batch.tokens import EncodedComparison
 
-READERS_PER_TREE = (
-    16  # comparisons per tree, on average, that a forward pass may take: what is behind the backbone is each one's own
-)
+READERS_PER_TREE = 16  # comparisons per tree, on average, in one forward pass: only the backbone's work is shared
 
 
 def pair_of(comparison: EncodedComparison) -> Hashable:
-    """What two comparisons have in common that have the same prompt and the same two responses, either of them chosen."""
+    """The prompt and the two responses, whichever of them is chosen: equal for comparisons of the same pair."""
     return tuple(comparison.prefix), frozenset((tuple(comparison.chosen), tuple(comparison.rejected)))
 
 
 def equal_ones(keys: Sequence[Hashable]) -> list[list[int]]:
-    """The indices of equal keys, together, in the order of their first."""
+    """The indices of equal keys in one list, in the order in which each key comes first."""
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
@@ -27,9 +25,9 @@ def equal_ones(keys: Sequence[Hashable]) -> list[list[int]]:
 def response_blocks(comparisons: Sequence[EncodedComparison], batch_size: int, rng: random.Random) -> list[list[int]]:
     """The comparisons (as indices) of each prompt, in an order in which any `batch_size` neighbours share responses.
 
-    A prompt's n responses get random ranks. Its C comparisons are cells (lower rank, higher rank) of a triangle; it is cut
-    into strips of s lower ranks, and a strip is walked in the order of the higher ranks. s = n sqrt(batch_size / 2C) makes
-    squares: batch_size neighbours hold some 2s responses, in place of up to 2 batch_size.
+    A prompt's n responses get random ranks. Its C comparisons are cells (lower rank, higher rank) of a triangle, which
+    is cut into strips of s lower ranks; each strip is walked in the order of the higher ranks. s = n sqrt(batch_size /
+    2C) makes squares: batch_size neighbours have about 2s responses, instead of up to 2 batch_size.
     """
     blocks = []
     for of_prompt in equal_ones([tuple(c.prefix) for c in comparisons]):
@@ -47,11 +45,11 @@ def response_blocks(comparisons: Sequence[EncodedComparison], batch_size: int, r
 def updates_of_epoch(
     comparisons: Sequence[EncodedComparison], batch_size: int, seed: int, epoch: int, group_by: str = "none"
 ) -> list[list[int]]:
-    """The comparisons (as indices) of each update of an epoch, neighbours in length, in an order set by the seed.
+    """The comparisons (as indices) of each update of an epoch, of similar length, in an order set by the seed.
 
-    Shuffled pools of 16 updates are sorted by length and cut into updates, and the updates are shuffled: little is
-    padding, and every comparison occurs once. group_by "pair": those of one pair are shuffled as one and stay neighbours,
-    so most are in one update, where they share work; "response": those of one prompt, as `response_blocks` orders them.
+    Pools of 16 shuffled updates are sorted by length and cut into updates, and the updates are shuffled: there is
+    little padding, and every comparison occurs once. group_by "pair": comparisons of one pair stay neighbours, so that
+    most are in one update and share work. "response": comparisons of one prompt, ordered by `response_blocks`.
     """
     rng = random.Random(f"{seed}-{epoch}")
     if group_by == "response":
@@ -59,9 +57,10 @@ def updates_of_epoch(
     else:
         groups = equal_ones([pair_of(c) if group_by == "pair" else i for i, c in enumerate(comparisons)])
     rng.shuffle(groups)
-    longest = [max(comparisons[i].length for i in group) for group in groups]
-    length = {i: size for group, size in zip(groups, longest) for i in group}
-    order = [i for group in groups for i in group]
+    order, length = [], {}
+    for group in groups:  # sorted by its longest comparison, a group stays together
+        order += group
+        length |= dict.fromkeys(group, max(comparisons[i].length for i in group))
     updates: list[list[int]] = []
     pool = 16 * batch_size
     for start in range(0, len(order), pool):
@@ -72,17 +71,15 @@ def updates_of_epoch(
 
 
 def micro_batches(trees: Sequence[Hashable], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Cut the indices of `trees` into groups with at most `size` different trees each, of similar length.
+    """The indices of `trees` in groups of similar length, each with at most `size` different trees.
 
-    The longest come first (memory peaks at once); equal trees stay together, up to READERS_PER_TREE * size of them.
+    The longest come first, so memory peaks at once. Equal trees stay together, up to READERS_PER_TREE * size a group.
     """
-    first: dict[Hashable, int] = {}
-    for i, tree in enumerate(trees):
-        first.setdefault(tree, i)
+    first = {tree: i for i, tree in reversed(list(enumerate(trees)))}
     groups: list[list[int]] = []
-    inside: set[Hashable] = set()
+    inside: set[Hashable] = set()  # the trees of the last group
     for i in sorted(range(len(trees)), key=lambda i: (-lengths[i], first[trees[i]], i)):
-        full = len(groups[-1]) == READERS_PER_TREE * size if groups else True
+        full = not groups or len(groups[-1]) == READERS_PER_TREE * size
         if full or (trees[i] not in inside and len(inside) == size):
             groups.append([])
             inside = set()

@@ -2,13 +2,13 @@
 
     prefix = [BOS] u_t x,   responses = y EOS
 
-BOS is put first, once, where the tokenizer itself begins a text with it. Responses are never cut, so EOS ends each.
-A prompt that is too long loses its oldest tokens, so the assistant header or `TL;DR:` at its end stays.
+BOS comes first, once, where the tokenizer itself begins a text with it. Responses are never cut, so each ends in EOS.
+A prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end.
 
 For a pairwise preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -34,7 +34,7 @@ TEMPLATES = {
 
 
 class EncodedComparison(NamedTuple):
-    """A comparison as token ids: `prefix` is [BOS] u_t x; both responses end in EOS; user 0 is unknown."""
+    """A comparison as token ids. `prefix` is [BOS] u_t x; both responses end in EOS; user 0 is unknown."""
 
     prefix: list[int]
     reference_prefix: list[int]  # what the reference model sees: with or without u_t
@@ -66,7 +66,7 @@ class EncodedPrompt(NamedTuple):
 
 @dataclass
 class EncodingReport:
-    """What happened to the comparisons of a file on their way to tokens."""
+    """How many comparisons of a file became tokens, and how many were dropped or truncated."""
 
     comparisons: int = 0
     equal_responses_dropped: int = 0
@@ -76,20 +76,12 @@ class EncodingReport:
     tokens: int = 0
 
     def lines(self) -> str:
-        """The counts in one line, those that are zero left out."""
-        return ", ".join(
-            f"{getattr(self, f.name):,} {f.name.replace('_', ' ')}" for f in fields(self) if getattr(self, f.name)
-        )
-
-
-def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] where the tokenizer itself begins a text with it (Llama), else [] (GPT-J, SmolLM2)."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+        """The counts that are not zero, in one line."""
+        return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count)
 
 
 class PairQuestion(NamedTuple):
-    """The pieces of "Response A: ... Response B: ... The better response is Response", and the tokens of A and B."""
+    """The tokens of "Response A: ... Response B: ... The better response is Response", and of the answers A and B."""
 
     before_a: list[int]
     before_b: list[int]
@@ -98,18 +90,24 @@ class PairQuestion(NamedTuple):
     answer_b: int
 
     def ask(self, a: list[int], b: list[int]) -> list[int]:
-        """The question's tokens, whose last one predicts the answer."""
+        """The question's tokens; the last one predicts the answer."""
         return self.before_a + a + self.before_b + b + self.end
 
 
 def pair_question(tokenizer: PreTrainedTokenizerBase) -> PairQuestion:
-    """QUESTION and ANSWERS as tokens. UserError where the two answers do not differ in one last token."""
+    """QUESTION and ANSWERS as tokens. UserError where the answers do not differ in their last token alone."""
     before_a, before_b, end, a, b = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (*QUESTION, *ANSWERS)
     )
     if a[:-1] != b[:-1] or a[-1] == b[-1]:
         raise UserError(f"method pairwise: the tokenizer does not tell {ANSWERS[0]!r} from {ANSWERS[1]!r} by one token")
     return PairQuestion(before_a, before_b, end + a[:-1], a[-1], b[-1])
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] where the tokenizer itself begins a text with it (Llama), else [] (GPT-J, SmolLM2)."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 class Encoder:
@@ -128,14 +126,16 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt_ids(self, prompt: str | Messages) -> list[int]:
-        """Tokens of x without BOS: a message list, or any prompt with a template but `auto`, through the chat template."""
+        """Tokens of x without BOS. Messages go through the chat template, and so does text unless data.template is `auto`."""
         if isinstance(prompt, str) and self.config.template == "auto":
             return self._ids(prompt)
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         template = TEMPLATES.get(self.config.template, self.tokenizer.chat_template)
         if not template:
-            raise UserError("the tokenizer has no chat template; expected prompts as text and data.template 'auto', "
-                            "or data.template " + " or ".join(map(repr, TEMPLATES)))  # fmt: skip
+            raise UserError(
+                "the tokenizer has no chat template; expected prompts as text and data.template 'auto', "
+                f"or data.template {' or '.join(map(repr, TEMPLATES))}"
+            )
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
@@ -145,12 +145,12 @@ class Encoder:
         ids = self._ids(text)
         return ids[1:] if self.bos and ids[:1] == self.bos else ids
 
-    def prefix(self, prompt: str | Messages, user_text: str | None, room: int | None = None) -> EncodedPrompt:
-        """[BOS] u_t x, u_t without its end where it is too long, x without its oldest tokens where it is.
+    def response_ids(self, response: str) -> list[int]:
+        """Tokens of y, EOS included."""
+        return self._ids(response) + [self.eos]
 
-        `room`: how many tokens all of it may take (config.max_tokens by default).
-        """
-        room = self.config.max_tokens if room is None else room
+    def prefix(self, prompt: str | Messages, user_text: str | None, room: int) -> EncodedPrompt:
+        """[BOS] u_t x in at most `room` tokens: a long u_t loses its end, a long x its oldest tokens."""
         text = self._ids(user_text + "\n") if user_text and self.config.user_text else []
         kept_text = text[: self.config.max_user_text_tokens]
         ids = self.prompt_ids(prompt)
@@ -158,14 +158,16 @@ class Encoder:
         kept = ids[-room:] if room > 0 else []
         return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(ids) - len(kept))
 
+    def _too_short(self, prefix: EncodedPrompt) -> bool:
+        """Whether truncation left too little of the prompt."""
+        return prefix.prompt_cut > 0 and len(prefix.prompt) < self.config.min_prompt_tokens
+
     def prefix_to_answer(
         self, prompt: str | Messages, user_text: str | None, where: str, room: int | None = None
     ) -> EncodedPrompt:
-        """As `prefix`, but UserError naming `where` for a prompt of which too little is left to be answered."""
-        prefix = self.prefix(prompt, user_text, room)
-        if not (self.bos or prefix.prompt) or (
-            prefix.prompt_cut and len(prefix.prompt) < self.config.min_prompt_tokens
-        ):
+        """[BOS] u_t x in `room` tokens (data.max_tokens by default). UserError naming `where` if too little of x is left."""
+        prefix = self.prefix(prompt, user_text, self.config.max_tokens if room is None else room)
+        if self._too_short(prefix) or not (self.bos or prefix.prompt):
             raise UserError(
                 f"{where}: {len(prefix.prompt)} tokens are left of the prompt within data.max_tokens and "
                 f"data.max_prompt_tokens; expected at least {self.config.min_prompt_tokens}"
@@ -174,32 +176,23 @@ class Encoder:
 
     def encode(self, comparison: Comparison, users: UserIndex, report: EncodingReport) -> EncodedComparison | None:
         """The comparison's token ids, or None where its responses leave too little room for the prompt."""
-        chosen, rejected = self._responses(comparison)
+        if self.question is None:
+            chosen, rejected = self.response_ids(comparison.chosen), self.response_ids(comparison.rejected)
+        else:  # the question with y1 first, and with y2 first
+            y1, y2 = self._ids(comparison.chosen), self._ids(comparison.rejected)
+            chosen, rejected = self.question.ask(y1, y2), self.question.ask(y2, y1)
         room = self.config.max_tokens - max(len(chosen), len(rejected))
         prefix = self.prefix(comparison.prompt, comparison.user_text, room)
-        if prefix.prompt_cut and len(prefix.prompt) < self.config.min_prompt_tokens:
+        if self._too_short(prefix):
             report.too_long_dropped += 1
             return None
-        if not self.bos and not prefix.prompt:
+        if not (self.bos or prefix.prompt):
             raise UserError(f"comparison {comparison.id}: the prompt has no tokens, and the tokenizer no BOS")
         reference = prefix if self.config.user_text_in_reference else prefix._replace(user_text=[])
-        encoded = EncodedComparison(
-            prefix.ids, reference.ids, chosen, rejected, users.number(comparison.user),
-            comparison.margin,
-        )  # fmt: skip
+        user = users.number(comparison.user)
+        encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, user, comparison.margin)
         report.comparisons += 1
         report.prompts_truncated += prefix.prompt_cut > 0
         report.user_texts_truncated += prefix.user_text_cut > 0
         report.tokens += encoded.length
         return encoded
-
-    def response_ids(self, response: str) -> list[int]:
-        """Tokens of y, EOS included."""
-        return self._ids(response) + [self.eos]
-
-    def _responses(self, comparison: Comparison) -> tuple[list[int], list[int]]:
-        """What follows the prefix: both responses; for a pairwise model the question with y1 first, and second."""
-        if self.question is None:
-            return self.response_ids(comparison.chosen), self.response_ids(comparison.rejected)
-        chosen, rejected = self._ids(comparison.chosen), self._ids(comparison.rejected)
-        return self.question.ask(chosen, rejected), self.question.ask(rejected, chosen)

@@ -1,23 +1,23 @@
-"""Comparisons to a `PreferenceBatch`: rows of preference trees. And which comparisons go together.
+"""Comparisons as a `PreferenceBatch`: rows of preference trees.
 
     tree:       [BOS] e_u u_t x | y1 EOS | y2 EOS | ...
     segment:            0       |   1    |   2    | ...
 
-The responses to one prompt, read by one user, share the prefix, which is computed once. No response sees another one,
-and the position ids of each go on from the prefix. The user vectors e_u are not tokens: the batch keeps their places
-free. A response that is in several comparisons of a batch, read by the same user, is there once; what does not depend
-on the user at all (the reference, and the aggregators behind the backbone) is there once for all users.
+The responses to one prompt that one user reads share the prefix, which is computed once. No response sees another one.
+The position ids of each response continue from the prefix. The user vectors e_u are not tokens: the batch leaves their
+places free. A response in several comparisons is computed once per user, or once for all users where the backbone does
+not read the user (the reference, and linear aggregators).
 
-Layouts: "tree" has one tree a row; "packed" all trees in one row, without padding; "rows" one reading a row with the prompt
-before each, which is the plain and readable reference of both.
+Layouts: "tree" has one tree a row; "packed" has all trees in one row, without padding; "rows" has one reading a row,
+with the prompt before each, and is the plain and readable reference of both.
 
 Shape suffixes: B comparisons, M readings (a response as one user reads it), S trees, R rows, T positions in a row,
 N response tokens, U user vectors, D width.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,14 +26,13 @@ from prlhf.batch.tokens import EncodedComparison
 
 PREFIX = 0  # the segment that all of a tree sees
 TREE_TOKENS = 256  # a tree takes further responses up to this length, or that of the longest comparison
-PACK_MULTIPLE = 128  # a packed row's length: FlexAttention works in blocks of this size
-SHAPES = ("_RT", "_N", "_M", "_B", "_B2", "_S", "_SU")
+PACK_MULTIPLE = 128  # a packed row's length is a multiple: FlexAttention works in blocks of this size
 
 
 class Reading(NamedTuple):
-    """A response to a prefix [BOS] u_t x, and the number of the user who reads them."""
+    """A response to a prefix [BOS] u_t x, and the number of the user who reads it; None for the reference."""
 
-    user: int
+    user: int | None
     prefix: tuple[int, ...]
     response: tuple[int, ...]
 
@@ -48,8 +47,8 @@ class Layout(NamedTuple):
 
 
 @dataclass
-class PreferenceBatch:
-    """B comparisons as readings, the readings as rows of trees, and where their response tokens are predicted.
+class ReadingBatch:
+    """M readings as rows of trees, and where their response tokens are predicted.
 
     A response's first token is predicted at the last prefix position, the others at the token before them. Flat
     positions count row by row (row * T + t).
@@ -66,138 +65,139 @@ class PreferenceBatch:
     reading_N: Tensor  # its reading
     response_at_N: Tensor  # flat position of response token n itself
     last_at_M: Tensor  # flat position of each reading's last token (EOS)
-    users_M: Tensor | None  # who reads; None: the reference, which knows no user
+    users_M: Tensor | None  # who reads; None for the reference, which knows no user
     readings: list[Reading]
-    chosen_rejected_B2: Tensor  # the readings that a comparison compares
-    margin_B: Tensor  # what reward models may require of the margin, 1 by default
     packed: bool  # all trees in one row
 
-    def to(self, device: torch.device | str) -> "PreferenceBatch":
+    def to(self: "AnyBatch", device: torch.device | str) -> "AnyBatch":
         """The same batch with its tensors on `device`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(SHAPES)}
-        return replace(self, **{name: t.to(device) for name, t in tensors.items() if t is not None})
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass
+class PreferenceBatch(ReadingBatch):
+    """B comparisons of the readings."""
+
+    chosen_rejected_B2: Tensor  # the readings that a comparison compares
+    margin_B: Tensor  # what reward models may require of the margin, 1 by default
+
+
+AnyBatch = TypeVar("AnyBatch", bound=ReadingBatch)
 
 
 def collate(
     comparisons: Sequence[EncodedComparison], users: Sequence[int] | None, layout: Layout = Layout()
 ) -> PreferenceBatch:
-    """Comparisons, each read by a user of `users`, as a batch; users=None takes the reference's prefix and no user."""
-    number: dict[Hashable, int] = {}
-    readings: list[Reading] = []
-    compared: list[list[int]] = []
+    """Comparisons as a batch. users: who reads each of them; None takes the reference's prefix and no user.
+
+    Unshared, each comparison is a group of its own, and nothing is shared between groups.
+    """
+    numbers: dict[tuple[Reading, int], int] = {}  # (reading, group) -> its number m
+    chosen_rejected = []
     for b, comparison in enumerate(comparisons):
-        prefix = tuple(comparison.reference_prefix if users is None else comparison.prefix)
-        sides = []
-        for side, response in enumerate((comparison.chosen, comparison.rejected)):
-            reading = Reading(0 if users is None else users[b], prefix, tuple(response))
-            key = reading if layout.share else (b, side)
-            if key not in number:
-                number[key] = len(readings)
-                readings.append(reading)
-            sides.append(number[key])
-        compared.append(sides)
-    longest = max(c.length for c in comparisons)
-    batch = lay_out(readings, layout, max(TREE_TOKENS, longest), know_users=users is not None)
-    return replace(
-        batch, chosen_rejected_B2=torch.tensor(compared), margin_B=torch.tensor([c.margin for c in comparisons])
-    )
+        user, prefix = (None, comparison.reference_prefix) if users is None else (users[b], comparison.prefix)
+        responses = (comparison.chosen, comparison.rejected)
+        both = [(Reading(user, tuple(prefix), tuple(y)), 0 if layout.share else b) for y in responses]
+        chosen_rejected.append([numbers.setdefault(reading, len(numbers)) for reading in both])
+    readings, groups = zip(*numbers)
+    longest = max(comparison.length for comparison in comparisons)
+    batch = lay_out(readings, layout, max(TREE_TOKENS, longest), groups)
+    margins = torch.tensor([comparison.margin for comparison in comparisons])
+    return PreferenceBatch(**vars(batch), chosen_rejected_B2=torch.tensor(chosen_rejected), margin_B=margins)
 
 
 class Tree(NamedTuple):
-    """A prefix, its reader, and the responses that go on from it, each with the readings that it serves."""
+    """A prefix, its reader, and the responses that continue it, each with the readings that it serves."""
 
     user: int
     prefix: tuple[int, ...]
     responses: list[tuple[tuple[int, ...], list[int]]]
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has, without user vectors."""
+        return len(self.prefix) + sum(len(response) for response, _ in self.responses)
 
-def grow_trees(readings: Sequence[Reading], layout: Layout, tree_tokens: int) -> list[Tree]:
+
+def grow_trees(readings: Sequence[Reading], groups: Sequence[int], layout: Layout, tree_tokens: int) -> list[Tree]:
     """Readings as trees of at most `tree_tokens` tokens, or of one response where that alone is longer.
 
-    Where the backbone does not read the user, one response serves the readings of all users.
+    Readings of different groups share nothing. Where the backbone does not read the user, one response serves all users.
     """
     trees: list[Tree] = []
-    used: list[int] = []
-    open_tree: dict[Hashable, int] = {}  # (user, prefix) -> the tree that takes its responses
-    response_at: dict[Hashable, list[int]] = {}  # (user, prefix, response) -> the readings that it serves
-    for m, (user, prefix, response) in enumerate(readings):
-        user = user if layout.vectors else 0
-        shared = layout.share and layout.kind != "rows"
-        place = (user, prefix, response) if shared else m
-        if place in response_at:
-            response_at[place].append(m)
+    growing: dict[Hashable, Tree] = {}  # root -> the tree that takes its next responses
+    served: dict[Hashable, list[int]] = {}  # (root, response) -> the readings that it serves
+    for m, (reading, group) in enumerate(zip(readings, groups)):
+        user = (reading.user or 0) if layout.vectors else 0
+        root = (m if layout.kind == "rows" else group, user, reading.prefix)
+        if (root, reading.response) in served:
+            served[root, reading.response].append(m)
             continue
-        root = (user, prefix) if shared else (user, prefix, m // 2)  # unshared readings come in pairs
-        t = open_tree.get(root)
-        if t is None or used[t] + len(response) > tree_tokens or layout.kind == "rows":
-            t = open_tree[root] = len(trees)
-            trees.append(Tree(user, prefix, []))
-            used.append(len(prefix))
-        response_at[place] = [m]
-        trees[t].responses.append((response, response_at[place]))
-        used[t] += len(response)
+        tree = growing.get(root)
+        if tree is None or tree.tokens + len(reading.response) > tree_tokens:
+            tree = growing[root] = Tree(user, reading.prefix, [])
+            trees.append(tree)
+        served[root, reading.response] = [m]
+        tree.responses.append((reading.response, served[root, reading.response]))
     return trees
 
 
 def lay_out(
-    readings: Sequence[Reading], layout: Layout, tree_tokens: int = TREE_TOKENS, know_users: bool = True
-) -> PreferenceBatch:
-    """Readings as rows; the batch compares none of them yet."""
-    trees = grow_trees(readings, layout, tree_tokens)
-    U = layout.vectors
-    sizes = [U + len(tree.prefix) + sum(len(response) for response, _ in tree.responses) for tree in trees]
-    packed = layout.kind == "packed"
-    T = -(-sum(sizes) // PACK_MULTIPLE) * PACK_MULTIPLE if packed else max(sizes)
-    R = 1 if packed else len(trees)
-    input_ids, trees_of, segments, positions = (torch.zeros(R * T, dtype=torch.long) for _ in range(4))
-    vectors_at: list[range] = []
-    predicted_at: list[list[int]] = [[] for _ in readings]
-    start = 0
-    for t, (tree, size) in enumerate(zip(trees, sizes)):
-        start = start if packed else t * T
-        prefix = [*tree.prefix[: layout.slot], *[0] * U, *tree.prefix[layout.slot :]]
-        vectors_at.append(range(start + layout.slot, start + layout.slot + U))
-        ids, segment, position = list(prefix), [PREFIX] * len(prefix), list(range(len(prefix)))
-        for branch, (response, served) in enumerate(tree.responses, start=1):
-            first = start + len(ids)
-            for m in served:
-                predicted_at[m] = [start + len(prefix) - 1, *range(first, first + len(response))]
-            ids += response
-            segment += [branch] * len(response)
-            position += range(len(prefix), len(prefix) + len(response))
-        end = start + size
-        input_ids[start:end], segments[start:end] = torch.tensor(ids), torch.tensor(segment)
-        positions[start:end], trees_of[start:end] = torch.tensor(position), t + 1 if packed else 1
-        start = end
-    return PreferenceBatch(
-        input_ids.view(R, T),
-        trees_of.view(R, T),
-        segments.view(R, T),
-        positions.view(R, T),
-        torch.tensor([list(at) for at in vectors_at], dtype=torch.long),
-        torch.tensor([tree.user for tree in trees]),
-        torch.tensor([at for places in predicted_at for at in places[:-1]]),
-        torch.tensor([token for reading in readings for token in reading.response]),
-        torch.tensor([m for m, reading in enumerate(readings) for _ in reading.response]),
-        torch.tensor([at for places in predicted_at for at in places[1:]]),
-        torch.tensor([places[-1] for places in predicted_at]),
-        torch.tensor([reading.user for reading in readings]) if know_users else None,
-        list(readings),
-        torch.zeros(0, 2, dtype=torch.long),
-        torch.zeros(0),
-        packed,
+    readings: Sequence[Reading], layout: Layout, tree_tokens: int = TREE_TOKENS, groups: Sequence[int] | None = None
+) -> ReadingBatch:
+    """Readings as rows of trees. groups: as for `grow_trees`; by default all readings share, or none does."""
+    if groups is None:
+        groups = [0] * len(readings) if layout.share else range(len(readings))
+    trees = grow_trees(readings, groups, layout, tree_tokens)
+    U, slot, packed = layout.vectors, layout.slot, layout.kind == "packed"
+    rows = [trees] if packed else [[tree] for tree in trees]
+    T = max(sum(U + tree.tokens for tree in row) for row in rows)
+    if packed:
+        T = -(-T // PACK_MULTIPLE) * PACK_MULTIPLE
+    cells: list[tuple[int, int, int, int]] = []  # token, tree, segment and position id at each flat position
+    vectors_at: list[list[int]] = []
+    prefix_end = [0] * len(readings)  # flat position of the last token of each reading's prefix
+    response_at = [range(0)] * len(readings)  # flat positions of its response
+    for row in rows:
+        for number, tree in enumerate(row, start=1):
+            vectors_at.append([len(cells) + slot + u for u in range(U)])
+            prefix = [*tree.prefix[:slot], *[0] * U, *tree.prefix[slot:]]
+            cells += [(token, number, PREFIX, at) for at, token in enumerate(prefix)]
+            end = len(cells) - 1
+            for segment, (response, served) in enumerate(tree.responses, start=1):
+                for m in served:
+                    prefix_end[m], response_at[m] = end, range(len(cells), len(cells) + len(response))
+                cells += [(token, number, segment, at) for at, token in enumerate(response, start=len(prefix))]
+        cells += [(0, 0, PREFIX, 0)] * (-len(cells) % T)
+    input_ids_RT, trees_RT, segments_RT, positions_RT = torch.tensor(cells).T.reshape(4, len(rows), T)
+    users = [reading.user for reading in readings]
+    return ReadingBatch(
+        input_ids_RT=input_ids_RT,
+        trees_RT=trees_RT,
+        segments_RT=segments_RT,
+        positions_RT=positions_RT,
+        vectors_at_SU=torch.tensor(vectors_at, dtype=torch.long),
+        users_S=torch.tensor([tree.user for tree in trees]),
+        predicted_at_N=torch.tensor([n for end, at in zip(prefix_end, response_at) for n in (end, *at[:-1])]),
+        targets_N=torch.tensor([token for reading in readings for token in reading.response]),
+        reading_N=torch.tensor([m for m, at in enumerate(response_at) for _ in at]),
+        response_at_N=torch.tensor([n for at in response_at for n in at]),
+        last_at_M=torch.tensor([at[-1] for at in response_at]),
+        users_M=None if None in users else torch.tensor(users),
+        readings=list(readings),
+        packed=packed,
     )
 
 
 def sees(trees_RT: Tensor, segments_RT: Tensor, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Whether position `query` of a row sees position `key`: it came before in its tree, in the prefix or its response.
+    """Whether position `query` of a row sees position `key`: an earlier one of its tree, in the prefix or its own response.
 
-    row, query and key are indices of one shape, or of shapes that broadcast. Padding is a tree of its own, so that no
-    softmax is empty.
+    row, query and key are indices whose shapes broadcast. Padding is a tree of its own, so that no softmax is empty.
     """
     key_segment = segments_RT[row, key]
-    of_the_response = (key_segment == PREFIX) | (key_segment == segments_RT[row, query])
-    return (key <= query) & (trees_RT[row, key] == trees_RT[row, query]) & of_the_response
+    in_path = (key_segment == PREFIX) | (key_segment == segments_RT[row, query])
+    return (key <= query) & (trees_RT[row, key] == trees_RT[row, query]) & in_path
 
 
 def tree_mask(trees_RT: Tensor, segments_RT: Tensor) -> Tensor:

@@ -1,26 +1,29 @@
-"""Log-probabilities in plain torch, some positions at a time."""
+"""Log-probabilities in plain torch, the logits of some positions at a time.
+
+Shape suffixes: N positions, C positions of a chunk, D width, V vocabulary.
+"""
 
 import torch
 from torch import Tensor
 
 from prlhf.kernels.passes import HeadGradients, Pass, Passes, Softmax, accumulation_type
 
-CHUNK_LOGITS = 2**24  # logits in memory at once, for `chunked`: 64 MB in float32; fewer are slower on a CPU
+CHUNK_LOGITS = 2**24  # logits in memory at once: 64 MB in float32; fewer are slower on a CPU
 
 
-def chunk_logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Logits (C, V) in the type of `weight_VD`, which is that of accumulation."""
+def logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Logits (C, V) in the type of `weight_VD`, in which they are accumulated."""
     bias_V = None if bias_V is None else bias_V.to(weight_VD.dtype)
     return torch.nn.functional.linear(hidden_CD.to(weight_VD.dtype), weight_VD, bias_V)
 
 
 def chunked_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, slope: bool) -> Pass:
-    """One pass in plain torch, CHUNK_LOGITS logits at a time."""
+    """One pass over the vocabulary; the slope W[t] - softmax(z) W if asked for."""
     wide_VD = weight_VD.to(accumulation_type(hidden_ND.dtype))
     size = max(1, CHUNK_LOGITS // len(weight_VD))
     log_p, maxima, sums, slopes = [], [], [], []
     for hidden_CD, targets_C in zip(hidden_ND.split(size), targets_N.split(size)):
-        logits_CV = chunk_logits(hidden_CD, wide_VD, bias_V)
+        logits_CV = logits(hidden_CD, wide_VD, bias_V)
         max_C = logits_CV.amax(dim=1)
         target_C = logits_CV.gather(1, targets_C[:, None])[:, 0] - max_C
         exponentials_CV = logits_CV.sub_(max_C[:, None]).exp_()
@@ -37,7 +40,7 @@ def chunked_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ta
 def chunked_head_gradients(
     grad_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softmax: Softmax
 ) -> HeadGradients:
-    """The head's gradients in plain torch, CHUNK_LOGITS logits at a time."""
+    """The head's gradients for g = dL / d log p: sum_n dL/dz_n^T h_n with dL/dz = g (onehot(t) - softmax(z))."""
     dtype = accumulation_type(hidden_ND.dtype)
     wide_VD = weight_VD.to(dtype)
     weight_grad_VD, bias_grad_V = torch.zeros_like(wide_VD), wide_VD.new_zeros(len(wide_VD))
@@ -45,7 +48,7 @@ def chunked_head_gradients(
     scale_N = -grad_N / softmax.sum_N
     chunks = zip(*(t.split(size) for t in (hidden_ND, targets_N, softmax.max_N, scale_N, grad_N)))
     for hidden_CD, targets_C, max_C, scale_C, grad_C in chunks:
-        logits_grad_CV = chunk_logits(hidden_CD, wide_VD, bias_V).sub_(max_C[:, None]).exp_().mul_(scale_C[:, None])
+        logits_grad_CV = logits(hidden_CD, wide_VD, bias_V).sub_(max_C[:, None]).exp_().mul_(scale_C[:, None])
         logits_grad_CV.scatter_add_(1, targets_C[:, None], grad_C[:, None])
         weight_grad_VD.addmm_(logits_grad_CV.T, hidden_CD.to(dtype))
         bias_grad_V += logits_grad_CV.sum(dim=0)

@@ -2,19 +2,18 @@
 
     log_p(n) = z_n[t_n] - logsumexp(z_n),   z_n = h_n W^T + b
 
-Its gradient for the hidden states needs only the softmax s_n of the same logits:
+The gradient for the hidden states needs the softmax s_n of the same logits:
 
     d log_p(n) / d h_n = W[t_n] - s_n W
 
-which is known as soon as the logits are: one pass over the vocabulary gives log_p and this slope, and the backward pass
-multiplies the slope by the incoming gradient. The head's own gradient, where it is trained, computes the logits again:
+One pass over the vocabulary gives log_p and this slope; the backward pass multiplies the slope by the incoming gradient.
+Recomputing the logits in the backward pass instead takes three matrix products; this takes two. Slopes are as large as
+the hidden states, so only KEPT_SLOPES elements are kept, and the others computed again. The head's gradient, if the head
+is trained, computes the logits again:
 
     d L / d W = sum_n g_n (onehot(t_n) - s_n)^T h_n,   g_n = dL / d log_p(n)
 
-(The usual order, forward and then recomputing backward, takes three matrix products for the hidden states' gradient; this
-takes two, as long as the slopes, which are as large as the hidden states, find room.)
-
-Shape suffixes: N positions, D width, V vocabulary, C positions of a chunk.
+Shape suffixes: N positions, K positions with kept slopes, C positions of a chunk, D width, V vocabulary.
 """
 
 import importlib.util
@@ -24,13 +23,12 @@ import torch
 from torch import Tensor
 
 from prlhf.errors import UserError
-from prlhf.kernels.chunked import CHUNKED
+from prlhf.kernels.chunked import CHUNKED, logits
 from prlhf.kernels.passes import HeadGradients, Passes, Softmax, accumulation_type
 
-IMPLEMENTATIONS = ("torch", "chunked", "triton")
-IGNORED = -100  # a target that counts nothing: its log-prob and gradient are 0
+IGNORED = -100  # a target whose log-prob and gradient are 0
 KEPT_SLOPES = 2**22  # elements of the slopes kept for the backward pass: 16 MB in float32
-RECOMPUTED = 1024  # positions whose slopes are computed at a time in the backward pass, beyond those kept
+RECOMPUTED = 1024  # positions whose slopes the backward pass computes at a time, beyond those kept
 
 
 def log_probs(
@@ -38,39 +36,50 @@ def log_probs(
 ) -> Tensor:
     """log p(target) at each position, (N,), in float32 (float64 for float64 inputs); 0 where a target is IGNORED.
 
-    impl: "torch" computes all logits at once and is the readable reference; "chunked" the logits of some positions at a
-    time; "triton" those of a tile of the vocabulary (a GPU, or TRITON_INTERPRET=1; not for float64); `Passes` are an
-    implementation themselves. None: triton on a GPU, else chunked. ValueError for another one, UserError for triton where it does not run. Logits are accumulated in float32
-    whatever the inputs' type.
+    Logits are accumulated in float32 whatever the inputs' type. impl: "torch" computes all logits at once and is the
+    readable reference; "chunked" those of some positions at a time; "triton" those of a tile of the vocabulary (on a GPU
+    or with TRITON_INTERPRET=1; not for float64); `Passes` are an implementation themselves. None: triton on a GPU, else
+    chunked. ValueError for any other, UserError for triton where it does not run.
     """
     if impl is None:
         kernels = hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and importlib.util.find_spec("triton")
         impl = "triton" if kernels else "chunked"
-    if impl == "triton" and not (hidden_ND.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        raise UserError("model.log_probs: found 'triton', but the model is not on a GPU; expected null or 'chunked'")
-    if not isinstance(impl, Passes) and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl {impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     real_N = targets_N != IGNORED
     targets_N = torch.where(real_N, targets_N, 0)
     if impl == "torch":
         log_p_N = _readable(hidden_ND, weight_VD, bias_V, targets_N)
     else:
         slope = torch.is_grad_enabled() and hidden_ND.requires_grad
-        log_p_N = _LogProbs.apply(hidden_ND, weight_VD, bias_V, targets_N, slope, _passes(impl))
+        log_p_N = _LogProbs.apply(hidden_ND, weight_VD, bias_V, targets_N, slope, _passes(impl, hidden_ND.is_cuda))
     return torch.where(real_N, log_p_N, 0.0)
+
+
+def _passes(impl: str | Passes, on_gpu: bool) -> Passes:
+    """An implementation by its name."""
+    if isinstance(impl, Passes):
+        return impl
+    if impl == "chunked":
+        return CHUNKED
+    if impl != "triton":
+        raise ValueError(f"impl {impl!r}: expected one of torch, chunked, triton")
+    if not (on_gpu or os.environ.get("TRITON_INTERPRET") == "1"):
+        raise UserError("model.log_probs: found 'triton', but the model is not on a GPU; expected null or 'chunked'")
+    return importlib.import_module("prlhf.kernels.triton").TRITON  # here: only torch for GPUs comes with Triton
+
+
+def _readable(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+    logits_NV = logits(hidden_ND, weight_VD.to(accumulation_type(hidden_ND.dtype)), bias_V)
+    return logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, slope: bool, passes: Passes) -> Tensor:
-        one_pass = passes.one_pass
-        kept = min(len(hidden_ND), KEPT_SLOPES // hidden_ND.shape[1]) if slope else 0
-        parts, slope_KD = [], None
-        if kept:
-            parts.append(one_pass(hidden_ND[:kept], weight_VD, bias_V, targets_N[:kept], True))
-            slope_KD = parts[0].slope_ND
-        if kept < len(hidden_ND) or not parts:
-            parts.append(one_pass(hidden_ND[kept:], weight_VD, bias_V, targets_N[kept:], False))
+        K = min(len(hidden_ND), KEPT_SLOPES // hidden_ND.shape[1]) if slope else 0
+        parts = [passes.one_pass(hidden_ND[:K], weight_VD, bias_V, targets_N[:K], True)] if K else []
+        slope_KD = parts[0].slope_ND if K else None
+        if not K or len(hidden_ND) > K:
+            parts.append(passes.one_pass(hidden_ND[K:], weight_VD, bias_V, targets_N[K:], False))
         softmax = Softmax(*(torch.cat(both) for both in zip(*(part.softmax for part in parts))))
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, targets_N, *softmax, slope_KD)
         ctx.passes = passes
@@ -79,32 +88,18 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N: Tensor):
-        *inputs, max_N, sum_N, slope_KD = ctx.saved_tensors
-        hidden_ND, weight_VD, bias_V, targets_N = inputs
-        one_pass, head_gradients = ctx.passes
+        hidden_ND, weight_VD, bias_V, targets_N, max_N, sum_N, slope_KD = ctx.saved_tensors
         hidden_grad_ND, head_grad = None, HeadGradients(None, None)
         if ctx.needs_input_grad[0]:
-            hidden_grad_ND, kept = torch.empty_like(hidden_ND), 0 if slope_KD is None else len(slope_KD)
-            if kept:
-                hidden_grad_ND[:kept] = grad_N[:kept, None] * slope_KD
-            for start in range(kept, len(hidden_ND), RECOMPUTED):
+            hidden_grad_ND, K = torch.empty_like(hidden_ND), 0 if slope_KD is None else len(slope_KD)
+            if K:
+                hidden_grad_ND[:K] = grad_N[:K, None] * slope_KD
+            for start in range(K, len(hidden_ND), RECOMPUTED):
                 part = slice(start, start + RECOMPUTED)
-                slope_CD = one_pass(hidden_ND[part], weight_VD, bias_V, targets_N[part], True).slope_ND
+                slope_CD = ctx.passes.one_pass(hidden_ND[part], weight_VD, bias_V, targets_N[part], True).slope_ND
                 hidden_grad_ND[part] = slope_CD.mul_(grad_N[part, None])
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            head_grad = head_gradients(grad_N, *inputs, Softmax(max_N, sum_N))
+            head_grad = ctx.passes.head_gradients(
+                grad_N, hidden_ND, weight_VD, bias_V, targets_N, Softmax(max_N, sum_N)
+            )
         return hidden_grad_ND, head_grad.weight_VD, head_grad.bias_V, None, None, None
-
-
-def _passes(impl: str | Passes) -> Passes:
-    """An implementation by its name. Triton is imported here, where it is used: it comes with torch for GPUs alone."""
-    if isinstance(impl, Passes):
-        return impl
-    return CHUNKED if impl == "chunked" else importlib.import_module("prlhf.kernels.triton").TRITON
-
-
-def _readable(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
-    dtype = accumulation_type(hidden_ND.dtype)
-    bias_V = None if bias_V is None else bias_V.to(dtype)
-    logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), weight_VD.to(dtype), bias_V)
-    return logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]

@@ -1,4 +1,7 @@
-"""What one pass over the vocabulary gives: the types that all implementations of `log_probs` share."""
+"""What the implementations of `log_probs` share: what one pass over the vocabulary gives.
+
+Shape suffixes: N positions, D width, V vocabulary.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,32 +16,29 @@ def accumulation_type(dtype: torch.dtype) -> torch.dtype:
 
 
 class Softmax(NamedTuple):
-    """What softmax(z) is computed from again, both (N,): max z and sum exp(z - max z), apart for the sake of precision."""
+    """softmax(z) = exp(z - max) / sum, for each position. The two stay apart to keep precision."""
 
     max_N: Tensor
-    sum_N: Tensor
+    sum_N: Tensor  # of exp(z - max)
 
 
 class Pass(NamedTuple):
-    """What one pass over the vocabulary gives: log p (N,), the softmax's parts, and d log p / d hidden (N, D) if asked.
-
-    All in the accumulation's type, so that a gradient is rounded to the hidden states' type once.
-    """
+    """What one pass over the vocabulary gives, in the accumulation's type, so that gradients are rounded only once."""
 
     log_p_N: Tensor
     softmax: Softmax
-    slope_ND: Tensor | None
+    slope_ND: Tensor | None  # d log p / d hidden, if asked for
 
 
 class HeadGradients(NamedTuple):
-    """dL/dW (V, D) and dL/db (V,)."""
+    """dL/dW and dL/db."""
 
-    weight_VD: Tensor
+    weight_VD: Tensor | None
     bias_V: Tensor | None
 
 
 class Passes(NamedTuple):
-    """An implementation of `log_probs`: a pass over the vocabulary, and the head's gradients."""
+    """An implementation: one pass over the vocabulary, and the head's gradients."""
 
-    one_pass: Callable[..., Pass]
-    head_gradients: Callable[..., HeadGradients]
+    one_pass: Callable[..., Pass]  # (hidden_ND, weight_VD, bias_V, targets_N, slope: bool)
+    head_gradients: Callable[..., HeadGradients]  # (grad_N, hidden_ND, weight_VD, bias_V, targets_N, softmax)

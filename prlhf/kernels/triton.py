@@ -1,16 +1,16 @@
-"""The GPU side of `logprobs`: Triton kernels around the vocabulary, two designs for two purposes.
+"""Triton kernels around the vocabulary, for a GPU: two designs for two purposes. Neither makes a tensor of size (N, V).
 
-Values alone of half-precision inputs (reference, evaluation): one fused kernel. Each program multiplies a block of
+Values alone of half-precision inputs (reference, evaluation) take one fused kernel. Each program multiplies a block of
 positions with blocks of the vocabulary and keeps the running maximum and sum of exponentials; no logit reaches memory.
-As the forward pass of cut cross-entropy (Wijmans et al. 2024, arXiv 2411.09009).
+This is the forward pass of cut cross-entropy (Wijmans et al. 2024, arXiv 2411.09009).
 
-Values and slope (training), and float32, for which only the vendor's product is quick: the vendor's matrix product writes
-the logits of a tile of the vocabulary, small enough to stay in the L2 cache; a kernel turns them into unnormalised softmax
-weights, and the vendor's product takes their weighted sum of the rows of W. This is attention of the hidden states over
-the vocabulary, with keys and values W and FlashAttention's running maximum (Dao et al. 2022, arXiv 2205.14135), so the
-slope W[t] - softmax(z) W is done when the log-probs are.
+Values and slope (training), and float32, where only the vendor's matrix product is fast: it writes the logits of a tile
+of the vocabulary, small enough for the L2 cache; a kernel turns them into unnormalised softmax weights; the vendor's
+product sums the rows of W by these weights. This is attention of the hidden states over the vocabulary, with W as keys
+and values and FlashAttention's running maximum (Dao et al. 2022, arXiv 2205.14135). It gives the log-probs and the slope
+W[t] - softmax(z) W together.
 
-Nothing of size (N, V) exists. Shape suffixes as in `logprobs`; C positions of a chunk, S shares of the vocabulary.
+Shape suffixes as in `log_probs`, and T of a tile of the vocabulary, S shares of the vocabulary.
 """
 
 import torch
@@ -32,7 +32,7 @@ def _fused_values(
     HAS_BIAS: tl.constexpr, EXACT_INPUTS: tl.constexpr, SHARE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Over one share of the vocabulary: max z, sum exp(z - max) and z[target] (0 where it is elsewhere), of BLOCK_N rows."""
+    """For BLOCK_N rows and one share of the vocabulary: max z, sum exp(z - max), z[target] (0 if in another share)."""
     share = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_N = rows < N
@@ -68,7 +68,7 @@ def _fused_values(
 
 @triton.jit
 def _tile_row(logits, bias, row, columns, first, width, HAS_BIAS: tl.constexpr):
-    """One row's tile of logits z with the bias of its part of the vocabulary; -inf beyond its width."""
+    """One row's tile of logits z, bias added; -inf beyond the tile's width."""
     inside = columns < width
     z = tl.load(logits + row * width + columns, mask=inside, other=float("-inf"))
     if HAS_BIAS:
@@ -81,7 +81,7 @@ def _softmax_step(
     logits, bias, targets, running_max, running_sum, target_logit, weighted_CD, first, width, D,
     HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One row's tile of logits z becomes exp(z - max), with the row's running maximum, sum and, WEIGHTED, weighted sum."""
+    """Replace one row's tile of logits z by exp(z - max), and update the row's maximum, sum and (WEIGHTED) weighted sum."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     z = _tile_row(logits, bias, row, columns, first, width, HAS_BIAS)
@@ -94,7 +94,7 @@ def _softmax_step(
     tl.store(running_max + row, new_max)
     hit = columns == tl.load(targets + row) - first
     tl.store(target_logit + row, tl.load(target_logit + row) + tl.sum(tl.where(hit, z, 0.0), axis=0))
-    if WEIGHTED:  # noqa: SIM102 (one is known when the kernel is compiled, the other when it runs)
+    if WEIGHTED:  # noqa: SIM102 (one is known at compile time, the other at run time)
         if shrink != 1.0:  # rare after the first tiles
             for start in range(0, D, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
@@ -106,7 +106,7 @@ def _softmax_step(
 def _logits_gradient(
     logits, bias, targets, maxima, sums, grad, first, width, HAS_BIAS: tl.constexpr, TILE: tl.constexpr
 ):
-    """One row's tile of logits z becomes dL/dz = g (onehot(target) - softmax(z))."""
+    """Replace one row's tile of logits z by dL/dz = g (onehot(target) - softmax(z))."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, TILE)
     z = _tile_row(logits, bias, row, columns, first, width, HAS_BIAS)
@@ -117,7 +117,7 @@ def _logits_gradient(
 
 
 def one_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, slope: bool) -> Pass:
-    """log p, the softmax's parts, and the slope where it is asked for. Inputs of one type, float32, bfloat16 or float16."""
+    """log p, the softmax's parts, and the slope if asked for. Inputs all in float32, bfloat16 or float16."""
     hidden_ND = _checked(hidden_ND, weight_VD, bias_V)
     if not slope and hidden_ND.dtype != torch.float32:
         return _fused(hidden_ND, weight_VD, bias_V, targets_N)
@@ -151,7 +151,7 @@ def _fused(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_
 def _tiled(
     hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, slope_CD: Tensor | None
 ) -> Pass:
-    """One pass for the positions of a chunk; the slope is written into `slope_CD`, zeros before, where there is one."""
+    """One pass for a chunk of positions. slope_CD: zeros, into which the slope is written; None for no slope."""
     C, D = hidden_CD.shape
     max_C = hidden_CD.new_full((C,), float("-inf"), dtype=torch.float32)
     sum_C, target_C = max_C.new_zeros(C), max_C.new_zeros(C)
@@ -164,7 +164,7 @@ def _tiled(
         )  # fmt: skip
         if slope_CD is not None:
             _add_product(slope_CD, logits_CT.to(hidden_CD.dtype), tile_TD)
-    if slope_CD is not None:  # so far the unnormalised softmax(z) W
+    if slope_CD is not None:  # so far it is the unnormalised softmax(z) W
         slope_CD.div_(-sum_C[:, None]).add_(weight_VD[targets_C])
     return Pass(target_C - max_C - sum_C.log(), Softmax(max_C, sum_C), slope_CD)
 
@@ -172,7 +172,7 @@ def _tiled(
 def head_gradients(
     grad_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softmax: Softmax
 ) -> HeadGradients:
-    """dL/dW and dL/db from g = dL/d log p (N,) in float32, tile by tile, from logits that are computed again."""
+    """dL/dW and dL/db from g = dL/d log p (N,) in float32; computes the logits again, tile by tile."""
     hidden_ND = _checked(hidden_ND, weight_VD, bias_V)
     weight_grad_VD = torch.empty_like(weight_VD)
     bias_grad_V = None if bias_V is None else torch.empty_like(bias_V)
@@ -210,7 +210,7 @@ def _add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _checked(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """The hidden states as the kernels take them. ValueError for inputs that they do not."""
+    """The hidden states, contiguous. ValueError for inputs that the kernels do not take."""
     types = {t.dtype for t in (hidden_ND, weight_VD, bias_V) if t is not None}
     if len(types) != 1 or not types <= {torch.float32, torch.bfloat16, torch.float16}:
         raise ValueError(

@@ -30,7 +30,7 @@ from prlhf.backbone.attention import attention_mask, takes_flex_attention
 from prlhf.backbone.families import check_positions, head, hidden_states
 from prlhf.backbone.lora import adapters_off
 from prlhf.batch.tokens import EncodedComparison
-from prlhf.batch.trees import Layout, PreferenceBatch, Reading, collate, lay_out
+from prlhf.batch.trees import Layout, PreferenceBatch, Reading, ReadingBatch, collate, lay_out
 from prlhf.config.keys import ModelConfig
 from prlhf.kernels.log_probs import log_probs
 from prlhf.kernels.passes import Passes
@@ -58,7 +58,7 @@ class LinearAggregator(nn.Module):
 class Computation(NamedTuple):
     """How a device computes what devices compute differently. The dry run has one that takes memory as a GPU does."""
 
-    attention_mask: Callable[[PreferenceBatch], Tensor | BlockMask | None] = attention_mask
+    attention_mask: Callable[[ReadingBatch], Tensor | BlockMask | None] = attention_mask
     log_probs: str | Passes | None = None  # the `impl` of log_probs
 
 
@@ -131,7 +131,7 @@ class PersonalizedModel(nn.Module):
         """The backbone's last hidden states (R, T, D)."""
         return hidden_states(self.backbone, embeddings_RTD, mask, positions_RT, cache)
 
-    def states_at(self, batch: PreferenceBatch, at_N: Tensor) -> Tensor:
+    def states_at(self, batch: ReadingBatch, at_N: Tensor) -> Tensor:
         """Last hidden states (N, D) at flat positions of the batch's rows, user vectors in their places."""
         embeddings_RTD = self.backbone.get_input_embeddings()(batch.input_ids_RT)
         if batch.vectors_at_SU.numel():
@@ -226,7 +226,7 @@ class PersonalizedRewardModel(PersonalizedModel):
         value_head = [] if self.value_head is None else list(self.value_head.parameters())
         return super().user_parameters() + value_head
 
-    def pooled_states(self, batch: PreferenceBatch) -> Tensor:
+    def pooled_states(self, batch: ReadingBatch) -> Tensor:
         """h (M, W) of each reading: the last token's state, the mean over the response's tokens (EOS included), or both."""
         pooling = self.config.pooling
         if pooling == "last":
@@ -249,7 +249,7 @@ class PersonalizedRewardModel(PersonalizedModel):
         self.train(training)
         return states_MW
 
-    def read_rewards(self, batch: PreferenceBatch, states_MW: Tensor | None = None) -> Tensor:
+    def read_rewards(self, batch: ReadingBatch, states_MW: Tensor | None = None) -> Tensor:
         """r_P(x, y, u) of each reading, (M,): v . h for the soft prompt, e_u . h for the linear head (U = 1).
 
         states_MW: the pooled states h, where they are known.

@@ -1,4 +1,4 @@
-"""FSDP2 around a finished model, which knows nothing of it."""
+"""FSDP2 around a finished model. The model knows nothing of it."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -22,46 +22,11 @@ from prlhf.parallel.ranks import sharded, world_size
 from prlhf.parallel.tensors import load_weights_into
 
 
-def shard(model: PersonalizedModel, config: Config, device: str) -> None:
-    """Shard a model's parameters over the ranks (FSDP2), in place: each block, and the rest together.
-
-    Gradients are summed, in float32. model.compute_dtype: what the backbone computes in; fsdp.replicas: hybrid sharding, a
-    whole model on every W / replicas neighbours; fsdp.offload: parameters, gradients and moments wait in host memory.
-    Parameters of the backbone may be on the device meta; `load_weights_into` gives them values.
-    """
-    model.device = torch.device(device)
-    for part in model.children():
-        if part is not model.backbone:
-            part.to(device)
-    compute = DTYPES[config.model.compute_dtype] if config.model.compute_dtype else None
-    options = {
-        "mesh": device_mesh(config, device),
-        "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if config.fsdp.offload else OffloadPolicy(),
-    }
-    ours = [part for part in model.children() if part is not model.backbone]  # in float32, whatever the backbone's type
-    unsharded = {p for part in ours for p in part.parameters() if p.numel() == 0} | set(model.user_model.tables)
-    for part in ours:
-        if set(part.parameters()) - unsharded:
-            in_float32 = options | {"mp_policy": MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)}
-            fully_shard(part, **in_float32, ignored_params=unsharded)
-    for block in blocks(model.backbone):
-        fully_shard(block, **options)
-    fully_shard(model, **options, ignored_params=unsharded)
-    if isinstance(model, PersonalizedRewardModel):
-        register_fsdp_forward_method(model, "states_of")  # which computes without `forward`
-    if isinstance(model.user_model, FSDPModule):
-        register_fsdp_forward_method(model.user_model, "parts")  # so does the prior
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
-
-
 def training_model(config: Config, tokenizer: PreTrainedTokenizerBase, users: int, device: str) -> PersonalizedModel:
-    """The model of a config for `users` known users on `device`; sharded over the ranks where it is `sharded`.
+    """The model of a config for `users` known users on `device`, sharded over the ranks where `sharded` says so.
 
-    Of a sharded model with a name no rank ever holds all weights: it is described first and then read, shard by shard.
+    No rank ever holds all weights of a sharded model that has a name: the model is built empty, sharded, and then each
+    rank reads its own rows.
     """
     if not sharded(config):
         return build_model(config, tokenizer, users).to(device)
@@ -77,17 +42,48 @@ def training_model(config: Config, tokenizer: PreTrainedTokenizerBase, users: in
     return model
 
 
-def device_mesh(config: Config, device: str) -> DeviceMesh:
-    """The ranks in a row, or, with fsdp.replicas > 1, as (replicas, shards).
+def shard(model: PersonalizedModel, config: Config, device: str) -> None:
+    """Shard a model's parameters over the ranks (FSDP2), in place: each block, and the rest together.
 
-    GPUs get groups of their own, with torch's patience: 10 minutes for NCCL, 30 where gloo sums what is offloaded. That of
-    the processes, which wait for each other's files and evaluations, would leave a hung NCCL silent for PATIENCE.
+    Gradients are summed in float32. model.compute_dtype is the type that the backbone computes in. fsdp.replicas: hybrid
+    sharding, one whole model on every W / replicas neighbours. fsdp.offload: parameters, gradients and the optimiser's
+    moments wait in host memory. The backbone's parameters may be on meta; `load_weights_into` gives them values.
     """
-    replicas = config.fsdp.replicas
+    model.device = torch.device(device)
+    compute = DTYPES[config.model.compute_dtype] if config.model.compute_dtype else None
+    options = {
+        "mesh": device_mesh(config, device),
+        "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda") if config.fsdp.offload else OffloadPolicy(),
+    }
+    in_float32 = options | {"mp_policy": MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)}
+    ours = [part.to(device) for part in model.children() if part is not model.backbone]
+    unsharded = {p for part in ours for p in part.parameters() if p.numel() == 0} | set(model.user_model.tables)
+    for part in ours:
+        if set(part.parameters()) - unsharded:
+            fully_shard(part, **in_float32, ignored_params=unsharded)
+    for block in blocks(model.backbone):
+        fully_shard(block, **options)
+    fully_shard(model, **options, ignored_params=unsharded)
+    # FSDP gathers parameters around `forward`; these methods compute with them too.
+    if isinstance(model, PersonalizedRewardModel):
+        register_fsdp_forward_method(model, "states_of")
+    if isinstance(model.user_model, FSDPModule):
+        register_fsdp_forward_method(model.user_model, "parts")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # sums over ranks, not means
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+
+
+def device_mesh(config: Config, device: str) -> DeviceMesh:
+    """The ranks in a row, or as (replicas, shards) where fsdp.replicas > 1."""
     shape, names = (world_size(),), None
-    if replicas > 1:
-        shape, names = (replicas, world_size() // replicas), ("replicate", "shard")
-    own = None
+    if config.fsdp.replicas > 1:
+        shape, names = (config.fsdp.replicas, world_size() // config.fsdp.replicas), ("replicate", "shard")
+    backends = None
     if device == "cuda":
-        own = dict.fromkeys(range(len(shape)), "cpu:gloo,cuda:nccl" if config.fsdp.offload else "nccl")
-    return init_device_mesh(device, shape, mesh_dim_names=names, backend_override=own)
+        # Groups of their own, with torch's timeouts (NCCL 10 minutes, gloo 30): with PATIENCE, which is for waiting on
+        # files and evaluations, a hung NCCL would go unnoticed for hours. Gloo sums what is offloaded.
+        backends = dict.fromkeys(range(len(shape)), "cpu:gloo,cuda:nccl" if config.fsdp.offload else "nccl")
+    return init_device_mesh(device, shape, mesh_dim_names=names, backend_override=backends)

@@ -1,9 +1,9 @@
 """Parameters and tensors that may be sharded: read, written, gathered, set."""
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -18,53 +18,50 @@ from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedModel
 from prlhf.parallel.ranks import rank, reason, world_size
 
-FILE_BYTES = 2**28  # of a checkpoint's files
+FILE_BYTES = 2**28  # about the size of a checkpoint's files: the writer holds a file twice in memory
 
 
 def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weights_on: str) -> None:
-    """Give a sharded model that has parameters on meta their values from the safetensors in `folder`, each rank its own rows.
+    """Fill the parameters on meta of a sharded model from the safetensors in `folder`; each rank reads its own rows.
 
-    weights_on: where they wait, if not on the `device` that computes.
-    What has values already (buffers, LoRA, user model) keeps them. UserError where a weight is missing in the files.
+    weights_on: the device that the weights wait on; buffers go to `device`, which computes. What has values already
+    (buffers, LoRA, user model) keeps them. UserError where a weight is missing in the files.
     """
     backbone = model.backbone
-    kept = {name: t.detach().clone() for name, t in _tensors(backbone) if not t.is_meta}
+    kept = {name: t.detach().clone() for name, t in _tensors(backbone).items() if not t.is_meta}
     backbone.to_empty(device=weights_on)
     for module in backbone.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    tensors = {name: t.detach() for name, t in _tensors(backbone)}
+    tensors = _tensors(backbone)
     for name, values in kept.items():
-        tensors[name].copy_(values)
-    wanted = {name.replace(".base.", "."): t for name, t in tensors.items() if name not in kept}
+        tensors[name].detach().copy_(values)
+    wanted = {name.replace(".base.", "."): t.detach() for name, t in tensors.items() if name not in kept}
     read_tensors(wanted, folder, weight_files(folder))
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def read_tensors(values: dict[str, Tensor], folder: Path, files: Sequence[Path] | None = None) -> None:
-    """Fill tensors, sharded or not, from the safetensors `files` in a folder (all that there are) by their names; each rank
-    reads its own rows.
+    """Fill tensors, sharded or not, by their names from safetensors in a folder; each rank reads its own rows.
 
-    UserError where one is missing or has another shape.
+    files: the ones to read, by default all. UserError where a tensor is missing or has another shape.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     if files is not None:
-        reader.fs.ls = lambda _: [str(file) for file in files]  # else torch takes every one that it lists
+        reader.fs.ls = lambda _: [str(file) for file in files]  # torch reads every file that this lists
     try:
-        with _silence():
-            dcp.load(values, storage_reader=reader, no_dist=world_size() == 1)
+        _quietly(dcp.load, values, storage_reader=reader)
     except CheckpointException as error:
         raise UserError(f"{folder}: not the weights that this model has ({reason(error)})") from None
 
 
 def write_tensors(values: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors, sharded or not, as safetensors into a folder, each rank files of what it holds.
+    """Write tensors, sharded or not, as safetensors of about FILE_BYTES into a folder; each rank writes its own rows.
 
-    OSError where that fails on any rank. The writer holds a file two times over, beside the tensors, while it writes it: hence files of some FILE_BYTES.
+    OSError where that fails on any rank.
     """
     file, size, file_of = 1, 0.0, {}
     for name, tensor in values.items():  # the same names in the same order on every rank
@@ -74,33 +71,36 @@ def write_tensors(values: dict[str, Tensor], folder: Path) -> None:
         file_of[name], size = file, size + held
     writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     try:
-        with _silence():
-            dcp.save(values, storage_writer=writer, no_dist=world_size() == 1)
+        _quietly(dcp.save, values, storage_writer=writer)
     except CheckpointException as error:
         raise OSError(reason(error)) from None
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without the warning that there is but one process."""
+def _quietly(transfer: Callable[..., Any], values: dict[str, Tensor], **storage: Any) -> None:
+    """dcp.load or dcp.save without the warning that there is only one process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        yield
+        transfer(values, no_dist=world_size() == 1, **storage)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters by name, those that the optimiser has: sharded where the model is."""
+    """A model's parameters by name, as the optimiser has them: sharded where the model is."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     return dict(model.named_parameters())
 
 
+def full(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on every rank; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors, sharded or not, gathered one by one onto rank 0's CPU; other ranks get none."""
     found = {}
     for name, tensor in tensors.items():
-        values = full(tensor.detach())
+        values = full(tensor.detach())  # on every rank, as it is a collective operation
         if rank() == 0:
             found[name] = values.cpu().contiguous()
     return found
@@ -115,13 +115,8 @@ def put(parameter: nn.Parameter, values: Tensor) -> None:
     parameter.copy_(values)
 
 
-def full(tensor: Tensor) -> Tensor:
-    """A sharded tensor whole, on every rank; another one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def norm_of(tensors: Sequence[Tensor]) -> float:
-    """The norm of all tensors together, sharded ones and others, as if they were one vector."""
+    """The norm of all tensors together, sharded or not, as if they were one vector."""
     sharded = [t for t in tensors if isinstance(t, DTensor)]
     others = [t for t in tensors if not isinstance(t, DTensor)]
     parts = [full(get_total_norm(part)).cpu() for part in (sharded, others) if part]
