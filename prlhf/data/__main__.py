@@ -16,7 +16,7 @@ from typing import Any
 from prlhf.backbone.loading import load_tokenizer
 from prlhf.batch.datasets import encode_file
 from prlhf.batch.tokens import Encoder
-from prlhf.config.keys import KEYS, DataConfig
+from prlhf.config.keys import KEYS, DataConfig, choices_of
 from prlhf.config.load import find_config, load_config
 from prlhf.data.check import report as data_check
 from prlhf.data.comparisons import ComparisonFile
@@ -79,7 +79,7 @@ def _add_split(commands: Any, formatter_class: type) -> None:
         "training; or the field that names the dialogue, one user's own (no field is called prompt or response here); by "
         "default response where a user judged one response in two different pairs, else prompt",
     )  # fmt: skip
-    command.add_argument("--format", default="auto", choices=KEYS["data.format"].metadata["choices"])
+    command.add_argument("--format", default="auto", choices=choices_of(KEYS["data.format"]))
     command.add_argument("--user-column", default="user", metavar="FIELD", help="names the user")
     command.add_argument("--users", type=float, default=0.9, metavar="SHARE", help="of the users who are known (0.9)")
     command.add_argument(
