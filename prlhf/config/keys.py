@@ -63,9 +63,7 @@ class ModelConfig:
 class UserModelConfig:
     """The user model, and how the language model reads it."""
 
-    kind: Literal["uniform", "individual", "cluster"] = key(
-        "individual", "f_im: uniform, the same e for all (vanilla); individual, e_0 + o_i; cluster, V w_i."
-    )
+    kind: Literal["uniform", "individual", "cluster"] = key("individual", "f_im: one e for all, e_0 + o_i, or V w_i.")
     tokens: int = key(10, "T_u, vectors per user; 0 only with `uniform` (plain DPO).", low=0)
     clusters: int = key(5, "K, for `cluster`.", low=1)
     softmax: bool = key(False, "For `cluster`: softmax(w_i) as the weights.")
@@ -105,9 +103,7 @@ class DataConfig:
 
     train: str | None = key(None, "Comparisons to learn from.")
     valid: str | None = key(None, "Held-out comparisons, for evaluation.")
-    format: Literal["auto", "jsonl", "csv", "parquet"] = key(
-        "auto", "JSON Lines or CSV, plain or .gz, or parquet (needs pyarrow). auto: by the file's name."
-    )
+    format: Literal["auto", "jsonl", "csv", "parquet"] = key("auto", "auto: by the file's name. parquet needs pyarrow.")
     user_column: str = key("user", "The field that names the user.")
     attributes: tuple[str, ...] | None = key(
         None, "Which of a record's `attributes` ({name: text}) make its user text; null: its `user_text`."

@@ -43,23 +43,19 @@ def find_config(name: str) -> Path:
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read defaults < YAML file < ['optim.lr=1e-4', ...]. UserError with *all* faults, each with file, line and key."""
-    faults: list[str] = []
-    given = {} if path is None else _read_yaml(Path(path), faults)
+    given, faults = ({}, []) if path is None else _read_yaml(Path(path))
     return _resolve(given, overrides, faults)
 
 
 def load_resolved(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config.yaml that a run wrote; one by an earlier version becomes the config that computes the same."""
-    faults: list[str] = []
-    given = _read_yaml(Path(path), faults)
+    given, faults = _read_yaml(Path(path))
     # Before there was user_model.rank, every config.yaml had shared: true, and it counted for `individual` alone.
     if "user_model.rank" not in given and given.get("user_model.shared", ("", ""))[0] is True:
         del given["user_model.shared"]
     if "model.gradient_checkpointing" in given:
-        _, where = given["model.gradient_checkpointing"]
-        recompute = _recompute_of(given)
+        given["model.recompute"] = (_recompute_of(given), given["model.gradient_checkpointing"][1])
         given = {name: value for name, value in given.items() if name not in REPLACED}
-        given["model.recompute"] = (recompute, where)
     return _resolve(given, overrides, faults)
 
 
@@ -104,8 +100,8 @@ def _recompute_of(given: Given) -> str:
     return f"every:{every}" if every and every != 1 else "blocks"
 
 
-def _read_yaml(path: Path, faults: list[str]) -> Given:
-    """The values of a YAML file, from its nodes, which know their lines. UserError where it is not a file of keys."""
+def _read_yaml(path: Path) -> tuple[Given, list[str]]:
+    """The values of a YAML file and its faults, from nodes, which know their lines. UserError where it is no such file."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except OSError as error:
@@ -119,6 +115,7 @@ def _read_yaml(path: Path, faults: list[str]) -> Given:
     if root is not None and not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}, line 1: expected `key: value` lines, found a {root.id}")
     given: Given = {}
+    faults = []
     for name, line, node in _entries(root) if root else ():
         where = f"{path}, line {line}, {name}"
         if name in given:
@@ -130,7 +127,7 @@ def _read_yaml(path: Path, faults: list[str]) -> Given:
             given[name] = (yaml.SafeLoader("").construct_object(node, deep=True), where)
         except (yaml.YAMLError, ValueError):
             faults.append(f"{where}: {getattr(node, 'value', '')!r} is not a plain YAML value")
-    return given
+    return given, faults
 
 
 def _entries(root: yaml.MappingNode) -> Iterator[tuple[str, int, yaml.Node]]:
