@@ -88,6 +88,6 @@ eval: install
 	@test -n "$(CHECKPOINT)" || { echo "error: no finished run in runs/; train one first, or say CHECKPOINT=DIR" >&2; exit 2; }
 	$(PY) evaluate.py --checkpoint $(CHECKPOINT)
 
-# The configuration reference in the README, from the dataclasses.
+# The configuration reference, from the dataclasses.
 config-table: install
-	$(PY) -m prlhf.config.table README.md
+	$(PY) -m prlhf.config.table docs/config.md

@@ -55,7 +55,11 @@ NOISE = 0.5  # change of a layer's output, relative to its input; without it the
 def config_of(name: str, args: argparse.Namespace) -> Config:
     """The config of one of our arms."""
     keys = [f"model.name={args.model}", f"optim.micro_batch_size={args.micro_batch}", f"lora.rank={args.lora}"]
-    keys += [f"model.gradient_checkpointing={args.checkpointing}", f"model.dtype={args.dtype}", "optim.lr=1e-6"]
+    keys += [
+        f"model.recompute={'blocks' if args.checkpointing else 'cheap'}",
+        f"model.dtype={args.dtype}",
+        "optim.lr=1e-6",
+    ]
     keys += [f"optim.batch_size={args.comparisons}", f"evaluate.batch_size={args.micro_batch}"]
     return config_module.load_config(None, [*keys, *ARMS[name], *args.set])
 

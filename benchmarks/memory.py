@@ -43,7 +43,7 @@ def main() -> None:
             MODELS[name].save_pretrained(folder)
             byte_tokenizer().save_pretrained(folder)
             for mode, keys in MODES.items():
-                always = (f"model.name={folder}", "model.gradient_checkpointing=true", "device=cuda")
+                always = (f"model.name={folder}", "model.recompute=blocks", "device=cuda")
                 sizes = (f"optim.batch_size={args.comparisons}", f"optim.micro_batch_size={args.micro_batch}")
                 config = config_module.load_config(None, [*always, *sizes, *keys])
                 for processes in args.processes:

@@ -172,9 +172,7 @@ def test_reward_models_through_the_same_commands(call, tmp_path, overrides):
         refused(call(evaluate.main, "--checkpoint", run, "--set", changed), "another model", changed.split("=")[0])
     how = [
         "model.layout=rows",
-        "model.gradient_checkpointing=true",
-        "model.checkpoint_every=2",
-        "model.recompute=elementwise",
+        "model.recompute=every:2",
     ]
     result = call(evaluate.main, "--checkpoint", run, "--set", *how, "--out", tmp_path / "computed_otherwise")
     assert result[0] == 0, result

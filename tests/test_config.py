@@ -206,6 +206,38 @@ def test_a_config_that_a_run_wrote_before_there_were_shared_clusters(tmp_path):
     assert config_module.load_resolved(path).user_model.shared is False
 
 
+REPLACED_KEYS = [  # what earlier configs said, and the value of model.recompute that does the same
+    ("gradient_checkpointing: false", "cheap"),
+    ("gradient_checkpointing: false\n  checkpoint_every: 2\n  recompute: elementwise", "cheap"),
+    ("gradient_checkpointing: false\n  checkpoint_every: 1\n  recompute: blocks", "cheap"),
+    ("gradient_checkpointing: true", "blocks"),
+    ("gradient_checkpointing: true\n  checkpoint_every: 1\n  recompute: blocks", "blocks"),
+    ("gradient_checkpointing: true\n  checkpoint_every: 3\n  recompute: blocks", "every:3"),
+    ("gradient_checkpointing: true\n  checkpoint_every: 2\n  recompute: elementwise", "elementwise"),
+]
+
+
+@pytest.mark.parametrize("said, now", REPLACED_KEYS)
+def test_replaced_keys_are_refused_with_the_new_one_and_read_in_a_runs_config(tmp_path, said, now):
+    path = write(tmp_path, f"model:\n  family: llama\n  {said}\n")
+    where = f"{path}, line 3, model.gradient_checkpointing: replaced by `model.recompute: {now}`, which does the same"
+    assert where in message(path)
+    assert config_module.load_resolved(path).model.recompute == now
+    assert config_module.load_resolved(path, ["model.recompute=none"]).model.recompute == "none"
+    with pytest.raises(UserError, match="--set model.checkpoint_every=2: replaced by `model.recompute: "):
+        config_module.load_resolved(path, ["model.checkpoint_every=2"])
+
+
+def test_every_nth_block(tmp_path):
+    overrides = ["model.family=llama", "model.recompute=every:12"]
+    path = write(tmp_path, "model: {family: llama, recompute: every:12}")
+    assert load_config(None, overrides) == load_config(path)
+    assert load_config(path).model.recompute == "every:12"
+    for value in ("every:0", "every:N", "every:-1", "every", "every:2.5"):
+        text = message(None, "model.family=llama", f"model.recompute={value}")
+        assert f"found '{value}', expected none | cheap | elementwise | blocks | every:N" in text
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [

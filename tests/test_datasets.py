@@ -1,6 +1,7 @@
 """The papers' data sets: their readers on hand-written files in the raw form (tests/raw), splits, configs, commands."""
 
 import json
+import operator
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from prlhf.config import load as config_module
-from prlhf.config.keys import Config
+from prlhf.config.keys import KEYS, Config
 from prlhf.data import __main__ as data_command
 from prlhf.data.sets import multipref, persona, prepare, prism, psoups, tldr
 from prlhf.data.sets.raw import Options
@@ -288,7 +289,8 @@ PAPERS = {  # what the papers give; all but the first have T_u = 10, LoRA of ran
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_configs_have_the_papers_hyper_parameters(name):
-    found = config_module._flatten(config_module.to_dict(config_module.load_config(config_module.find_config(name))))
+    config = config_module.load_config(config_module.find_config(name))
+    found = {key: operator.attrgetter(key)(config) for key in KEYS}
     expected = {"optim.warmup_steps": 150, "optim.weight_decay": 0.0, **PAPERS[name]}
     if name not in ("tldr_pdpo", "tldr_prm"):
         expected |= {"user_model.tokens": 10, "lora.rank": 8, "optim.lr": 5e-5, "optim.schedule": "cosine",
@@ -470,8 +472,7 @@ def test_configs_say_only_what_differs_from_the_defaults(name):
     path = config_module.find_config(name)
     said = {f"{group}.{key}": value for group, keys in yaml.safe_load(path.read_text()).items()
             for key, value in (keys.items() if isinstance(keys, dict) else ())}  # fmt: skip
-    default = config_module._flatten(config_module.to_dict(Config()))
-    assert said and not {key for key, value in said.items() if value == default[key]}
+    assert said and not {key for key, value in said.items() if value == operator.attrgetter(key)(Config())}
 
 
 def test_prepare_records_what_it_did_and_does_it_once(prepared, tmp_path, call):

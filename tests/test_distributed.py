@@ -38,15 +38,15 @@ LLAMA, GPTJ = "model.family=llama", "model.family=gptj"
 HEAD = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")
 CASES = {
     "pdpo": (LLAMA,),
-    "pdpo, clusters, LoRA, GPT-J": (GPTJ, "user_model.kind=cluster", "lora.rank=4", "model.gradient_checkpointing=true"),
-    "pdpo, linear, checkpointing": (LLAMA, "user_model.aggregator=linear", "model.gradient_checkpointing=true"),
+    "pdpo, clusters, LoRA, GPT-J": (GPTJ, "user_model.kind=cluster", "lora.rank=4", "model.recompute=blocks"),
+    "pdpo, linear, checkpointing": (LLAMA, "user_model.aggregator=linear", "model.recompute=blocks"),
     "prm": (LLAMA, "method=prm", "loss.alpha=0.7", "loss.center=0.01"),
     # Without centring the final norm's bias has no gradient but rounding, which Adam makes steps of.
     "prm, linear, rows": (GPTJ, "method=prm", "loss.center=0.01", "user_model.aggregator=linear", "user_model.tokens=1", "model.layout=rows"),
     "prm, frozen": (LLAMA, "method=prm", "user_model.aggregator=linear", "user_model.tokens=1", "model.frozen=true"),
     # Its states come from the cache that one process wrote.
     "prm, frozen, bfloat16": (GPTJ, "method=prm", "user_model.aggregator=linear", "user_model.tokens=1", "model.frozen=true", "model.dtype=bfloat16"),
-    "pdpo, elementwise": (LLAMA, "lora.rank=2", "model.gradient_checkpointing=true", "model.recompute=elementwise"),
+    "pdpo, elementwise": (LLAMA, "lora.rank=2", "model.recompute=elementwise"),
     "vanilla": (LLAMA, "user_model.kind=uniform", "user_model.tokens=0"),
     "uniform, prior": (LLAMA, "user_model.kind=uniform", "user_model.prior=0.5", "user_model.shared_prior=0.7"),
     "low rank, prior": (LLAMA, "method=prm", "user_model.rank=2", "user_model.prior=0.5", "user_model.shared_prior=0.7", "optim.max_steps=6"),

@@ -87,7 +87,7 @@ def test_what_fsdp_holds_whole_with_lora_as_counted_by_hand():
     assert found == 2 * outside + 2 * 2 * block + (2 * 4 + 4 + 4) * LLAMA_LORA // LAYERS
 
 
-CHECKPOINTING = "model.gradient_checkpointing=true"
+CHECKPOINTING, ELEMENTWISE = "model.recompute=blocks", "model.recompute=elementwise"
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ CHECKPOINTING = "model.gradient_checkpointing=true"
         ("lora.rank=2",),
         ("method=prm",),
         (CHECKPOINTING,),
-        (CHECKPOINTING, "model.recompute=elementwise"),
-        (CHECKPOINTING, "model.recompute=elementwise", "lora.rank=2"),
+        (ELEMENTWISE,),
+        (ELEMENTWISE, "lora.rank=2"),
     ],
 )
 @pytest.mark.parametrize("family", ["llama", "gptj"])
@@ -131,7 +131,7 @@ def test_memory_as_the_real_model_holds_it(family, overrides):
     before = seen_by_python()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = part_loss(config, model, comparisons, reference, items, 1)
-    if "model.recompute=elementwise" in overrides:  # torch keeps the products itself, not through autograd
+    if ELEMENTWISE in overrides:  # torch keeps the products itself, not through autograd
         known = weights | before.keys()
         saved |= {address: storage for address, storage in seen_by_python().items() if address not in known}
     measured = sum(storage.nbytes() for storage in saved.values())
@@ -264,10 +264,10 @@ def test_what_cannot_fit_ends_with_1_and_the_keys(call, tmp_path):
     status, out, _ = call(train.main, *command(tmp_path / "run"), "--dry-run", "--memory", "0.01")
     assert status == 1
     verdict = out[out.index("does not fit") :]
-    for key in ("optim.micro_batch_size (now 8)", "model.gradient_checkpointing=true", "data.max_tokens", "lora.rank"):
+    for key in ("optim.micro_batch_size (now 8)", "model.recompute=blocks", "data.max_tokens", "lora.rank"):
         assert key in verdict
     assert not (tmp_path / "run").exists()
-    arguments = command(tmp_path / "run", CHECKPOINTING, "model.recompute=elementwise")
+    arguments = command(tmp_path / "run", ELEMENTWISE)
     assert "model.recompute=blocks" in call(train.main, *arguments, "--dry-run", "--memory", "0.01")[1]
 
 

@@ -37,6 +37,8 @@ def as_it_was(path):
     for group, keys in LATER.items():
         for name in keys:
             del described[group][name]
+    assert described["model"].pop("recompute") == "cheap"
+    described["model"] |= {"gradient_checkpointing": False, "checkpoint_every": 1, "recompute": "blocks"}
     assert described["user_model"]["shared"] is None
     described["user_model"]["shared"] = True
     path.write_text(yaml.safe_dump(described, sort_keys=False))

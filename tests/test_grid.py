@@ -17,7 +17,7 @@ from prlhf.evaluate import __main__ as evaluate
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
     "device=cpu", "model.name=null", "model.family=llama", "model.layers=1", "model.width=32", "model.heads=2",
-    "model.dtype=float32", "model.compute_dtype=null", "model.gradient_checkpointing=false", "lora.rank=2", "optim.lr=3e-2",
+    "model.dtype=float32", "model.compute_dtype=null", "model.recompute=cheap", "lora.rank=2", "optim.lr=3e-2",
     "optim.warmup_steps=0", "optim.epochs=1", "optim.batch_size=16", "optim.micro_batch_size=16", "user_model.lr=0.3", "data.limit=32",
     "evaluate.bootstrap=100",
 )  # fmt: skip

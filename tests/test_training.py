@@ -158,7 +158,7 @@ def test_a_gpu_without_memory_ends_with_what_to_change(monkeypatch, tmp_path, ca
     monkeypatch.setattr(loop, "take_step", take_step)
     status, _, err = call(train_script.main, *command(tmp_path / "a")[1:])
     assert status == 1 and err.splitlines()[-1].startswith("stopped: ") and "Tried to allocate 2.00 GiB." in err
-    for word in ("--dry-run", "optim.micro_batch_size", "model.gradient_checkpointing=true", "--nproc_per_node"):
+    for word in ("--dry-run", "optim.micro_batch_size", "model.recompute=blocks", "--nproc_per_node"):
         assert word in err
     assert "Traceback" not in err
 
@@ -193,7 +193,7 @@ def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_
     more = {
         "lora": (),
         "full": ("lora.rank=0",),
-        "mixed": ("model.gradient_checkpointing=true", "user_model.kind=cluster", "user_model.aggregator=linear",
+        "mixed": ("model.recompute=blocks", "user_model.kind=cluster", "user_model.aggregator=linear",
                   "model.family=gptj", "train.final=best", "train.best_by=accuracy", "model.dtype=bfloat16"),
     }[mode]  # fmt: skip
     run(monkeypatch, tmp_path / "whole", *more)

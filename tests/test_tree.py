@@ -60,17 +60,15 @@ def plain_loss(backbone, model, comparisons):
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("user_text", [False, True])
-@pytest.mark.parametrize("checkpointing", [(), ("model.checkpoint_every=2",), ("model.recompute=elementwise",)])
-def test_all_layouts_and_plain_sequences_agree(family, user_text, checkpointing):
+@pytest.mark.parametrize("recompute", ["none", "cheap", "every:2", "elementwise"])
+def test_all_layouts_and_plain_sequences_agree(family, user_text, recompute):
     comparisons = random_comparisons(6, user_text=user_text)
     voters = [c._replace(user=1 + i) for i, c in enumerate(comparisons[:3])]
     comparisons += [*voters, *map(swapped, voters)]  # pairs judged by several users, and the other way round
 
-    if checkpointing:
-        checkpointing += ("model.gradient_checkpointing=true",)
     config, results = tiny_config(family=family), {}
     for layout, share in (("tree", True), ("tree", False), ("packed", True), ("packed", False), ("rows", True)):
-        keys = (f"model.layout={layout}", f"model.share_trees={share}", *checkpointing)
+        keys = (f"model.layout={layout}", f"model.share_trees={share}", f"model.recompute={recompute}")
         config = tiny_config(*keys, family=family)
         model = tiny_model(config).train()
         loss = layout_loss(model, comparisons)
@@ -119,8 +117,8 @@ def test_elementwise_checkpointing_computes_no_product_twice(family, activation,
         return products, forward_attention, backward.times[activation]
 
     without = counts()
-    whole = counts("model.gradient_checkpointing=true")
-    elementwise = counts("model.gradient_checkpointing=true", "model.recompute=elementwise")
+    whole = counts("model.recompute=blocks")
+    elementwise = counts("model.recompute=elementwise")
     again = len(LORA_TARGETS.get(family, LLAMA_LIKE)) - 1 if rank else 0
     assert without[1:] == (0, 0 if family == "gptj" and rank else 3)
     assert whole[0] > elementwise[0] == without[0] + 3 * again
@@ -181,7 +179,7 @@ def test_the_mlp_keeps_its_first_products_alone(family, kept, rank):
 def test_elementwise_checkpointing_drops_the_same_elements_again(family):
     """The gradients of LoRA with dropout are the same from the same seed, with and without."""
     comparisons, results = random_comparisons(2), []
-    for keys in ((), ("model.gradient_checkpointing=true", "model.recompute=elementwise")):
+    for keys in ((), ("model.recompute=elementwise",)):
         config = tiny_config("lora.rank=2", "lora.dropout=0.5", *keys, family=family)
         model = tiny_model(config).train()
         torch.manual_seed(0)
@@ -193,7 +191,7 @@ def test_elementwise_checkpointing_drops_the_same_elements_again(family):
 
 def test_attention_with_dropout_is_computed_again():
     """Kept, it would not draw from the generator again, and dropouts behind it would drop other elements than before."""
-    config = tiny_config("model.gradient_checkpointing=true", "model.recompute=elementwise")
+    config = tiny_config("model.recompute=elementwise")
     for dropout, kept in ((0.0, True), (0.1, False)):
         model = random_backbone(config.model, VOCABULARY, 0)
         model.config.attention_dropout = dropout

@@ -1,4 +1,4 @@
-"""What the backward pass computes again in place of keeping it, and torch.compile of each block."""
+"""What the backward pass recomputes in place of keeping it (`model.recompute`), and torch.compile of each block."""
 
 import contextlib
 import functools
@@ -21,9 +21,9 @@ from prlhf.backbone.attention import attention_dropout
 from prlhf.backbone.families import blocks
 from prlhf.config.keys import ModelConfig
 
-GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # classes that compute what _gated_mlp does
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}  # -> left factor
+# Matrix products, and which argument is the left factor.
+PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
 ATTENTION = frozenset(
     (
         aten._scaled_dot_product_flash_attention.default,
@@ -37,10 +37,10 @@ ATTENTION = frozenset(
 def elementwise_recomputed(
     narrow: int, attention: frozenset[OpOverload]
 ) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """Contexts for torch.utils.checkpoint: keep matrix products and the operations `attention`, compute all else again.
+    """Contexts for torch.utils.checkpoint: keep matrix products and the operations `attention`, recompute all else.
 
-    A product over `narrow` or fewer (LoRA's B) is cheaper to compute than to keep. (Selective activation checkpointing:
-    Korthikanti et al. 2022, arXiv 2205.05198, section 5, keeps what is dear to compute for its size.)
+    A product over at most `narrow` columns (LoRA's B) is recomputed too: that is cheaper than keeping it. Selective
+    activation checkpointing: Korthikanti et al. 2022, arXiv 2205.05198, section 5.
     """
 
     def policy(_: SelectiveCheckpointContext, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -51,30 +51,39 @@ def elementwise_recomputed(
 
 
 def keep_less(block: nn.Module) -> None:
-    """Let a block keep its products' outputs and its attention's for the backward pass, but not what is elementwise within
-    RMSNorm and the MLP, which is computed again there. (As Liger does: Hsu et al. 2024, arXiv 2410.10989, section 3.2.)
-    An MLP of another class than those known here stays as it is."""
+    """Let a block keep the outputs of its matrix products and of its attention for the backward pass, and recompute there
+    what is elementwise in its norms and MLP (as Liger does: Hsu et al. 2024, arXiv 2410.10989, section 3.2).
+
+    The forwards of its norms, gated MLPs and GPT-J's MLP are replaced; any other module stays as it is.
+    """
     for module in block.modules():
-        kind = type(module).__name__
-        if kind.endswith("RMSNorm"):
+        if [(name, p.ndim) for name, p in module.named_parameters()] == [("weight", 1)]:  # RMSNorm
             module.forward = functools.partial(_computed_again, module.forward)
-        elif kind in GATED_MLPS:
+        elif _has_just(module, "gate_proj", "up_proj", "down_proj", "act_fn"):
             module.forward = types.MethodType(_gated_mlp, module)
-        elif kind == "GPTJMLP":
+        elif _has_just(module, "fc_in", "fc_out", "act", "dropout"):
             module.forward = types.MethodType(_gptj_mlp, module)
 
 
+def _has_just(module: nn.Module, *parts: str) -> bool:
+    """Whether a module has these parts, and nothing besides that its forward could compute with: BitNet's MLP has Llama's
+    four parts and a norm, Falcon-H1's has factors."""
+    held = {name for name in vars(module) if not name.startswith("_")}
+    held -= {"training", "config", "hidden_size", "intermediate_size"}
+    return not held and {name for name, _ in module.named_children()} == set(parts)
+
+
 def _computed_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """function(*inputs), of which the backward pass keeps the inputs alone. A last product is not computed again: the
-    recomputation ends with what it has to keep."""
+    """function(*inputs), of which the backward pass keeps the inputs alone. Recomputing ends once all that the function
+    would have kept is there, so a last product is not computed twice."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _then_product(layer: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """layer(function(*inputs)), keeping neither the layer's input nor what leads to it; with LoRA only not the latter, as
-    the layer is then more than one product."""
+    """layer(function(*inputs)), keeping neither the layer's input nor what it is computed from. A LoRA layer is more than
+    one product, which would be computed twice: its input is kept."""
     if isinstance(layer, nn.Linear):
         return _computed_again(lambda *again: layer(function(*again)), *inputs)
     return layer(_computed_again(function, *inputs))
@@ -91,19 +100,22 @@ def _gptj_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) -> None:
-    """Gradient checkpointing of every n-th block, and torch.compile of each, as the config has it; the blocks with neither
-    `keep_less`: a checkpointed block keeps still less, and the compiler chooses by itself."""
-    if config.gradient_checkpointing:
+    """Do to each block what `model.recompute` and `model.compile` ask for.
+
+    A checkpointed block keeps less than `keep_less` could, and a compiled one is the compiler's: neither gets it.
+    """
+    _, _, n = config.recompute.partition("every:")
+    every = int(n) if n else int(config.recompute in ("elementwise", "blocks"))  # 0: no block is checkpointed
+    if every:
         options: dict[str, Any] = {"use_reentrant": False}
         if config.recompute == "elementwise":
-            # Attention with dropout draws again, or what is dropped behind it would be other elements than before.
+            # Attention with dropout is computed again: kept, it would not draw, and later dropouts would draw otherwise.
             kept = frozenset() if attention_dropout(model) else ATTENTION
             options["context_fn"] = functools.partial(elementwise_recomputed, lora_rank, kept)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        for i, block in enumerate(blocks(model)):
-            block.gradient_checkpointing = i % config.checkpoint_every == 0
-    for block in blocks(model):
+    for i, block in enumerate(blocks(model)):
+        block.gradient_checkpointing = every > 0 and i % every == 0
         if config.compile:
             block.compile(dynamic=True)
-        elif not (config.gradient_checkpointing and block.gradient_checkpointing):
+        elif config.recompute != "none" and not block.gradient_checkpointing:
             keep_less(block)

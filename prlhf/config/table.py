@@ -1,10 +1,10 @@
-"""The configuration reference, from the dataclasses: python -m prlhf.reference_table README.md writes it there."""
+"""The configuration reference, from the dataclasses: `python -m prlhf.config.table docs/config.md` writes it there."""
 
 import json
 import sys
 from pathlib import Path
 
-from prlhf.config.keys import KEYS, type_name
+from prlhf.config.keys import BOUNDS, KEYS, type_name
 from prlhf.errors import UserError, run_command
 
 BEGIN, END = "<!-- configuration: made by `make config-table` -->", "<!-- end of configuration -->"
@@ -14,24 +14,15 @@ def table() -> str:
     """Every key with its type, range, default and meaning, as Markdown."""
     lines = ["| key | value | default | |", "|---|---|---|---|"]
     for name, declared in KEYS.items():
-        limits = declared.metadata
-        bounds = [
-            f"{sign} {limits[k]}"
-            for k, sign in (("low", ">="), ("high", "<="), ("above", ">"))
-            if limits[k] is not None
-        ]
-        cells = [
-            f"`{name}`",
-            f"{type_name(declared)} {', '.join(bounds)}".strip(),
-            json.dumps(declared.default).strip('"'),
-            limits["doc"],
-        ]
+        bounds = ", ".join(f"{BOUNDS[bound][1]} {limit}" for bound, limit in declared.metadata["bounds"].items())
+        value, default = f"{type_name(declared)} {bounds}".strip(), json.dumps(declared.default).strip('"')
+        cells = (f"`{name}`", value, default, declared.metadata["doc"])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
 
 def with_table(text: str) -> str:
-    """`text` with what stands between the two marks replaced by the table. UserError where a mark is missing."""
+    """`text` with the table between the two marks. UserError where a mark is missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

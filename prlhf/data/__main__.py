@@ -17,7 +17,7 @@ from types import ModuleType
 from prlhf.backbone.loading import load_tokenizer
 from prlhf.batch.datasets import encode_file
 from prlhf.batch.tokens import Encoder
-from prlhf.config.keys import KEYS, DataConfig
+from prlhf.config.keys import KEYS, DataConfig, choices_of
 from prlhf.config.load import find_config, load_config
 from prlhf.data.check import report as data_check
 from prlhf.data.comparisons import ComparisonFile
@@ -66,7 +66,7 @@ def main() -> None:
     command.add_argument("file", metavar="FILE", help="comparisons")
     command.add_argument("--out", metavar="FOLDER", required=True)
     command.add_argument("--by", metavar="prompt|response|FIELD", help=BY)
-    command.add_argument("--format", default="auto", choices=KEYS["data.format"].metadata["choices"])
+    command.add_argument("--format", default="auto", choices=choices_of(KEYS["data.format"]))
     command.add_argument("--user-column", default="user", metavar="FIELD", help="names the user")
     command.add_argument("--users", type=float, default=0.9, metavar="SHARE", help="of the users who are known (0.9)")
     command.add_argument("--groups", type=float, metavar="SHARE", help=GROUPS)

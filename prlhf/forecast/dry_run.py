@@ -135,9 +135,7 @@ def keys_to_change(config: Config, memory: Memory, processes: int) -> list[str]:
     activations = memory.activations + memory.temporaries
     if config.optim.micro_batch_size > 1:
         options.append((activations, f"optim.micro_batch_size (now {config.optim.micro_batch_size})"))
-    if not config.model.gradient_checkpointing:
-        options.append((activations, "model.gradient_checkpointing=true"))
-    elif config.model.recompute == "elementwise":
+    if config.model.recompute not in ("blocks", "every:1"):
         options.append((activations, "model.recompute=blocks"))
     options.append((activations // 2, f"data.max_tokens (now {config.data.max_tokens})"))
     if config.lora.rank == 0 and not config.model.frozen:

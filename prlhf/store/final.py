@@ -73,8 +73,8 @@ def save_final(
 # What decides which model the saved weights are, and what of it may still change: where the base lies, how it computes.
 FIXED = ("method", "model.", "user_model.", "lora.")
 FREE_KEYS = (
-    "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.gradient_checkpointing",
-    "model.checkpoint_every", "model.recompute", "model.compile", "model.compute_dtype",
+    "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.recompute",
+    "model.compile", "model.compute_dtype",
 )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ def out_of_memory_explained(config: Config) -> Iterator[None]:
         raise TrainingError(
             f"process {rank()} has no GPU memory left ({str(error).splitlines()[0]}). Lower optim.micro_batch_size (now "
             f"{config.optim.micro_batch_size}) or evaluate.batch_size (now {config.evaluate.batch_size}), set "
-            "model.gradient_checkpointing=true, or use more GPUs (torchrun --nproc_per_node N); the same command with "
+            "model.recompute=blocks, or use more GPUs (torchrun --nproc_per_node N); the same command with "
             "--dry-run says what each would hold. Checkpoints are good"
         ) from None
 
