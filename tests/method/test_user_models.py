@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import plain_user, tiny_config
+from helpers import tiny_config
 
 from prlhf.method.build import build_user_model
+from prlhf.method.plain import user_vectors
 from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
 from prlhf.train.row_adamw import RowAdamW
 
@@ -76,11 +77,7 @@ def test_parts_are_the_user_model_in_the_form_that_the_prior_measures(form):
     model, _ = build(*FORMS[form], "user_model.init=random", users=4)
     users = torch.tensor([3, 0, 4, 3])
     shared, basis, coordinates, origin = model.parts(users)
-    f = torch.stack([plain_user(model, 0)] * 4)
-    if form != "individual alone":
-        f = torch.stack([plain_user(model, user) for user in users.tolist()])
-    else:
-        f[[0, 2, 3]] = model.offsets_MUD[[2, 3, 2]]
+    f = torch.stack([user_vectors(model, user) for user in users.tolist()])
     assert torch.allclose(shared, f[1], atol=1e-12)
     if origin is not None:
         assert form == "cluster" and torch.allclose(sum(w * V for w, V in zip(origin, basis)), shared, atol=1e-12)
@@ -213,7 +210,7 @@ def test_coordinates_move_as_those_of_dense_adamw(form):
         weights = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
         by_rows.catch_up(model.z_MK, model.rows_of(users.tolist()))
         (model(users) * weights).sum().backward()
-        sum((plain_user(twin, user) * weight).sum() for user, weight in zip(users.tolist(), weights)).backward()
+        sum((user_vectors(twin, user) * weight).sum() for user, weight in zip(users.tolist(), weights)).backward()
         twin.z_MK.grad = torch.zeros_like(twin.z_MK) if twin.z_MK.grad is None else twin.z_MK.grad
         for optimizer in (by_rows, dense):
             optimizer.step()
