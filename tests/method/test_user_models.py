@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import tiny_config
 
-from prlhf.method.build import build_user_model
+from prlhf.method.build import InitialValues, build_user_model
 from prlhf.method.plain import user_vectors
 from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
 from prlhf.train.row_adamw import RowAdamW
@@ -13,7 +13,11 @@ from prlhf.train.row_adamw import RowAdamW
 def build(*overrides, users=3):
     table = torch.arange(40.0, dtype=torch.float64).view(10, 4)
     config = tiny_config("user_model.tokens=2", *overrides).user_model
-    return build_user_model(config, users, table, torch.Generator().manual_seed(0)), table
+    return build_user_model(config, users, starting(config, table)), table
+
+
+def starting(config, table, reward_head=0):
+    return InitialValues(config.init, table, torch.Generator().manual_seed(0), table.dtype, reward_head)
 
 
 def test_uniform():
@@ -114,7 +118,7 @@ def test_from_zero_users_are_equal_but_learn_to_differ(form, init, reward_head):
     """f(i) = f(0) for all users, and zero as a reward head; yet the first gradient makes known users differ."""
     table = torch.randn(50, 4, dtype=torch.float64)
     config = replace(tiny_config("user_model.tokens=1", *FORMS[form]).user_model, init=init)
-    model = build_user_model(config, 3, table, torch.Generator().manual_seed(0), reward_head)
+    model = build_user_model(config, 3, starting(config, table, reward_head))
     users = torch.tensor([0, 1, 3])
     out = model(users)
     assert out.shape == (3, 1, 4 * max(1, reward_head)) and out.dtype == torch.float64
@@ -132,7 +136,7 @@ def test_from_zero_users_are_equal_but_learn_to_differ(form, init, reward_head):
 def test_random_initialisation_has_the_embeddings_scale():
     table = 0.05 * torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
     config = tiny_config("user_model.tokens=10", "user_model.init=random").user_model
-    model = build_user_model(config, 100, table, torch.Generator().manual_seed(0))
+    model = build_user_model(config, 100, starting(config, table))
     assert model.offsets_MUD.std().item() == pytest.approx(0.05, rel=0.05)
 
 
