@@ -79,7 +79,7 @@ def build_user_model(config: UserModelConfig, users: int, start: InitialValues) 
         if start.from_zero:
             V_KUD -= V_KUD.mean(dim=0)  # weights of 1/K then add nothing to e_0
         return LowRankUsers(e_UD, V_KUD, start.weights(users, K, 1 / K), config.softmax)
-    if config.rank is not None:
+    if config.rank is not None:  # directions never start at zero, where coordinates would have no gradient
         B_KUD = start.noise(config.rank, U) if start.from_zero else start.vectors(config.rank, U)
         return LowRankUsers(e_UD, B_KUD, start.weights(users, config.rank, 0.0))
     offsets_MUD = e_UD.new_zeros(users, *e_UD.shape) if start.from_zero else start.vectors(users, U)

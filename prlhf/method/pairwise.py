@@ -26,9 +26,8 @@ class PairwisePreferenceModel(PersonalizedModel):
         Comparisons and the same ones swapped are then one forward pass, bit for bit: P(y1 over y2) + P(y2 over y1) = 1.
         """
         swapped = [c.rejected < c.chosen for c in comparisons]
-        ordered = [
-            c._replace(chosen=c.rejected, rejected=c.chosen) if swap else c for c, swap in zip(comparisons, swapped)
-        ]
+        in_order = (sorted((c.chosen, c.rejected)) for c in comparisons)
+        ordered = [c._replace(chosen=a, rejected=b) for c, (a, b) in zip(comparisons, in_order)]
         batch = super().collate(ordered, users)
         swapped_B1 = torch.tensor(swapped, device=batch.chosen_rejected_B2.device)[:, None]
         both_B2 = batch.chosen_rejected_B2

@@ -13,7 +13,7 @@ User model (section 4.1): f_P(u) = concat(f(u_p), f_ex(u_t)). f_ex(u_t) is the L
 Policy (section 4.2). Soft prompt: pi(y | x, u) = LM(y | BOS, f(u_p), u_t, x). Linear aggregator: the LM does not read
 f(u_p); its head reads h' = W [h; f(u_p)] + b in place of each hidden state h.
 
-P-DPO (eq. 5), with the frozen reference pi_SFT:
+P-DPO (eq. 5), with the frozen reference pi_SFT, which reads neither f(u_p) nor u_t:
 
     h(u) = [log pi(y1|x,u) - log pi_SFT(y1|x)] - [log pi(y2|x,u) - log pi_SFT(y2|x)]
     loss = mean over comparisons of  - alpha log sigma(beta h(u_t, u_p)) - (1 - alpha) log sigma(beta h(u_t, 0))
