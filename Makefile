@@ -1,5 +1,5 @@
 # make demo   a personalised model from nothing, on a laptop
-# make test   the tests (make test-slow: those that take long)
+# make test   the tests (make test-slow: those that take long; make test-method: those of the method alone, a minute)
 # make lint   ruff (rules and format) and mypy
 # make eval   evaluate the newest run (or CHECKPOINT=DIR)
 # make table1 the paper's Table 1 from the raw TL;DR files (DATA=FOLDER; TABLE1="--seeds 0 ..."), for a GPU
@@ -15,7 +15,7 @@ DEMO := runs/length_demo
 CHECKPOINT ?= $(patsubst %/users.json,%,$(firstword $(shell ls -t runs/*/final/users.json 2>/dev/null)))
 WORKERS := worker1,worker2,worker3,worker4,worker5,worker6,worker7,worker8,worker9,worker10
 
-.PHONY: install lint test test-slow demo length-data model experiments table1 eval config-table
+.PHONY: install lint test test-method test-slow demo length-data model experiments table1 eval config-table
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,9 @@ $(VENV)/.linters: $(VENV)/.installed
 
 test: install
 	$(PY) -m pytest --durations 15
+
+test-method: install
+	$(PY) -m pytest tests/method
 
 test-slow: install
 	$(PY) -m pytest -m slow

@@ -41,7 +41,7 @@ size=(--checkpointing --comparisons ${COMPARISONS:-32} --micro-batch 8 ${STEP:-}
 for part in $parts; do
     case $part in
     kernels)
-        run kernels "$python" -m pytest -q tests/test_logprobs.py tests/test_tree.py
+        run kernels "$python" -m pytest -q tests/test_logprobs.py tests/method/test_tree.py
         run logprob "$python" benchmarks/logprob.py --out "$out/logprob.json" ${LOGPROB:-}
         ;;
     lora)

@@ -16,13 +16,14 @@ from prlhf.config.keys import Config
 from prlhf.method.build import build_model
 from prlhf.method.losses import ResponseLogProbs
 from prlhf.method.models import PersonalizedModel
-from prlhf.method.users import IndividualUsers, LowRankUsers, UniformUsers
+from prlhf.method.plain import Preference, user_vectors
 from prlhf.score.score import score
 from prlhf.train.step import accumulate_gradients
 
 TOKENIZER = byte_tokenizer()
 VOCABULARY = len(TOKENIZER)
 USERS = 4
+ALPHA = 0.3
 LAYOUTS = ("tree", "packed", "rows")
 KINDS = {
     "uniform": ("user_model.kind=uniform",),
@@ -107,47 +108,10 @@ def swapped(c: EncodedComparison) -> EncodedComparison:
     return c._replace(chosen=c.rejected, rejected=c.chosen)
 
 
-def plain_user(user_model, user: int) -> torch.Tensor:
-    """f(u), written out: e; e_0 or e_0 + o_i; e_0 or e_0 + sum_k z_ik B_k; sum_k w_uk V_k; softmax is exp(w_uk) / sum_j exp(w_uj)."""
-    if isinstance(user_model, UniformUsers):
-        return user_model.e_UD
-    if isinstance(user_model, IndividualUsers):
-        return user_model.e_UD + user_model.offsets_MUD[user - 1] if user else user_model.e_UD
-    low_rank = isinstance(user_model, LowRankUsers)
-    if low_rank and not user:
-        return user_model.e_UD
-    w_K = user_model.z_MK[user - 1] if low_rank else user_model.w_MK[user]
-    if user_model.softmax:
-        w_K = torch.exp(w_K) / torch.exp(w_K).sum()
-    mixed_UD = sum(w * V_UD for w, V_UD in zip(w_K, user_model.B_KUD if low_rank else user_model.V_KUD))
-    return user_model.e_UD + mixed_UD if low_rank else mixed_UD
-
-
-def plain_embeddings(
-    backbone, prefix: Sequence[int], response: Sequence[int], user_UD: torch.Tensor | None = None, slot: int = 1
-) -> torch.Tensor:
-    """What one pass over one sequence reads, (1, T, D): the embeddings of prefix + response, e_u behind BOS."""
-    embed = backbone.get_input_embeddings()(torch.tensor([*prefix, *response]))
-    if user_UD is not None:
-        embed = torch.cat([embed[:slot], user_UD, embed[slot:]])
-    return embed[None]
-
-
-def plain_states(backbone, prefix, response, user_UD: torch.Tensor | None = None) -> torch.Tensor:
-    """Last hidden states (T, D) by one pass over one sequence, with Hugging Face's own causal attention."""
-    return backbone.base_model(inputs_embeds=plain_embeddings(backbone, prefix, response, user_UD)).last_hidden_state[0]
-
-
-def plain_log_prob(backbone, prefix: list[int], response: list[int], user_UD: torch.Tensor | None, slot: int = 1):
-    """log p(y | x, u) by one forward pass over one sequence, with Hugging Face's own causal attention."""
-    embed = plain_embeddings(backbone, prefix, response, user_UD, slot)
-    return response_log_prob(backbone(inputs_embeds=embed).logits[0], response)
-
-
-def response_log_prob(logits_TV: torch.Tensor, response: list[int]) -> torch.Tensor:
-    """The sum of the log-probs of the response's tokens, each predicted where the one before it is."""
-    log_p = torch.log_softmax(logits_TV[-1 - len(response) : -1], dim=-1)
-    return sum(log_p[i, token] for i, token in enumerate(response))
+def as_plain(c: EncodedComparison) -> Preference:
+    """The comparison as (x, y1, y2, u_t, u_p), as the plain method takes it. Both prefixes begin with a BOS."""
+    text = len(c.prefix) - len(c.reference_prefix)
+    return c.reference_prefix, c.chosen, c.rejected, c.prefix[1 : 1 + text], c.user
 
 
 def gradients(module) -> dict[str, torch.Tensor]:
@@ -164,39 +128,36 @@ def assert_updates_are_plain(
     overrides: Sequence[str],
     family: str,
     comparisons: list[EncodedComparison],
-    read: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    read: Callable[..., Sequence[torch.Tensor]],
     loss_of: Callable[..., torch.Tensor],
     reference: ResponseLogProbs | None = None,
 ) -> None:
-    """What a model says of comparisons, its loss at alpha = 0.3 and every gradient, in all layouts, are those of
+    """A model's outputs, its loss at ALPHA and every gradient, in all layouts, are those of the plain method.
 
-        mean over comparisons of  0.3 loss(u) + 0.7 loss(0),   one sequence a forward pass of Hugging Face's model.
-
-    read(model, backbone, c, e_UD): what a model with these weights says of c's two responses, by passes of `backbone`.
-    loss_of(b, first, second): the loss of comparison b of which that is said.
+    read(model, backbone, c, e_UD): the outputs for c's two responses, by passes of the plain `backbone`.
+    loss_of(model, backbone, plain_comparisons): the loss. `model` holds the weights of all that is not the backbone.
     """
-    torch.set_num_threads(1)  # passes are tiny: where cores are busy, two threads mostly wait for each other
-    overrides = (*overrides, "loss.alpha=0.3", "optim.micro_batch_size=3")
+    overrides = (*overrides, f"loss.alpha={ALPHA}", "optim.micro_batch_size=3")
     users = [c.user for c in comparisons]
     assert {0} < set(users)
     config = tiny_config(*overrides, family=family)
     twin, backbone = tiny_model(config, noise=0.05), plain_backbone(config)
     backbone.load_state_dict(twin.backbone.state_dict())
-    said, loss = [], 0.0
-    for b, c in enumerate(comparisons):
-        own, generic = (read(twin, backbone, c, plain_user(twin.user_model, user)) for user in (c.user, 0))
-        said.append(torch.stack(tuple(own)).detach())
-        loss = loss + (0.3 * loss_of(b, *own) + 0.7 * loss_of(b, *generic)) / len(comparisons)
+    with torch.no_grad():
+        outputs = [
+            torch.stack(tuple(read(twin, backbone, c, user_vectors(twin.user_model, c.user)))) for c in comparisons
+        ]
+    loss = loss_of(twin, backbone, [as_plain(c) for c in comparisons])
     loss.backward()
     expected = {f"backbone.{name}": g for name, g in gradients(backbone).items()} | gradients(twin)
-    small = {name for name, g in expected.items() if g.abs().max() < 1e-6}  # beside which 1e-10 would not be little
+    small = {name for name, g in expected.items() if g.abs().max() < 1e-6}  # a tolerance of 1e-10 would say little
     assert small <= {"backbone.transformer.ln_f.bias"}  # a constant in h, which r1 - r2 does not have
 
     for layout in LAYOUTS:
         config = tiny_config(*overrides, f"model.layout={layout}", family=family)
         model = tiny_model(config, noise=0.05)
         first_B, second_B, *_ = score(model, comparisons, users, batch_size=4)
-        assert (torch.stack([first_B, second_B], dim=1) - torch.stack(said)).abs().max() < 1e-10
+        assert (torch.stack([first_B, second_B], dim=1) - torch.stack(outputs)).abs().max() < 1e-10
         sums = accumulate_gradients(config, model, comparisons, reference, range(len(comparisons)))
         assert sums.loss == pytest.approx(loss.item(), abs=1e-10)
         assert_same(gradients(model), expected)

@@ -9,12 +9,12 @@ from helpers import (
     USERS,
     assert_same,
     gradients,
-    plain_user,
     random_comparisons,
     tiny_config,
     tiny_model,
 )
 
+from prlhf.method.plain import user_vectors
 from prlhf.method.prior import Prior, Strength, counts_of
 from prlhf.score.reference import weights_fingerprint
 from prlhf.solve import strength as strength_module
@@ -66,7 +66,7 @@ def charged(model, comparisons, update, s, s_0, scale_W):
             total = total + (weights(users.z_MK[u - 1]) ** 2).sum() / (2 * n[u])
         elif hasattr(users, "w_MK"):
             total = total + ((weights(users.w_MK[u]) - weights(users.w_MK[0])) ** 2).sum() / (2 * n[u])
-    e_0 = plain_user(users, 0)
+    e_0 = user_vectors(users, 0)
     shared = size(e_0) / (2 * s_0**2)
     if hasattr(users, "w_MK") and not users.softmax:
         shared = s**2 / s_0**2 * (users.w_MK[0] ** 2).sum() / 2

@@ -9,7 +9,7 @@ from prlhf.backbone.loading import load_backbone
 from prlhf.backbone.lora import add_lora
 from prlhf.backbone.recompute import prepare_blocks
 from prlhf.batch.tokens import bos_ids, pair_question
-from prlhf.config.keys import Config, UserModelConfig
+from prlhf.config.keys import Config, UserModelConfig, is_linear
 from prlhf.method.models import (
     Computation,
     Core,
@@ -19,71 +19,71 @@ from prlhf.method.models import (
     PersonalizedRewardModel,
 )
 from prlhf.method.pairwise import PairwisePreferenceModel
-from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
+from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers, UserModel
 
 
-def build_user_model(
-    config: UserModelConfig,
-    users: int,
-    vocabulary_VD: Tensor,
-    generator: torch.Generator,
-    reward_head: int = 0,
-    read_as: torch.dtype | None = None,
-) -> nn.Module:
-    """The user model for `users` known users, in float32 at least, initialised by config.init:
+class InitialValues:
+    """The values that a user model starts from, by `init` (user_model.init), in float32 at least.
 
-    vocabulary: every vector is a word embedding drawn at random (paper, A.3); zero: the shared vectors are, and the
-    differences between users start at zero; random: Gaussian noise of the embeddings' standard deviation.
-    Cluster weights start at 1/K, with noise of that size unless init is zero; coordinates in place of offsets likewise, around
-    zero.
+    vocabulary: word embeddings drawn at random (paper, A.3). random: Gaussian noise. zero: users do not differ, and share
+    word embeddings or, with a linear reward head, zero. solved: as zero, until the solution is put in.
 
-    reward_head: with a linear reward head (e_u is what pooled hidden states are multiplied with) how many hidden states lie
-    side by side, else 0. There zero is all zero, so that every reward starts at 0, but for what differences are made of:
-    cluster weights are noisy, and so are the directions of low-rank users. So is `solved`, which is put in later.
-
-    read_as: the type that the word embeddings have in the model, where the file at hand holds them in another.
+    read_as: the word embeddings' type in the model, which a file may hold in another.
+    reward_head: how many hidden states side by side a linear reward head reads; 0: there is no such head.
     """
-    V, D = vocabulary_VD.shape
-    read_as = read_as or vocabulary_VD.dtype
-    dtype = torch.promote_types(read_as, torch.float32)
-    from_zero = config.init in ("zero", "solved")
 
-    def noise(*shape: int) -> Tensor:
-        width = D * max(1, reward_head)
-        values = torch.randn(*shape, width, generator=generator, dtype=dtype)
-        return values * vocabulary_VD.detach().to(read_as).std().cpu()
+    def __init__(
+        self, init: str, vocabulary_VD: Tensor, generator: torch.Generator, read_as: torch.dtype, reward_head: int = 0
+    ):
+        self.init, self.vocabulary_VD, self.generator = init, vocabulary_VD.detach(), generator
+        self.read_as, self.dtype = read_as, torch.promote_types(read_as, torch.float32)
+        self.reward_head, self.width = reward_head, max(1, reward_head)  # in hidden states
+        self.from_zero = init in ("zero", "solved")
 
-    def vectors(*shape: int) -> Tensor:
-        if config.init == "random":
-            return noise(*shape)
-        if from_zero and reward_head:
-            return torch.zeros(*shape, D * reward_head, dtype=dtype)
-        drawn = torch.randint(V, (*shape, max(1, reward_head)), generator=generator)
-        return vocabulary_VD.detach()[drawn.to(vocabulary_VD.device)].to("cpu", read_as).to(dtype).flatten(-2)
+    def noise(self, *shape: int) -> Tensor:
+        """Gaussian noise of the word embeddings' standard deviation, (*shape, W)."""
+        W = self.width * self.vocabulary_VD.shape[1]
+        values = torch.randn(*shape, W, generator=self.generator, dtype=self.dtype)
+        return values * self.vocabulary_VD.to(self.read_as).std().cpu()
 
-    def weights(rows: int, K: int, around: float) -> Tensor:
-        values = torch.full((rows, K), around, dtype=dtype)
-        if not from_zero or (reward_head and around):
-            values += torch.randn(rows, K, generator=generator, dtype=dtype) / K
+    def vectors(self, *shape: int) -> Tensor:
+        """Word embeddings, noise, or zero where rewards start at 0, (*shape, W)."""
+        if self.init == "random":
+            return self.noise(*shape)
+        V, D = self.vocabulary_VD.shape
+        if self.from_zero and self.reward_head:
+            return torch.zeros(*shape, self.width * D, dtype=self.dtype)
+        drawn = torch.randint(V, (*shape, self.width), generator=self.generator)
+        words = self.vocabulary_VD[drawn.to(self.vocabulary_VD.device)]
+        return words.to("cpu", self.read_as).to(self.dtype).flatten(-2)
+
+    def weights(self, rows: int, K: int, mean: float) -> Tensor:
+        """Coordinates around `mean` (rows, K), with noise of size 1/K where users differ or archetypes are zero."""
+        values = torch.full((rows, K), mean, dtype=self.dtype)
+        if not self.from_zero or (self.reward_head and mean):
+            values += torch.randn(rows, K, generator=self.generator, dtype=self.dtype) / K
         return values
 
+
+def build_user_model(config: UserModelConfig, users: int, start: InitialValues) -> UserModel:
+    """The user model for `users` known users. Where all start alike, the first gradient makes them differ."""
     U, K = config.tokens, config.clusters
     if config.kind == "uniform":
-        return UniformUsers(vectors(U))
-    if config.kind == "individual" and config.rank is None:
-        e_UD = vectors(U)
-        offsets = torch.zeros(users, *e_UD.shape, dtype=dtype) if from_zero else vectors(users, U)
-        return IndividualUsers(e_UD, offsets, shared=config.shared is not False)
-    if config.kind == "individual":
-        e_UD, B_KUD = vectors(U), noise(config.rank, U) if from_zero else vectors(config.rank, U)
-        return LowRankUsers(e_UD, B_KUD, weights(users, config.rank, 0.0))
-    if config.shared:
-        e_UD, V_KUD = vectors(U), vectors(K, U)
-        if from_zero:
-            V_KUD -= V_KUD.mean(dim=0)  # of which weights of 1/K make nothing
-        return LowRankUsers(e_UD, V_KUD, weights(users, K, 1 / K), config.softmax)
-    w_MK = weights(users + 1, K, 1 / K)
-    return ClusterUsers(vectors(K, U), w_MK, config.softmax)
+        return UniformUsers(start.vectors(U))
+    if config.kind == "cluster" and not config.shared:
+        w_MK = start.weights(users + 1, K, 1 / K)
+        return ClusterUsers(start.vectors(K, U), w_MK, config.softmax)
+    e_UD = start.vectors(U)
+    if config.kind == "cluster":
+        V_KUD = start.vectors(K, U)
+        if start.from_zero:
+            V_KUD -= V_KUD.mean(dim=0)  # weights of 1/K then add nothing to e_0
+        return LowRankUsers(e_UD, V_KUD, start.weights(users, K, 1 / K), config.softmax)
+    if config.rank is not None:  # directions never start at zero, where coordinates would have no gradient
+        B_KUD = start.noise(config.rank, U) if start.from_zero else start.vectors(config.rank, U)
+        return LowRankUsers(e_UD, B_KUD, start.weights(users, config.rank, 0.0))
+    offsets_MUD = e_UD.new_zeros(users, *e_UD.shape) if start.from_zero else start.vectors(users, U)
+    return IndividualUsers(e_UD, offsets_MUD, shared=config.shared is not False)
 
 
 def build_model(
@@ -96,33 +96,40 @@ def build_model(
 ) -> PersonalizedModel:
     """The model of a config for `users` known users: backbone (loaded unless given), LoRA, user model, aggregator.
 
-    vocabulary_VD: the word embeddings that user vectors start from, where the backbone given has no values yet.
+    vocabulary_VD: the word embeddings that user vectors start from, where the given backbone has no values yet.
     compute: by default as this device computes.
     """
     backbone = backbone if backbone is not None else load_backbone(config.model, tokenizer, config.seed)
     embeddings_VD = backbone.get_input_embeddings().weight
-    width, linear = embeddings_VD.shape[1], config.user_model.aggregator == "linear"
-    dtype = torch.promote_types(embeddings_VD.dtype, torch.float32)
-    pooled = 2 if config.model.pooling == "both" else 1
-    user_model = build_user_model(
-        config.user_model, users, embeddings_VD if vocabulary_VD is None else vocabulary_VD, torch.Generator().manual_seed(config.seed),
-        reward_head=pooled if config.method == "prm" and linear else 0, read_as=embeddings_VD.dtype,
-    )  # fmt: skip
-    if config.model.frozen:
-        backbone.requires_grad_(False)
-    elif config.lora.rank:
-        add_lora(backbone, config.lora, lora_targets(backbone, config.lora.targets), config.seed)
-    elif config.method == "prm" and backbone.get_output_embeddings().weight is not embeddings_VD:
-        backbone.get_output_embeddings().requires_grad_(False)  # the LM head, of which a reward model has no use
+    D, dtype = embeddings_VD.shape[1], torch.promote_types(embeddings_VD.dtype, torch.float32)
+    linear = config.user_model.aggregator == "linear"
+    pooled = 2 if config.model.pooling == "both" else 1  # hidden states side by side
+    words_VD = embeddings_VD if vocabulary_VD is None else vocabulary_VD
+    generator = torch.Generator().manual_seed(config.seed)
+    head = pooled if is_linear(config) else 0
+    start = InitialValues(config.user_model.init, words_VD, generator, embeddings_VD.dtype, head)
+    user_model = build_user_model(config.user_model, users, start)
+    choose_trained_weights(config, backbone)
     prepare_blocks(backbone, config.model, config.lora.rank)
     compute = compute or Computation(log_probs=config.model.log_probs)
     core = Core(backbone, user_model, users, len(bos_ids(tokenizer)), config.model, compute)
     if config.method == "pairwise":
         return PairwisePreferenceModel(core, pair_question(tokenizer))
-    if config.method == "prm":
-        value_head = None if linear else nn.Linear(pooled * width, 1, bias=False, dtype=dtype)
-        if value_head is not None:
-            nn.init.zeros_(value_head.weight)  # every reward starts at 0
-        return PersonalizedRewardModel(core, value_head)
-    aggregator = LinearAggregator(width, config.user_model.tokens, dtype) if linear else None
-    return PersonalizedLM(core, aggregator)
+    if config.method == "pdpo":
+        return PersonalizedLM(core, LinearAggregator(D, config.user_model.tokens, dtype) if linear else None)
+    value_head = None if linear else nn.Linear(pooled * D, 1, bias=False, dtype=dtype)
+    if value_head is not None:
+        nn.init.zeros_(value_head.weight)  # every reward starts at 0
+    return PersonalizedRewardModel(core, value_head)
+
+
+def choose_trained_weights(config: Config, backbone: PreTrainedModel) -> None:
+    """Freeze the backbone, or add LoRA to it, or train all that the method uses."""
+    if config.model.frozen:
+        backbone.requires_grad_(False)
+    elif config.lora.rank:
+        add_lora(backbone, config.lora, lora_targets(backbone, config.lora.targets), config.seed)
+    elif (
+        config.method == "prm" and backbone.get_output_embeddings().weight is not backbone.get_input_embeddings().weight
+    ):
+        backbone.get_output_embeddings().requires_grad_(False)  # a reward model does not use the LM head

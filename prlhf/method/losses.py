@@ -1,13 +1,11 @@
-"""Preference losses: pure functions of response log-probs, one value per comparison.
+"""Preference losses: pure functions of response log-probs or rewards, one value per comparison. Tensors are (B,).
 
-Written with  h = [log pi(y1|x) - log ref(y1|x)] - [log pi(y2|x) - log ref(y2|x)],  y1 chosen, y2 rejected, and
-p(y|x) = sum over y's tokens, EOS included. All tensors have shape (B,).
+y1 is chosen, y2 rejected, h = [log pi(y1|x) - log ref(y1|x)] - [log pi(y2|x) - log ref(y2|x)], and log p(y|x) is a sum over
+y's tokens, EOS included. The personalised loss (paper, eq. 5) applies one loss to two branches of the same comparison,
 
-The personalised loss (paper, eq. 5) applies one of them to two branches of the same comparison,
+    alpha * loss(h(u_t, u_p)) + (1 - alpha) * loss(h(u_t, 0)).
 
-    alpha * loss(h(u_t, u_p)) + (1 - alpha) * loss(h(u_t, 0)),
-
-which `branch_weights` writes as weights, so that a mean over comparisons is exact for any grouping of them.
+`branch_weights` gives the two weights. A mean over comparisons is then exact for any grouping of them.
 """
 
 import math
@@ -32,15 +30,15 @@ class ResponseLogProbs(NamedTuple):
 
 
 class Rewards(NamedTuple):
-    """What a reward model says of both responses, and by how much the chosen one must win, all (B,)."""
+    """r(x, y) of both responses, and the margin that the comparison requires, all (B,)."""
 
     chosen: Tensor
     rejected: Tensor
-    required: Tensor  # 1 where the comparison has no `margin` of its own
+    required: Tensor  # in units of loss.margin; 1 where the comparison has no `margin` of its own
 
 
 class Answers(NamedTuple):
-    """The logit that a pairwise preference model gives y1 over y2 in both orders, and what must be exceeded, all (B,)."""
+    """A pairwise model's logit of y1 over y2 in both orders, and the margin that the comparison requires, all (B,)."""
 
     y1_first: Tensor
     y1_second: Tensor
@@ -51,7 +49,7 @@ Outputs = ResponseLogProbs | Rewards | Answers
 
 
 class BranchWeights(NamedTuple):
-    """What each comparison's user-branch and generic-branch loss counts, both (B,); the two add up to 1."""
+    """The weights of each comparison's user-branch loss and generic-branch loss, both (B,). They add up to 1."""
 
     user: Tensor
     generic: Tensor
@@ -60,14 +58,14 @@ class BranchWeights(NamedTuple):
 def branch_weights(users_B: Tensor, alpha: float, personal: bool = True) -> BranchWeights:
     """alpha and 1 - alpha for a known user; 0 and 1 for the unknown user, whose two branches are one.
 
-    personal=False (a uniform user model, for which all users are one): 0 and 1 for everybody.
+    personal=False (a uniform user model): 0 and 1 for every user.
     """
     user_B = alpha * ((users_B > 0) & personal).double()
     return BranchWeights(user_B, 1.0 - user_B)
 
 
 def log_ratio_margin(policy: ResponseLogProbs, reference: ResponseLogProbs) -> Tensor:
-    """h, the difference of the two responses' log-ratios (DPO's implicit reward margin is beta h)."""
+    """h, the difference of the two responses' log-ratios. DPO's implicit reward margin is beta h."""
     return (policy.chosen - reference.chosen) - (policy.rejected - reference.rejected)
 
 
@@ -115,10 +113,7 @@ def orpo_loss(policy: ResponseLogProbs, beta: float) -> Tensor:
 
 
 def bradley_terry_loss(rewards: Rewards, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
-    """-log sigma(r1 - r2 - m), m = margin times what each comparison requires (Touvron et al. 2023, Llama 2, eq. 2).
-
-    With label smoothing e, -(1-e) log sigma(z) - e log sigma(-z) of the same z.
-    """
+    """-log sigma(r1 - r2 - m), m = margin * required (Touvron et al. 2023, Llama 2, eq. 2); smoothed as `sigmoid_loss`."""
     return sigmoid_loss(rewards.chosen - rewards.rejected - margin * rewards.required, 1.0, label_smoothing)
 
 
@@ -128,9 +123,9 @@ def centering(rewards: Rewards) -> Tensor:
 
 
 def answer_loss(answers: Answers, margin: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
-    """Mean over both orders of -log P(the letter of y1): next-token cross-entropy on A or B (Dong et al. 2024).
+    """Mean over both orders of -log P(y1's letter), next-token cross-entropy on A or B (Dong et al. 2024).
 
-    Not -log of the averaged probability, which stops learning where the model always answers A.
+    -log of the averaged probability would stop learning where the model always answers A.
     """
     required = margin * answers.required
     first, second = (sigmoid_loss(z - required, 1.0, label_smoothing) for z in (answers.y1_first, answers.y1_second))
@@ -144,9 +139,8 @@ def pairwise_margin(answers: Answers) -> Tensor:
     P(y1 over y2) + P(y2 over y1) = 1.
     """
     first, second = answers.y1_first, answers.y1_second
-    return torch.logaddexp(logsigmoid(first), logsigmoid(second)) - torch.logaddexp(
-        logsigmoid(-first), logsigmoid(-second)
-    )
+    wins = torch.logaddexp(logsigmoid(first), logsigmoid(second))
+    return wins - torch.logaddexp(logsigmoid(-first), logsigmoid(-second))
 
 
 def chosen_nll(policy: ResponseLogProbs) -> Tensor:
@@ -165,9 +159,9 @@ def needs_reference(config: Config) -> bool:
 
 
 def reward_margin(config: LossConfig, outputs: Outputs, reference: ResponseLogProbs | None) -> Tensor:
-    """How much more reward y1 has than y2: r1 - r2 of a reward model, logit P(y1 over y2) of a pairwise one.
+    """By how much y1's reward exceeds y2's, (B,): r1 - r2 of a reward model, logit P(y1 over y2) of a pairwise model.
 
-    Of a language model the implicit reward: beta h, or beta times the average margin without a reference.
+    A language model's reward is implicit: beta h, or beta times the average margin for the reference-free losses.
     """
     if isinstance(outputs, Rewards):
         return outputs.chosen - outputs.rejected
@@ -180,26 +174,26 @@ def reward_margin(config: LossConfig, outputs: Outputs, reference: ResponseLogPr
 
 
 def preference_loss(config: LossConfig, outputs: Outputs, reference: ResponseLogProbs | None) -> Tensor:
-    """One value a comparison, (B,): Bradley-Terry or the answers' cross-entropy for reward models.
+    """The loss of each comparison, (B,): Bradley-Terry for a reward model, cross-entropy for a pairwise model.
 
-    For a language model config.kind plus config.nll NLL(y1); the reference-free kinds take reference=None.
+    For a language model it is that of config.kind plus config.nll NLL(y1). Reference-free kinds take reference=None.
     """
     if isinstance(outputs, Answers):
         return answer_loss(outputs, config.margin, config.label_smoothing)
     if isinstance(outputs, Rewards):
         loss_B = bradley_terry_loss(outputs, config.margin, config.label_smoothing)
         return loss_B + config.center * centering(outputs) if config.center else loss_B
-    loss_B = _pair_loss(config, outputs, reference)
+    if config.kind == "simpo":
+        loss_B = simpo_loss(outputs, config.beta, config.gamma)
+    elif config.kind == "orpo":
+        loss_B = orpo_loss(outputs, config.beta)
+    else:
+        assert reference is not None
+        loss_B = _margin_loss(config, log_ratio_margin(outputs, reference))
     return loss_B + config.nll * chosen_nll(outputs) if config.nll else loss_B
 
 
-def _pair_loss(config: LossConfig, policy: ResponseLogProbs, reference: ResponseLogProbs | None) -> Tensor:
-    if config.kind == "simpo":
-        return simpo_loss(policy, config.beta, config.gamma)
-    if config.kind == "orpo":
-        return orpo_loss(policy, config.beta)
-    assert reference is not None
-    h = log_ratio_margin(policy, reference)
+def _margin_loss(config: LossConfig, h: Tensor) -> Tensor:
     if config.kind == "robust":
         return robust_loss(h, config.beta, config.label_smoothing)
     if config.kind == "hinge":
@@ -213,8 +207,6 @@ def _log1mexp(x: Tensor) -> Tensor:
     """log(1 - e^x) for x < 0 without cancellation (Maechler 2012), kept finite at x = 0."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near_zero = x > -math.log(2)
-    return torch.where(
-        near_zero,
-        torch.log(-torch.expm1(torch.where(near_zero, x, -1.0))),
-        torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x))),
-    )
+    near = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))
+    far = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
+    return torch.where(near_zero, near, far)

@@ -1,20 +1,14 @@
-"""The personalised models: backbone + user model + aggregator, from a batch of comparisons to what the loss takes.
+"""The personalised models: a batch of comparisons -> log-probs or rewards of their responses.
 
-PersonalizedLM, pi_P(y | x, u) (paper, section 4.2). The soft-prompt aggregator puts e_u = f_im(u_p) before the
-prompt's embeddings (after BOS); the linear one computes h' = W [h; e_u] + b and lets the head read h'. Within
-`as_reference`, on a batch without users, it is the reference pi_SFT: no e_u, no aggregator, adapters off.
+    PersonalizedLM            log pi_P(y | x, u)   (paper, section 4.2)
+    PersonalizedRewardModel   r_P(x, y, u)
+    PairwisePreferenceModel   P_P(y1 over y2 | x, u)   (`pairwise`)
 
-PersonalizedRewardModel, r_P(x, y, u), reads h, the last hidden state of the response's last token (EOS), or by
-model.pooling the mean over its tokens, or both. Soft prompt: r = v . h, and the backbone has seen e_u; linear head:
-r = e_u . h, and the backbone knows nothing of the user.
+`plain` defines them on one sequence at a time. Here a batch is rows of preference trees (`batch.trees`), and each reading,
+a response as one user reads it, is computed once. Each comparison then takes the values of its two readings.
 
-PairwisePreferenceModel, P_P(y1 over y2 | x, u), reads both responses and answers A or B, in both orders.
-
-A batch knows who reads what (`batching`), and each response is computed once for all comparisons and branches that need it.
-Behind the backbone there is one log-prob or reward a reading, from which each comparison takes its two.
-
-Shape suffixes: B comparisons, M readings (a response as one user reads it), S trees, R rows, T positions, U user vectors,
-D width, N response tokens, W pooled width.
+Shape suffixes: B comparisons, M readings, S trees, R rows, T positions, U user vectors, D width, N response tokens,
+W pooled width.
 """
 
 import contextlib
@@ -56,7 +50,7 @@ class LinearAggregator(nn.Module):
 
 
 class Computation(NamedTuple):
-    """How a device computes what devices compute differently. The dry run has one that takes memory as a GPU does."""
+    """What devices compute differently. The dry run has one that takes memory as a GPU does."""
 
     attention_mask: Callable[[ReadingBatch], Tensor | BlockMask | None] = attention_mask
     log_probs: str | Passes | None = None  # the `impl` of log_probs
@@ -67,8 +61,8 @@ class Core(NamedTuple):
 
     backbone: PreTrainedModel
     user_model: nn.Module
-    users: int  # known ones, numbered 1..users
-    user_slot: int  # where in a tree the user vectors go: behind BOS, or 0
+    users: int  # known users, numbered 1..users
+    user_slot: int  # how many tokens of a tree precede the user vectors: BOS, or 0
     config: ModelConfig  # layout, sharing, pooling
     compute: Computation = Computation()
 
@@ -76,8 +70,10 @@ class Core(NamedTuple):
 class PersonalizedModel(nn.Module):
     """What the models share: a backbone that may read user vectors before the prompt."""
 
-    def __init__(self, core: Core):
+    def __init__(self, core: Core, backbone_reads_users: bool = True):
+        """backbone_reads_users: e_u precedes the prompt (soft prompt). Otherwise the head reads it beside hidden states."""
         super().__init__()
+        self.backbone_reads_users = backbone_reads_users
         self.config, self.compute = core.config, core.compute
         self.users, self.user_slot = core.users, core.user_slot
         self.backbone, self.user_model = core.backbone, core.user_model
@@ -86,25 +82,20 @@ class PersonalizedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes: where the backbone's weights are, unless it was set because they wait elsewhere."""
+        """Where the model computes: where the backbone's weights are, unless it was set (offloaded weights wait elsewhere)."""
         return self._device or self.backbone.device
 
     @device.setter
     def device(self, device: torch.device) -> None:
         self._device = device
 
-    @property
-    def backbone_reads_users(self) -> bool:
-        """Whether e_u goes before the prompt (soft prompt); otherwise it meets the hidden states behind the backbone."""
-        return True
-
     def user_parameters(self) -> list[nn.Parameter]:
-        """The weights with the user model's learning rate."""
-        return list(self.user_model.parameters())
+        """The weights with the user model's learning rate: all outside the backbone."""
+        return [p for part in self.children() if part is not self.backbone for p in part.parameters()]
 
     @property
     def vectors(self) -> int:
-        """T_u where they take positions before the prompt, else 0."""
+        """How many positions the user vectors take before the prompt: T_u, or 0."""
         return self.user_model.tokens if self.backbone_reads_users else 0
 
     def check_lengths(self, comparisons: Sequence[EncodedComparison]) -> None:
@@ -114,14 +105,14 @@ class PersonalizedModel(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """How readings are laid out for this model; "auto" is packed on a GPU that takes it, and tree elsewhere."""
+        """How readings become rows. "auto" is packed on a GPU whose attention takes it, and tree elsewhere."""
         kind = self.config.layout
         if kind == "auto":
             kind = "packed" if self.device.type == "cuda" and takes_flex_attention(self.backbone) else "tree"
         return Layout(kind, self.vectors, self.user_slot, self.config.share_trees)
 
     def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
-        """Comparisons, each as one of `users` reads it, as the batch that `forward` takes; None: for the reference."""
+        """The batch that `forward` takes: each comparison as its entry of `users` reads it; None: for the reference."""
         layout = self.layout if users is not None else self.layout._replace(vectors=0)
         return collate(comparisons, users, layout).to(self.device)
 
@@ -135,44 +126,32 @@ class PersonalizedModel(nn.Module):
         """Last hidden states (N, D) at flat positions of the batch's rows, user vectors in their places."""
         embeddings_RTD = self.backbone.get_input_embeddings()(batch.input_ids_RT)
         if batch.vectors_at_SU.numel():
-            vectors_SUD = self.user_model(batch.users_S).to(embeddings_RTD.dtype)
-            flat_ND = embeddings_RTD.flatten(0, 1).index_copy(
-                0, batch.vectors_at_SU.flatten(), vectors_SUD.flatten(0, 1)
-            )
+            vectors_ND = self.user_model(batch.users_S).to(embeddings_RTD.dtype).flatten(0, 1)
+            flat_ND = embeddings_RTD.flatten(0, 1).index_copy(0, batch.vectors_at_SU.flatten(), vectors_ND)
             embeddings_RTD = flat_ND.view_as(embeddings_RTD)
         hidden_RTD = self.states(embeddings_RTD, self.compute.attention_mask(batch), batch.positions_RT)
         return hidden_RTD.flatten(0, 1).index_select(0, at_N)
 
 
 class PersonalizedLM(PersonalizedModel):
-    """A language model that answers each known user as that user prefers, and user 0 as is commonly preferred."""
+    """pi_P(y | x, u): a language model that answers known users as they prefer, and user 0 as is commonly preferred."""
 
     def __init__(self, core: Core, aggregator: LinearAggregator | None):
-        super().__init__(core)
+        super().__init__(core, backbone_reads_users=aggregator is None)
         self.aggregator = aggregator  # None: soft prompt
 
-    @property
-    def backbone_reads_users(self) -> bool:
-        """True for the soft prompt."""
-        return self.aggregator is None
-
-    def user_parameters(self) -> list[nn.Parameter]:
-        """The weights with the user model's learning rate: the user model and the linear aggregator."""
-        aggregator = [] if self.aggregator is None else list(self.aggregator.parameters())
-        return super().user_parameters() + aggregator
-
     def soft_prompt(self, user_BUD: Tensor | None) -> Tensor | None:
-        """The user vectors that go before the prompt: all of them, or None with the linear aggregator."""
+        """The user vectors that precede the prompt; None with the linear aggregator."""
         return user_BUD if self.aggregator is None else None
 
     def read_out(self, hidden_ND: Tensor, user_NUD: Tensor | None) -> Tensor:
-        """The hidden states that the head reads: h' = W [h; e_u] + b with the linear aggregator, h otherwise."""
+        """What the LM head reads: h' = W [h; e_u] + b with the linear aggregator, else the hidden states h."""
         if self.aggregator is None or user_NUD is None:
             return hidden_ND
         return self.aggregator(hidden_ND, user_NUD)
 
     def forward(self, batch: PreferenceBatch) -> ResponseLogProbs:
-        """log pi_P(y | x, u) of both responses of each comparison; without users, and no user at all, where it has none."""
+        """log pi_P(y | x, u) of both responses of each comparison; of a batch without users, log pi(y | x)."""
         hidden_ND = self.states_at(batch, batch.predicted_at_N)
         user_NUD = None
         if self.aggregator is not None and batch.users_M is not None:
@@ -184,7 +163,7 @@ class PersonalizedLM(PersonalizedModel):
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Within the context, `forward` of a batch without users is pi_SFT: adapters off, no dropout, no gradient."""
+        """Within the context, `forward` of a batch without users gives pi_SFT: no adapters, no dropout, no gradient."""
         training = self.training
         self.eval()
         try:
@@ -195,36 +174,25 @@ class PersonalizedLM(PersonalizedModel):
 
 
 class PersonalizedRewardModel(PersonalizedModel):
-    """A reward model that knows who asks: r_P(x, y, u), and r_P(x, y, u_0) for the unknown user.
+    """r_P(x, y, u): the reward that user u gives response y; u_0 is the unknown user.
 
-    With the linear head the hidden states do not depend on the user, and with a frozen backbone besides they never
-    change: each response is computed once for all.
+    With the linear head and a frozen backbone, hidden states depend on no user and never change. Each is computed once.
     """
 
     def __init__(self, core: Core, value_head: nn.Linear | None):
-        super().__init__(core)
+        super().__init__(core, backbone_reads_users=value_head is not None)
         self.value_head = value_head  # None: linear head, e_u itself
 
     @property
-    def backbone_reads_users(self) -> bool:
-        """True for the soft prompt."""
-        return self.value_head is not None
-
-    @property
     def state_width(self) -> int:
-        """W, of a pooled hidden state."""
+        """W, the width of a pooled hidden state."""
         return self.backbone.get_input_embeddings().weight.shape[1] * (2 if self.config.pooling == "both" else 1)
 
     @property
     def state_dtype(self) -> torch.dtype:
-        """Of a pooled hidden state: the backbone's own where it is the last token's, else float32 at least."""
+        """The type of a pooled hidden state: the backbone's for the last token's state, else float32 at least."""
         own = self.backbone.get_input_embeddings().weight.dtype
         return own if self.config.pooling == "last" else torch.promote_types(own, torch.float32)
-
-    def user_parameters(self) -> list[nn.Parameter]:
-        """The weights with the user model's learning rate: the user model and the scalar head."""
-        value_head = [] if self.value_head is None else list(self.value_head.parameters())
-        return super().user_parameters() + value_head
 
     def pooled_states(self, batch: ReadingBatch) -> Tensor:
         """h (M, W) of each reading: the last token's state, the mean over the response's tokens (EOS included), or both."""
@@ -242,7 +210,7 @@ class PersonalizedRewardModel(PersonalizedModel):
 
     @torch.no_grad()
     def states_of(self, readings: Sequence[Reading]) -> Tensor:
-        """Pooled hidden states (M, W), on the CPU, of responses that nobody in particular reads, in eval mode."""
+        """Pooled hidden states (M, W) on the CPU, in eval mode, where the backbone reads no user."""
         training = self.training
         self.eval()
         states_MW = self.pooled_states(lay_out(readings, self.layout).to(self.device)).cpu()
@@ -272,18 +240,16 @@ class PersonalizedRewardModel(PersonalizedModel):
 
 
 def of_comparisons(values_M: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-    """Each comparison's two of the readings' values: the chosen's (B,), and the rejected's (B,).
+    """The values of each comparison's chosen reading, (B,), and of its rejected one, (B,).
 
-    Not by indexing, whose backward pass adds up equal indices in any order: resuming must be exact.
+    Indexing would add up the gradients of equal indices in any order, and resuming must be exact.
     """
     chosen_B, rejected_B = batch.chosen_rejected_B2.unbind(dim=1)
     return values_M.index_select(0, chosen_B), values_M.index_select(0, rejected_B)
 
 
 def sum_by_response(token_log_probs_N: Tensor, batch: PreferenceBatch) -> ResponseLogProbs:
-    """log p(y|x) = sum of its tokens' log-probs, for both responses of every comparison."""
-    zeros_M = token_log_probs_N.new_zeros(len(batch.readings))
-    sums = of_comparisons(zeros_M.index_add(0, batch.reading_N, token_log_probs_N), batch)
-    ones_N = torch.ones_like(token_log_probs_N.detach())
-    lengths = of_comparisons(zeros_M.index_add(0, batch.reading_N, ones_N), batch)
-    return ResponseLogProbs(*sums, *lengths)
+    """log p(y|x), the sum of the tokens' log-probs, of both responses of each comparison."""
+    zeros_M, ones_N = token_log_probs_N.new_zeros(len(batch.readings)), torch.ones_like(token_log_probs_N.detach())
+    sums_M, lengths_M = (zeros_M.index_add(0, batch.reading_N, values_N) for values_N in (token_log_probs_N, ones_N))
+    return ResponseLogProbs(*of_comparisons(sums_M, batch), *of_comparisons(lengths_M, batch))

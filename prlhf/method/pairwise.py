@@ -1,4 +1,4 @@
-"""PairwisePreferenceModel, P_P(y1 over y2 | x, u): it reads both responses and answers A or B, in both orders."""
+"""PairwisePreferenceModel, P_P(y1 over y2 | x, u): an LM that reads both responses, in both orders, and answers A or B."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,31 +14,27 @@ from prlhf.method.models import Core, PersonalizedModel, of_comparisons
 
 
 class PairwisePreferenceModel(PersonalizedModel):
-    """P(y1 over y2 | x, u) of a language model that reads both responses, in both orders, and answers A or B.
-
-    The pairwise preference model of Dong et al. 2024 (arXiv 2405.07863, section 2.2) with a user model.
-    """
+    """The pairwise preference model of Dong et al. 2024 (arXiv 2405.07863, section 2.2) with a user model."""
 
     def __init__(self, core: Core, question: PairQuestion):
         super().__init__(core)
         self.answers = [question.answer_a, question.answer_b]
 
     def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
-        """As for any model, but a question's two orders lie in the order of their tokens, whichever response is y1.
+        """The batch, in which the order of a question's two forms does not depend on which response is y1.
 
         Comparisons and the same ones swapped are then one forward pass, bit for bit: P(y1 over y2) + P(y2 over y1) = 1.
         """
         swapped = [c.rejected < c.chosen for c in comparisons]
-        ordered = [
-            c._replace(chosen=c.rejected, rejected=c.chosen) if swap else c for c, swap in zip(comparisons, swapped)
-        ]
+        in_order = (sorted((c.chosen, c.rejected)) for c in comparisons)
+        ordered = [c._replace(chosen=a, rejected=b) for c, (a, b) in zip(comparisons, in_order)]
         batch = super().collate(ordered, users)
         swapped_B1 = torch.tensor(swapped, device=batch.chosen_rejected_B2.device)[:, None]
         both_B2 = batch.chosen_rejected_B2
         return replace(batch, chosen_rejected_B2=torch.where(swapped_B1, both_B2.flip(1), both_B2))
 
     def forward(self, batch: PreferenceBatch) -> Answers:
-        """The logit of y1's letter against y2's in both orders."""
+        """The logit of y1's letter minus that of y2's, in both orders."""
         hidden_MD = self.states_at(batch, batch.last_at_M)
         weight_VD, bias_V = head(self.backbone)
         dtype = torch.promote_types(hidden_MD.dtype, torch.float32)

@@ -9,11 +9,7 @@ and two forms that the paper does not have:
     individual of rank K          f(0) = e_0,  f(i) = e_0 + B z_i,  B of shape (K, T_u, D), z_i in R^K
     cluster, shared               f(0) = e_0,  f(i) = e_0 + V w_i
 
-What users do not share lies in `tables`, one row a user. A batch reads a few rows, and its gradient is one of these rows.
-What the prior (`prior`) needs of each form is `parts`: the shared vectors, the directions in which users differ, and how far
-each user lies along them.
-
-Shape suffixes: B users asked for, M users known, U = T_u vectors a user, D width, K clusters or rank, V vocabulary, R rows.
+Shape suffixes: B users asked for, M users known, U = T_u vectors a user, D width, K clusters or rank, R rows.
 """
 
 from collections.abc import Iterable
@@ -25,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _ReadRows(torch.autograd.Function):
-    """As nn.functional.embedding with sparse=True, for a table of any number of dimensions."""
+    """nn.functional.embedding with sparse=True, for a table of any number of dimensions."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows_B: Tensor) -> Tensor:
@@ -41,50 +37,67 @@ class _ReadRows(torch.autograd.Function):
 
 
 def read_rows(table: Tensor, rows_B: Tensor) -> Tensor:
-    """Rows (B, ...) of a table (rows, ...), whose gradient for the table is sparse: COO over dim 0."""
+    """Rows (B, ...) of a table (rows, ...). The table's gradient is sparse: COO over dim 0."""
     return _ReadRows.apply(table, rows_B)
 
 
-class Parts(NamedTuple):
-    """A user model as f(i) = shared + basis . coordinates_i: what all share, and how each of some users differs from it.
+def read_known(table_M: Tensor, users_B: Tensor, softmax: bool = False) -> Tensor:
+    """Row i - 1 of user i, (B, ...), or its softmax; zero for user 0, who has no row."""
+    if len(table_M) == 0:
+        return table_M.new_zeros(len(users_B), *table_M.shape[1:])
+    rows = read_rows(table_M, (users_B - 1).clamp(min=0))
+    known = (users_B > 0).view(-1, *[1] * (rows.dim() - 1))
+    return torch.where(known, rows.softmax(dim=-1) if softmax else rows, 0.0)
 
-    Parameters are in it as copies: FSDP frees what it has gathered of a module as soon as its method returns.
+
+class Parts(NamedTuple):
+    """A user model as f(i) = shared + basis . coordinates_i, the form that the prior measures (`prior`).
+
+    It holds copies of parameters: FSDP frees what it has gathered of a module as soon as the module's method returns.
     """
 
-    shared_UD: Tensor
+    shared_UD: Tensor  # f(0)
     basis_KUD: Tensor | None  # directions in which users differ; None: coordinates are vectors, or nobody differs
     coordinates_B: Tensor | None  # (B, K), without a basis (B, U, D); zero for user 0; None: nobody differs
-    origin_K: Tensor | None = None  # shared_UD = basis . origin, where that is what it is made of
+    origin_K: Tensor | None = None  # coordinates of f(0), where it is itself a mixture: shared = basis . origin
 
 
-class UniformUsers(nn.Module):
+class UserModel(nn.Module):
+    """What the forms share. `forward` maps (B,) user numbers, 0 for unknown, to f(u) (B, U, D); `parts` to `Parts`."""
+
+    table: str | None = None  # the parameter that has one row a user
+    first_user = 1  # whose row is the table's first
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """The parameters with one row a user. A batch reads a few rows, and the gradient has these rows alone."""
+        return [getattr(self, self.table)] if self.table else []
+
+    @property
+    def vectors(self) -> list[nn.Parameter]:
+        """The parameters in the space of user vectors, (..., D). The others are coordinates, (M, K)."""
+        return [parameter for name, parameter in self.named_parameters() if name.endswith("D")]
+
+    @property
+    def tokens(self) -> int:
+        """T_u."""
+        return self.vectors[0].shape[-2]
+
+    def rows_of(self, users: Iterable[int]) -> Tensor:
+        """The rows of `tables` that these users read, (R,), ascending, each once."""
+        rows = {user - self.first_user for user in users if user >= self.first_user} if self.table else set()
+        return torch.tensor(sorted(rows), dtype=torch.long)
+
+
+class UniformUsers(UserModel):
     """f(u) = e for every user."""
 
     def __init__(self, e_UD: Tensor):
         super().__init__()
         self.e_UD = nn.Parameter(e_UD)
 
-    @property
-    def tokens(self) -> int:
-        """T_u."""
-        return self.e_UD.shape[0]
-
-    @property
-    def tables(self) -> list[nn.Parameter]:
-        """None: nothing differs between users."""
-        return []
-
-    @property
-    def vectors(self) -> list[nn.Parameter]:
-        """Parameters in the space of user vectors (..., D); others are coordinates."""
-        return [self.e_UD]
-
-    def rows_of(self, users: Iterable[int]) -> Tensor:
-        """The rows of `tables` that these users read: none, (0,)."""
-        return torch.zeros(0, dtype=torch.long)
-
     def forward(self, users_B: Tensor) -> Tensor:
-        """(B,) user numbers -> (B, U, D), in memory of its own (see `Parts`)."""
+        """e for each user, (B, U, D), in memory of its own (see `Parts`)."""
         return self.e_UD.expand(len(users_B), -1, -1).clone()
 
     def parts(self, users_B: Tensor) -> Parts:
@@ -92,8 +105,10 @@ class UniformUsers(nn.Module):
         return Parts(self.e_UD.clone(), None, None)
 
 
-class IndividualUsers(nn.Module):
-    """f(0) = e_0 and f(i) = e_0 + o_i: what users share, and how each one differs; not `shared`: f(i) = o_i."""
+class IndividualUsers(UserModel):
+    """f(0) = e_0 and f(i) = e_0 + o_i; not `shared`: f(i) = o_i."""
+
+    table = "offsets_MUD"
 
     def __init__(self, e_UD: Tensor, offsets_MUD: Tensor, shared: bool = True):
         super().__init__()
@@ -101,51 +116,28 @@ class IndividualUsers(nn.Module):
         self.offsets_MUD = nn.Parameter(offsets_MUD)
         self.shared = shared
 
-    @property
-    def tokens(self) -> int:
-        """T_u."""
-        return self.e_UD.shape[0]
-
-    @property
-    def tables(self) -> list[nn.Parameter]:
-        """Parameters with one row a user: the offsets."""
-        return [self.offsets_MUD]
-
-    @property
-    def vectors(self) -> list[nn.Parameter]:
-        """Parameters in the space of user vectors (..., D): all."""
-        return [self.e_UD, self.offsets_MUD]
-
-    def rows_of(self, users: Iterable[int]) -> Tensor:
-        """The rows of `tables` that known ones of these users read, (R,), each once: i - 1 of user i."""
-        return torch.tensor(sorted({user - 1 for user in users if user}), dtype=torch.long)
-
-    def stored(self, users_B: Tensor) -> Tensor:
-        """o_u (B, U, D); zero for user 0."""
-        if len(self.offsets_MUD) == 0:
-            return self.offsets_MUD.new_zeros(len(users_B), *self.e_UD.shape)
-        offsets_BUD = read_rows(self.offsets_MUD, (users_B - 1).clamp(min=0))
-        return torch.where((users_B > 0)[:, None, None], offsets_BUD, 0.0)
-
     def forward(self, users_B: Tensor) -> Tensor:
-        """(B,) user numbers, 0 for unknown -> (B, U, D)."""
-        if not self.shared:
-            return torch.where((users_B > 0)[:, None, None], self.stored(users_B), self.e_UD)
-        return self.e_UD + self.stored(users_B)
+        """e_0 + o_u, (B, U, D)."""
+        offsets_BUD = read_known(self.offsets_MUD, users_B)
+        if self.shared:
+            return self.e_UD + offsets_BUD
+        return torch.where((users_B > 0)[:, None, None], offsets_BUD, self.e_UD)
 
     def parts(self, users_B: Tensor) -> Parts:
-        """e_0 and the offsets f(u) - e_0."""
-        offsets_BUD = self.stored(users_B)
+        """e_0 and f(u) - e_0."""
+        offsets_BUD = read_known(self.offsets_MUD, users_B)
         if not self.shared:
             offsets_BUD = torch.where((users_B > 0)[:, None, None], offsets_BUD - self.e_UD, 0.0)
         return Parts(self.e_UD.clone(), None, offsets_BUD)
 
 
-class LowRankUsers(nn.Module):
-    """f(0) = e_0 and f(i) = e_0 + B z_i: what users share, and how far each one goes in each of K common directions.
+class LowRankUsers(UserModel):
+    """f(0) = e_0 and f(i) = e_0 + B z_i, with softmax e_0 + B softmax(z_i).
 
-    With softmax f(i) = e_0 + B softmax(z_i). Individual users of a rank, and clusters with a shared component.
+    These are individual users of a rank, and clusters with a shared component.
     """
+
+    table = "z_MK"
 
     def __init__(self, e_UD: Tensor, B_KUD: Tensor, z_MK: Tensor, softmax: bool = False):
         super().__init__()
@@ -154,43 +146,21 @@ class LowRankUsers(nn.Module):
         self.z_MK = nn.Parameter(z_MK)
         self.softmax = softmax
 
-    @property
-    def tokens(self) -> int:
-        """T_u."""
-        return self.e_UD.shape[0]
-
-    @property
-    def tables(self) -> list[nn.Parameter]:
-        """Parameters with one row a user: the coordinates."""
-        return [self.z_MK]
-
-    @property
-    def vectors(self) -> list[nn.Parameter]:
-        """Parameters in the space of user vectors (..., D): all but the coordinates."""
-        return [self.e_UD, self.B_KUD]
-
-    def rows_of(self, users: Iterable[int]) -> Tensor:
-        """The rows of `tables` that known ones of these users read, (R,), each once: i - 1 of user i."""
-        return torch.tensor(sorted({user - 1 for user in users if user}), dtype=torch.long)
-
-    def coordinates(self, users_B: Tensor) -> Tensor:
-        """z_u (B, K), or softmax(z_u); zero for user 0."""
-        if len(self.z_MK) == 0:
-            return self.z_MK.new_zeros(len(users_B), self.z_MK.shape[1])
-        z_BK = read_rows(self.z_MK, (users_B - 1).clamp(min=0))
-        return torch.where((users_B > 0)[:, None], z_BK.softmax(dim=-1) if self.softmax else z_BK, 0.0)
-
     def forward(self, users_B: Tensor) -> Tensor:
-        """(B,) user numbers, 0 for unknown -> (B, U, D)."""
-        return self.e_UD + torch.einsum("bk,kud->bud", self.coordinates(users_B), self.B_KUD)
+        """e_0 + B z_u, (B, U, D)."""
+        z_BK = read_known(self.z_MK, users_B, self.softmax)
+        return self.e_UD + torch.einsum("bk,kud->bud", z_BK, self.B_KUD)
 
     def parts(self, users_B: Tensor) -> Parts:
         """e_0, B and z_u."""
-        return Parts(self.e_UD.clone(), self.B_KUD.clone(), self.coordinates(users_B))
+        return Parts(self.e_UD.clone(), self.B_KUD.clone(), read_known(self.z_MK, users_B, self.softmax))
 
 
-class ClusterUsers(nn.Module):
+class ClusterUsers(UserModel):
     """f(u) = V w_u: every user, the unknown one included, is a mixture of K archetypes."""
+
+    table = "w_MK"
+    first_user = 0
 
     def __init__(self, V_KUD: Tensor, w_MK: Tensor, softmax: bool):
         super().__init__()
@@ -198,42 +168,22 @@ class ClusterUsers(nn.Module):
         self.w_MK = nn.Parameter(w_MK)  # M + 1 rows: row 0 is the unknown user
         self.softmax = softmax
 
-    @property
-    def tokens(self) -> int:
-        """T_u."""
-        return self.V_KUD.shape[1]
-
-    @property
-    def tables(self) -> list[nn.Parameter]:
-        """Parameters with one row a user: the weights."""
-        return [self.w_MK]
-
-    @property
-    def vectors(self) -> list[nn.Parameter]:
-        """Parameters in the space of user vectors (..., D): the archetypes."""
-        return [self.V_KUD]
-
-    def rows_of(self, users: Iterable[int]) -> Tensor:
-        """The rows of `tables` that these users read, (R,), each once: u of user u."""
-        return torch.tensor(sorted(set(users)), dtype=torch.long)
+    def weights(self, users_B: Tensor) -> Tensor:
+        """w_u (B, K), or its softmax."""
+        w_BK = read_rows(self.w_MK, users_B)
+        return w_BK.softmax(dim=-1) if self.softmax else w_BK
 
     def forward(self, users_B: Tensor) -> Tensor:
-        """(B,) user numbers, 0 for unknown -> (B, U, D)."""
-        w_BK = read_rows(self.w_MK, users_B)
-        if self.softmax:
-            w_BK = w_BK.softmax(dim=-1)
-        return torch.einsum("bk,kud->bud", w_BK, self.V_KUD)
+        """V w_u, (B, U, D)."""
+        return torch.einsum("bk,kud->bud", self.weights(users_B), self.V_KUD)
 
     def parts(self, users_B: Tensor) -> Parts:
-        """f(0) = V w_0, V (with softmax as it differs from f(0)), and w_u - w_0: a user like user 0 does not differ."""
-        everyone = torch.cat([users_B.new_zeros(1), users_B])
-        w_BK = read_rows(self.w_MK, everyone)
+        """f(0) = V w_0, the archetypes V, and w_u - w_0. With softmax, V - f(0): weights that add up to 1 have no origin."""
+        w_0K, w_BK = self.weights(torch.cat([users_B.new_zeros(1), users_B])).tensor_split([1])
+        shared_UD = torch.einsum("k,kud->ud", w_0K[0], self.V_KUD)
         if self.softmax:
-            w_BK = w_BK.softmax(dim=-1)
-        shared_UD = torch.einsum("k,kud->ud", w_BK[0], self.V_KUD)
-        if self.softmax:
-            return Parts(shared_UD, self.V_KUD - shared_UD, w_BK[1:] - w_BK[0])
-        return Parts(shared_UD, self.V_KUD.clone(), w_BK[1:] - w_BK[0], w_BK[0])
+            return Parts(shared_UD, self.V_KUD - shared_UD, w_BK - w_0K)
+        return Parts(shared_UD, self.V_KUD.clone(), w_BK - w_0K, w_0K[0])
 
 
 def is_personal(user_model: nn.Module, alpha: float) -> bool:

@@ -2,9 +2,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import plain_user, tiny_config
+from helpers import tiny_config
 
-from prlhf.method.build import build_user_model
+from prlhf.method.build import InitialValues, build_user_model
+from prlhf.method.plain import user_vectors
 from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
 from prlhf.train.row_adamw import RowAdamW
 
@@ -12,7 +13,11 @@ from prlhf.train.row_adamw import RowAdamW
 def build(*overrides, users=3):
     table = torch.arange(40.0, dtype=torch.float64).view(10, 4)
     config = tiny_config("user_model.tokens=2", *overrides).user_model
-    return build_user_model(config, users, table, torch.Generator().manual_seed(0)), table
+    return build_user_model(config, users, starting(config, table)), table
+
+
+def starting(config, table, reward_head=0):
+    return InitialValues(config.init, table, torch.Generator().manual_seed(0), table.dtype, reward_head)
 
 
 def test_uniform():
@@ -76,11 +81,7 @@ def test_parts_are_the_user_model_in_the_form_that_the_prior_measures(form):
     model, _ = build(*FORMS[form], "user_model.init=random", users=4)
     users = torch.tensor([3, 0, 4, 3])
     shared, basis, coordinates, origin = model.parts(users)
-    f = torch.stack([plain_user(model, 0)] * 4)
-    if form != "individual alone":
-        f = torch.stack([plain_user(model, user) for user in users.tolist()])
-    else:
-        f[[0, 2, 3]] = model.offsets_MUD[[2, 3, 2]]
+    f = torch.stack([user_vectors(model, user) for user in users.tolist()])
     assert torch.allclose(shared, f[1], atol=1e-12)
     if origin is not None:
         assert form == "cluster" and torch.allclose(sum(w * V for w, V in zip(origin, basis)), shared, atol=1e-12)
@@ -117,7 +118,7 @@ def test_from_zero_users_are_equal_but_learn_to_differ(form, init, reward_head):
     """f(i) = f(0) for all users, and zero as a reward head; yet the first gradient makes known users differ."""
     table = torch.randn(50, 4, dtype=torch.float64)
     config = replace(tiny_config("user_model.tokens=1", *FORMS[form]).user_model, init=init)
-    model = build_user_model(config, 3, table, torch.Generator().manual_seed(0), reward_head)
+    model = build_user_model(config, 3, starting(config, table, reward_head))
     users = torch.tensor([0, 1, 3])
     out = model(users)
     assert out.shape == (3, 1, 4 * max(1, reward_head)) and out.dtype == torch.float64
@@ -135,7 +136,7 @@ def test_from_zero_users_are_equal_but_learn_to_differ(form, init, reward_head):
 def test_random_initialisation_has_the_embeddings_scale():
     table = 0.05 * torch.randn(5000, 64, generator=torch.Generator().manual_seed(0))
     config = tiny_config("user_model.tokens=10", "user_model.init=random").user_model
-    model = build_user_model(config, 100, table, torch.Generator().manual_seed(0))
+    model = build_user_model(config, 100, starting(config, table))
     assert model.offsets_MUD.std().item() == pytest.approx(0.05, rel=0.05)
 
 
@@ -213,7 +214,7 @@ def test_coordinates_move_as_those_of_dense_adamw(form):
         weights = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
         by_rows.catch_up(model.z_MK, model.rows_of(users.tolist()))
         (model(users) * weights).sum().backward()
-        sum((plain_user(twin, user) * weight).sum() for user, weight in zip(users.tolist(), weights)).backward()
+        sum((user_vectors(twin, user) * weight).sum() for user, weight in zip(users.tolist(), weights)).backward()
         twin.z_MK.grad = torch.zeros_like(twin.z_MK) if twin.z_MK.grad is None else twin.z_MK.grad
         for optimizer in (by_rows, dense):
             optimizer.step()

@@ -8,11 +8,10 @@ import transformers
 from helpers import (
     TOKENIZER,
     VOCABULARY,
+    as_plain,
     assert_same,
     gradients,
     plain_backbone,
-    plain_log_prob,
-    plain_user,
     random_comparisons,
     swapped,
     tiny_config,
@@ -29,6 +28,7 @@ from prlhf.backbone.toys import random_backbone
 from prlhf.batch.trees import PACK_MULTIPLE, PREFIX, Layout, collate, tree_mask
 from prlhf.method.build import build_model
 from prlhf.method.losses import log_ratio_margin, sigmoid_loss
+from prlhf.method.plain import log_prob, p_dpo
 
 
 def loss_of(policy, reference):
@@ -43,19 +43,6 @@ def layout_loss(model, comparisons):
     with model.as_reference():
         reference = model(model.collate(comparisons, None))
     return loss_of(model(batch_of(model, comparisons)), reference)
-
-
-def plain_loss(backbone, model, comparisons):
-    """The loss from Hugging Face's model, one sequence at a time; e_u is made of the user model's weights."""
-    losses = []
-    for c in comparisons:
-        user_UD = plain_user(model.user_model, c.user)
-        policy = [plain_log_prob(backbone, c.prefix, y, user_UD) for y in (c.chosen, c.rejected)]
-        with torch.no_grad():
-            reference = [plain_log_prob(backbone, c.reference_prefix, y, None) for y in (c.chosen, c.rejected)]
-        h = (policy[0] - reference[0]) - (policy[1] - reference[1])
-        losses.append(-torch.log(torch.sigmoid(0.3 * h)))
-    return torch.stack(losses).mean()
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
@@ -76,7 +63,8 @@ def test_all_layouts_and_plain_sequences_agree(family, user_text, recompute):
         results[layout, share] = (loss.item(), gradients(model))
 
     model, backbone = tiny_model(config), plain_backbone(config)
-    loss = plain_loss(backbone, model, comparisons)
+    plain, sft = [as_plain(c) for c in comparisons], plain_backbone(config)
+    loss = p_dpo(backbone, sft, model.user_model, plain, alpha=1.0, beta=0.3)
     loss.backward()
     expected = {f"backbone.{name}": g for name, g in gradients(backbone).items()} | gradients(model)
 
@@ -320,7 +308,7 @@ def test_other_llama_like_families_take_the_tree(family):
     found = model(batch_of(model, comparisons))
     for b, c in enumerate(comparisons):
         vectors = model.user_model(torch.tensor([c.user]))[0]
-        expected = plain_log_prob(backbone, c.prefix, c.rejected, vectors)
+        expected = log_prob(backbone, c.prefix, c.rejected, [], vectors)
         assert found.rejected[b].item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-4)
 
 

@@ -7,7 +7,9 @@ import torch
 
 from prlhf.config import load as config_module
 from prlhf.method.losses import (
+    Answers,
     ResponseLogProbs,
+    Rewards,
     hinge_loss,
     ipo_loss,
     log_ratio_margin,
@@ -115,3 +117,14 @@ def test_an_added_nll_is_per_token():
     added = config_module.load_config(None, ("model.family=llama", "loss.nll=0.5")).loss
     difference = preference_loss(added, POLICY, REFERENCE) - preference_loss(plain, POLICY, REFERENCE)
     assert difference.tolist() == pytest.approx([0.5 * 4 / 4, 0.5 * 10 / 5])
+
+
+def test_label_smoothing_of_reward_models_by_hand():
+    """Margins of 2 - 1 = 1 and of 1.5; an error of 0.1 swaps the label."""
+    config = config_module.load_config(None, ("model.family=llama", "method=prm", "loss.label_smoothing=0.1")).loss
+    expected = -0.9 * math.log(sigma(1)) - 0.1 * math.log(sigma(-1))
+    rewards = Rewards(tensor(2.0), tensor(1.0), tensor(1.0))
+    assert preference_loss(config, rewards, None).item() == pytest.approx(expected)
+    other = -0.9 * math.log(sigma(1.5)) - 0.1 * math.log(sigma(-1.5))
+    answers = Answers(tensor(1.0), tensor(1.5), tensor(1.0))
+    assert preference_loss(config, answers, None).item() == pytest.approx((expected + other) / 2)

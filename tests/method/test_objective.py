@@ -5,21 +5,20 @@ import random
 import pytest
 import torch
 from helpers import (
+    ALPHA,
     KINDS,
     assert_same,
     assert_updates_are_plain,
     gradients,
     plain_backbone,
-    plain_log_prob,
-    plain_states,
     random_comparisons,
-    response_log_prob,
     tiny_config,
     tiny_model,
     votes,
 )
 
 from prlhf.method.losses import branch_weights
+from prlhf.method.plain import log_prob, p_dpo
 from prlhf.score.score import score
 from prlhf.train.optimizer import make_optimizer
 from prlhf.train.plan import Item, branches
@@ -55,8 +54,8 @@ def test_vanilla_is_the_dpo_papers_loop(family):
         ratio = []
         for y in (c.chosen, c.rejected):
             with torch.no_grad():
-                log_ref = plain_log_prob(reference, c.prefix, y, None)
-            ratio.append(plain_log_prob(policy, c.prefix, y, None) - log_ref)
+                log_ref = log_prob(reference, c.prefix, y, [], None)
+            ratio.append(log_prob(policy, c.prefix, y, [], None) - log_ref)
         loss = -torch.log(torch.sigmoid(0.2 * (ratio[0] - ratio[1]))) / len(comparisons)
         loss.backward()
         total += loss.item()
@@ -99,37 +98,24 @@ def test_any_order_micro_batch_and_layout_give_the_same_update(aggregator):
         assert_same(found, expected)
 
 
-def linear_log_prob(backbone, aggregator, prefix, response, e_UD):
-    """log p(y | x, u) of a head that reads h' = W [h; e_u] + b."""
-    W, b = aggregator.linear.weight, aggregator.linear.bias
-    hidden = [W @ torch.cat([h, e_UD.flatten()]) + b for h in plain_states(backbone, prefix, response)]
-    return response_log_prob(backbone.lm_head(torch.stack(hidden)), response)
-
-
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_is_that_of_plain_sequences(kind, aggregator, family):
-    """Log-probs, loss and gradients of a policy that has moved away from its reference, and is told who reads."""
-    torch.set_num_threads(1)  # as in `assert_updates_are_plain`
+    """Log-probs, loss and gradients of a policy that has moved away from its reference."""
     keys = (*KINDS[kind], f"user_model.aggregator={aggregator}", "loss.beta=0.2")
     comparisons = [*votes(1, 4, 0), *random_comparisons(3, seed=5, user_text=True)]
     config = tiny_config(*keys, family=family)
-    reference_backbone = plain_backbone(config)
-    with torch.no_grad():
-        log_ref = [
-            [plain_log_prob(reference_backbone, c.reference_prefix, y, None) for y in (c.chosen, c.rejected)]
-            for c in comparisons
-        ]
+    sft = plain_backbone(config)
+
+    def linear(model):
+        return None if model.aggregator is None else model.aggregator.linear
 
     def read(model, backbone, c, e_UD):
-        if aggregator == "linear":
-            return [linear_log_prob(backbone, model.aggregator, c.prefix, y, e_UD) for y in (c.chosen, c.rejected)]
-        return [plain_log_prob(backbone, c.prefix, y, e_UD) for y in (c.chosen, c.rejected)]
+        return [log_prob(backbone, c.prefix, y, [], e_UD, linear(model)) for y in (c.chosen, c.rejected)]
 
-    def loss_of(b, chosen, rejected):
-        h = (chosen - log_ref[b][0]) - (rejected - log_ref[b][1])
-        return -torch.log(torch.sigmoid(0.2 * h))
+    def loss_of(model, backbone, plain):
+        return p_dpo(backbone, sft, model.user_model, plain, ALPHA, 0.2, linear(model))
 
     reference = score(tiny_model(config), comparisons, None, 4)
     assert_updates_are_plain(keys, family, comparisons, read, loss_of, reference)
@@ -204,5 +190,5 @@ def test_the_reference_sees_user_text_or_not_by_its_prefix():
     assert c.prefix != c.reference_prefix
     scored = score(model, [c], None, 1)
     assert scored.chosen.item() == pytest.approx(
-        plain_log_prob(model.backbone, c.reference_prefix, c.chosen, None).item()
+        log_prob(model.backbone, c.reference_prefix, c.chosen, [], None).item()
     )

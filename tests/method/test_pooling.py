@@ -3,13 +3,12 @@
 import pytest
 import torch
 from helpers import (
+    ALPHA,
     LAYOUTS,
     assert_same,
     assert_updates_are_plain,
     gradients,
     plain_backbone,
-    plain_states,
-    plain_user,
     random_comparisons,
     tiny_config,
     tiny_model,
@@ -19,6 +18,7 @@ from helpers import (
 from prlhf.batch.trees import Reading, lay_out
 from prlhf.data.files import fingerprint_of
 from prlhf.generate.rewards import rewards
+from prlhf.method.plain import p_rm, pooled, reward, user_vectors
 from prlhf.score.reference import weights_fingerprint
 from prlhf.score.score import score
 from prlhf.score.states import remember_states, response_states
@@ -31,17 +31,6 @@ BASES = {
 FROZEN = (*BASES["linear head"], "model.frozen=true")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-def pooled(pooling, states_TD, response):
-    """Of one sequence's states the last, the sum over the response's over their number, or both, side by side."""
-    last, mean = states_TD[-1], sum(states_TD[-len(response) :]) / len(response)
-    return {"last": last, "mean": mean, "both": torch.cat([last, mean])}[pooling]
-
-
 def some_comparisons():
     return [*votes(1, 4, 0), *random_comparisons(4, seed=5, user_text=True)[1:]]
 
@@ -52,16 +41,16 @@ def some_comparisons():
 def test_an_update_of_a_pooling_model_is_that_of_plain_sequences(pooling, base, family):
     """Rewards, loss and all gradients, in all layouts: r = v . h or e_u . h with h pooled over one sequence's states."""
 
-    def reward(model, backbone, prefix, response, e_UD):
-        if base == "linear head":
-            return e_UD[0] @ pooled(pooling, plain_states(backbone, prefix, response), response)
-        return model.value_head.weight[0] @ pooled(pooling, plain_states(backbone, prefix, response, e_UD), response)
+    def value_vector(model):
+        return None if model.value_head is None else model.value_head.weight[0]
 
     def read(model, backbone, c, e_UD):
-        return [reward(model, backbone, c.prefix, y, e_UD) for y in (c.chosen, c.rejected)]
+        return [reward(backbone, c.prefix, y, [], e_UD, value_vector(model), pooling) for y in (c.chosen, c.rejected)]
+
+    def loss_of(model, backbone, plain):
+        return p_rm(backbone, model.user_model, plain, ALPHA, value_vector(model), pooling)
 
     keys = (*BASES[base], f"model.pooling={pooling}")
-    loss_of = lambda b, r1, r2: torch.log(1 + torch.exp(r2 - r1))  # noqa: E731
     assert_updates_are_plain(keys, family, some_comparisons(), read, loss_of)
 
 
@@ -81,8 +70,7 @@ def test_known_states_of_a_frozen_backbone_are_pooled_likewise(pooling, tmp_path
             assert len(calls) == computed
             with torch.no_grad():
                 expected = [
-                    plain_user(model.user_model, r.user)[0]
-                    @ pooled(kind, plain_states(plain, r.prefix, r.response), r.response)
+                    reward(plain, r.prefix, r.response, [], user_vectors(model.user_model, r.user), None, kind)
                     for r in readings
                 ]
                 found = model.rewards(readings)
@@ -136,7 +124,7 @@ def test_half_types_are_averaged_in_float32(pooling, layout):
         found = model.pooled_states(batch)
     assert states.dtype == torch.bfloat16 and found.dtype == torch.float32
     of_each = states.split([len(r.response) for r in readings])
-    expected = torch.stack([pooled(pooling, part.double(), r.response) for part, r in zip(of_each, readings)])
+    expected = torch.stack([pooled(part.double(), len(r.response), pooling) for part, r in zip(of_each, readings)])
     assert (found - expected).abs().max() < 1e-6
     assert not torch.equal(found.bfloat16().float(), found)
     assert model.states_of(readings).dtype == torch.float32

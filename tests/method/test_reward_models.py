@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import (
+    ALPHA,
     KINDS,
     LAYOUTS,
     TOKENIZER,
@@ -12,8 +13,6 @@ from helpers import (
     assert_updates_are_plain,
     gradients,
     plain_backbone,
-    plain_embeddings,
-    plain_states,
     random_comparisons,
     swapped,
     tiny_config,
@@ -36,6 +35,7 @@ from prlhf.method.losses import (
     preference_loss,
     reward_margin,
 )
+from prlhf.method.plain import embeddings, hidden_states, p_rm, reward, user_vectors
 from prlhf.score.reference import weights_fingerprint
 from prlhf.score.score import score
 from prlhf.score.states import remember_states
@@ -58,45 +58,46 @@ def questions(comparisons):
     return [c._replace(chosen=first, rejected=second) for c, (first, second) in zip(comparisons, asked)]
 
 
-def cross_entropy(z):
-    """With a label smoothing of 0.1."""
-    return -0.9 * torch.log(torch.sigmoid(z)) - 0.1 * torch.log(torch.sigmoid(-z))
-
-
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("base", [SOFT, LINEAR])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_of_a_reward_model_is_that_of_plain_sequences(kind, base, family):
     """Rewards, loss and gradients: r = v . h of the response's last token, which has seen e_u, or r = e_u . h."""
 
-    def reward(model, backbone, prefix, response, e_UD):
-        if base == LINEAR:
-            return e_UD[0] @ plain_states(backbone, prefix, response)[-1]
-        return model.value_head.weight[0] @ plain_states(backbone, prefix, response, e_UD)[-1]
+    def value_vector(model):
+        return None if model.value_head is None else model.value_head.weight[0]
 
     def read(model, backbone, c, e_UD):
-        return [reward(model, backbone, c.prefix, y, e_UD) for y in (c.chosen, c.rejected)]
+        return [reward(backbone, c.prefix, y, [], e_UD, value_vector(model)) for y in (c.chosen, c.rejected)]
 
-    keys = (*base, *KINDS[kind], "loss.label_smoothing=0.1")
-    assert_updates_are_plain(keys, family, some_comparisons(), read, lambda b, r1, r2: cross_entropy(r1 - r2))
+    def loss_of(model, backbone, plain):
+        return p_rm(backbone, model.user_model, plain, ALPHA, value_vector(model))
+
+    assert_updates_are_plain((*base, *KINDS[kind]), family, some_comparisons(), read, loss_of)
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_of_a_pairwise_model_is_that_of_plain_sequences(kind, family):
-    """Answers, loss and gradients: the logit of y1's letter against y2's, y1 being A in one order and B in the other."""
+    """Answers, loss and gradients: the logit of y1's letter against y2's; y1 is A in one order and B in the other."""
     a, b = (TOKENIZER.convert_tokens_to_ids(letter) for letter in "AB")
 
-    def read(model, backbone, c, e_UD):
-        embeddings = (plain_embeddings(backbone, c.prefix, asked, e_UD) for asked in (c.chosen, c.rejected))
-        first, second = (backbone(inputs_embeds=embed).logits[0, -1] for embed in embeddings)
+    def answers(backbone, x, u_t, asked, e_UD):
+        first, second = (backbone(inputs_embeds=embeddings(backbone, x, q, u_t, e_UD)).logits[0, -1] for q in asked)
         return first[a] - first[b], second[b] - second[a]
 
-    def loss_of(_, first, second):
-        return (cross_entropy(first) + cross_entropy(second)) / 2
+    def read(model, backbone, c, e_UD):
+        return answers(backbone, c.prefix, [], (c.chosen, c.rejected), e_UD)
 
-    keys = (*PAIRWISE, *KINDS[kind], "loss.label_smoothing=0.1")
-    assert_updates_are_plain(keys, family, questions(some_comparisons()), read, loss_of)
+    def loss_of(model, backbone, plain):
+        losses = []
+        for x, q1, q2, u_t, u_p in plain:
+            for u, weight in ((u_p, ALPHA), (0, 1 - ALPHA)):
+                both = answers(backbone, x, u_t, (q1, q2), user_vectors(model.user_model, u))
+                losses += [-weight * torch.log(torch.sigmoid(z)) / 2 for z in both]
+        return sum(losses) / len(plain)
+
+    assert_updates_are_plain((*PAIRWISE, *KINDS[kind]), family, questions(some_comparisons()), read, loss_of)
 
 
 def votes_and_another(*users):
@@ -114,7 +115,7 @@ def test_responses_to_one_prompt_share_rows_and_see_only_the_prompt():
     assert batch.input_ids_RT.shape[0] < 9 and batch.input_ids_RT.shape[1] <= 12
     states_MD = model.states_at(batch, batch.last_at_M)
     for (_, prefix, response), state in zip(readings, states_MD):
-        assert (state - plain_states(plain, prefix, response)[-1]).abs().max() < 1e-10
+        assert (state - hidden_states(plain, prefix, response, [], None)[-1]).abs().max() < 1e-10
 
 
 def test_both_branches_and_all_users_of_a_pair_share_one_backbone_pass():
@@ -140,7 +141,7 @@ def test_vanilla_is_the_bradley_terry_loop():
     v = model.value_head.weight.detach().clone().requires_grad_()
     comparisons = random_comparisons(5)
     for c in comparisons:
-        h1, h2 = (plain_states(policy, c.prefix, y)[-1] for y in (c.chosen, c.rejected))
+        h1, h2 = (hidden_states(policy, c.prefix, y, [], None)[-1] for y in (c.chosen, c.rejected))
         (torch.log(1 + torch.exp(-(v[0] @ h1 - v[0] @ h2))) / 5).backward()
     accumulate_gradients(config, model, comparisons, None, list(range(5)))
     assert_same(gradients(model.backbone), gradients(policy))
