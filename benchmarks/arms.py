@@ -39,9 +39,10 @@ from prlhf.parallel.ranks import process_group
 from prlhf.parallel.shard import training_model
 from prlhf.parallel.tensors import named_parameters
 from prlhf.score.score import score
+from prlhf.score.task import Task
 from prlhf.train.loop import reproducible
 from prlhf.train.optimizer import Optimizers, clip, make_optimizer
-from prlhf.train.plan import update_parts
+from prlhf.train.plan import plan_update
 from prlhf.train.step import accumulate_gradients, part_loss
 
 P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
@@ -170,13 +171,14 @@ class Ours(Arm):
     def accumulate(self) -> float:
         update = range(len(self.comparisons))
         self.optimizer.catch_up()
-        return accumulate_gradients(self.config, self.model, self.comparisons, self.reference, update).loss
+        return accumulate_gradients(Task(self.config, self.model, self.comparisons, self.reference), update).loss
 
     def margins(self) -> list[float]:
         update, found = range(len(self.comparisons)), {}
-        for items in update_parts(self.config, self.model, self.comparisons, update):
-            _, margins_B = part_loss(self.config, self.model, self.comparisons, self.reference, items, len(update))
-            found |= {(item.branch, item.index): margin for item, margin in zip(items, margins_B.tolist())}
+        task = Task(self.config, self.model, self.comparisons, self.reference)
+        for part in plan_update(task, update):
+            _, margins_B = part_loss(task, part, len(update))
+            found |= dict(zip(zip(part.branches, part.indices), margins_B.tolist()))
         return [found[key] for key in sorted(found)]
 
 

@@ -22,7 +22,8 @@ from prlhf.config import load as config_module
 from prlhf.data.comparisons import read_comparisons
 from prlhf.errors import run_command
 from prlhf.method.build import build_model
-from prlhf.train.plan import epoch_updates, update_parts
+from prlhf.score.task import Task
+from prlhf.train.plan import epoch_updates, plan_update
 
 MODELS = {
     "P-DPO, soft prompt": ["method=pdpo", "user_model.tokens=10"],
@@ -64,8 +65,8 @@ def main() -> None:
             model = build_model(config, tokenizer, len(data.users))
             count = padding = 0
             for update in epoch_updates(config, comparisons, epoch=0):
-                for items in update_parts(config, model, comparisons, update):
-                    batch = model.collate([comparisons[i.index] for i in items], [i.user for i in items])
+                for part in plan_update(Task(config, model, comparisons), update):
+                    batch = model.collate([comparisons[i] for i in part.indices], part.users)
                     real = int((batch.trees_RT > 0).sum())
                     count, padding = count + real, padding + batch.trees_RT.numel() - real
             positions[group_by, share] = count

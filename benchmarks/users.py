@@ -32,6 +32,7 @@ from prlhf.errors import run_command
 from prlhf.generate.decode import Decoding, Request, generate
 from prlhf.method.build import build_model
 from prlhf.score.score import score
+from prlhf.score.task import Task
 from prlhf.train.optimizer import clip, make_optimizer
 from prlhf.train.step import accumulate_gradients
 
@@ -69,7 +70,7 @@ class Arm:
         users = [c.user for c in comparisons]
         self.optimizer.catch_up(self.model.user_model.rows_of([0, *users]))
         if backbone:
-            accumulate_gradients(self.config, self.model, comparisons, self.reference, range(len(comparisons)))
+            accumulate_gradients(Task(self.config, self.model, comparisons, self.reference), range(len(comparisons)))
         else:
             self.model.user_model(torch.tensor(users, device=self.model.device)).square().mean().backward()
         clip(self.parameters, 1.0)

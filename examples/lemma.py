@@ -20,6 +20,7 @@ from prlhf.method.build import build_model
 from prlhf.method.losses import Rewards
 from prlhf.method.models import PersonalizedModel
 from prlhf.score.score import score
+from prlhf.score.task import Task
 from prlhf.train.step import accumulate_gradients
 
 USERS = 7
@@ -51,7 +52,7 @@ def fitted(config: Config, comparisons: list[EncodedComparison], decay: float = 
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = accumulate_gradients(config, model, comparisons, None, range(len(comparisons))).loss
+        loss = accumulate_gradients(Task(config, model, comparisons), range(len(comparisons))).loss
         penalty = decay * torch.stack([(p**2).sum() for p in parameters]).sum()
         if decay:
             penalty.backward()

@@ -18,6 +18,7 @@ from prlhf.method.losses import ResponseLogProbs
 from prlhf.method.models import PersonalizedModel
 from prlhf.method.plain import Preference, user_vectors
 from prlhf.score.score import score
+from prlhf.score.task import Task
 from prlhf.train.step import accumulate_gradients
 
 TOKENIZER = byte_tokenizer()
@@ -158,6 +159,6 @@ def assert_updates_are_plain(
         model = tiny_model(config, noise=0.05)
         first_B, second_B, *_ = score(model, comparisons, users, batch_size=4)
         assert (torch.stack([first_B, second_B], dim=1) - torch.stack(outputs)).abs().max() < 1e-10
-        sums = accumulate_gradients(config, model, comparisons, reference, range(len(comparisons)))
+        sums = accumulate_gradients(Task(config, model, comparisons, reference), range(len(comparisons)))
         assert sums.loss == pytest.approx(loss.item(), abs=1e-10)
         assert_same(gradients(model), expected)

@@ -23,11 +23,12 @@ from prlhf.forecast.dry_run import available_memory, predict
 from prlhf.forecast.memory import file_bytes_beside
 from prlhf.method.build import build_model
 from prlhf.method.losses import ResponseLogProbs
+from prlhf.score.task import Task
 from prlhf.store.checkpoints import save_step
 from prlhf.train import __main__ as train
 from prlhf.train import plan
 from prlhf.train.optimizer import make_optimizer
-from prlhf.train.plan import update_parts
+from prlhf.train.plan import plan_update
 from prlhf.train.step import part_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,7 +112,7 @@ def test_memory_as_the_real_model_holds_it(family, overrides):
     optimizer = make_optimizer(config, model, total_steps=1)
     one = torch.ones(1, dtype=torch.long)
     reference = ResponseLogProbs(torch.zeros(1), torch.zeros(1), one, one) if config.method == "pdpo" else None
-    [items] = update_parts(config, model, comparisons, [0])
+    [items] = plan_update(Task(config, model, comparisons), [0])
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     weights |= {b.untyped_storage().data_ptr() for b in model.buffers()}
     saved: dict[int, torch.UntypedStorage] = {}
@@ -130,7 +131,7 @@ def test_memory_as_the_real_model_holds_it(family, overrides):
 
     before = seen_by_python()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss, _ = part_loss(config, model, comparisons, reference, items, 1)
+        loss, _ = part_loss(Task(config, model, comparisons, reference), items, 1)
     if ELEMENTWISE in overrides:  # torch keeps the products itself, not through autograd
         known = weights | before.keys()
         saved |= {address: storage for address, storage in seen_by_python().items() if address not in known}
@@ -233,11 +234,8 @@ def test_processes_share_an_update_in_the_dry_run_as_they_do_in_training(monkeyp
     config, data, _ = prediction_of(*few)
     model = build_model(config, TOKENIZER, len(data.users), load_backbone(config.model, TOKENIZER, 0))
     comparisons = data.train.comparisons
-    parts = update_parts(config, model, comparisons, range(8))
-    shapes = [
-        model.collate([comparisons[item.index] for item in part], [item.user for item in part]).input_ids_RT.shape
-        for part in parts
-    ]
+    parts = plan_update(Task(config, model, comparisons), range(8))
+    shapes = [model.collate([comparisons[i] for i in part.indices], part.users).input_ids_RT.shape for part in parts]
     assert eight == max(map(tuple, shapes), key=math.prod) and math.prod(eight) < math.prod(alone)
 
 

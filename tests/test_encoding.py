@@ -11,7 +11,8 @@ from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
 from prlhf.data.comparisons import ComparisonFile, parse_comparison
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
-from prlhf.train.plan import update_parts
+from prlhf.score.task import Task
+from prlhf.train.plan import plan_update
 
 
 def with_bos():
@@ -257,9 +258,9 @@ def test_micro_batches_of_an_update_grouped_by_response_hold_few_of_them_too():
         keys = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1", "optim.batch_size=60")
         config = tiny_config(*keys, "optim.micro_batch_size=8", f"optim.group_by={group_by}")
         parts = [
-            [item.index for item in items]
+            part.indices
             for update in updates_of_epoch(comparisons, 60, 0, 0, "response")
-            for items in update_parts(config, tiny_model(config), comparisons, update)
+            for part in plan_update(Task(config, tiny_model(config), comparisons), update)
         ]
         assert sorted(i for part in parts for i in part) == list(range(780))
         counts[group_by] = sum(len(responses_in(comparisons, part)) for part in parts) / len(parts)

@@ -140,11 +140,11 @@ def test_a_training_that_starts_solved_has_the_rewards_of_the_exact_solution(cal
     exact, run, found = tmp_path / "exact", tmp_path / "run", {}
     take_step = loop.take_step
 
-    def noted(config, model, optimizer, training, update, number, total):
-        comparisons = training.data.comparisons
+    def noted(task, *rest):
+        model, comparisons = task.model, task.comparisons
         for name, users in (("own", [c.user for c in comparisons]), ("generic", [0] * len(comparisons))):
             found.setdefault(name, score(model, comparisons, users, 16))
-        return take_step(config, model, optimizer, training, update, number, total)
+        return take_step(task, *rest)
 
     monkeypatch.setattr(loop, "take_step", noted)
     assert call(train.main, *command(exact, *EXACT))[0] == 0 and not found

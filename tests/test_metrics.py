@@ -10,7 +10,7 @@ from helpers import random_comparisons, tiny_config, tiny_model
 from prlhf.data.check.rules import fit
 from prlhf.data.comparisons import Comparison
 from prlhf.data.sets.splits import Shares, judged, split_by_response
-from prlhf.evaluate.accuracy import Scores, score_users, shuffled, summarize
+from prlhf.evaluate.accuracy import Scores, reward_margins, score_users, shuffled, summarize
 from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
 from prlhf.evaluate.stats.intervals import std_interval, worst_user_interval
 from prlhf.evaluate.stats.metrics import (
@@ -26,6 +26,7 @@ from prlhf.evaluate.stats.metrics import (
 )
 from prlhf.evaluate.stats.paired import alike, exact_sign_flip_test
 from prlhf.method.losses import ResponseLogProbs
+from prlhf.score.task import Task
 
 
 def test_a_tie_counts_one_half():
@@ -49,7 +50,9 @@ def log_probs(margins):
 def summary(true, generic, other, users, names, rules=None):
     reference = log_probs([0.0] * len(true))
     scores = Scores(log_probs(true), log_probs(generic), log_probs(other))
-    return summarize(tiny_config("evaluate.bootstrap=500"), scores, reference, users, names, rules)
+    config = tiny_config("evaluate.bootstrap=500")
+    margins = reward_margins(Task(config, None, (), reference), scores)
+    return summarize(config.evaluate, margins, users, names, rules)
 
 
 def test_users_whose_names_differ_in_what_cannot_be_seen_are_different():
@@ -204,7 +207,8 @@ def test_the_same_votes_divided_by_response_cannot_be_remembered():
 def test_one_known_user_has_nobody_to_be_shuffled_with(tmp_path):
     scores = Scores(log_probs([1.0, 1.0]), log_probs([-1.0, -1.0]), log_probs([1.0, 1.0]))
     config, names = tiny_config("evaluate.bootstrap=100"), ["a|$b^c$^d"] * 2
-    report = summarize(config, scores, log_probs([0.0, 0.0]), [1, 1], names, others=False)
+    margins = reward_margins(Task(config, None, (), log_probs([0.0, 0.0])), scores)
+    report = summarize(config.evaluate, margins, [1, 1], names, others=False)
     controls = {name: row["accuracy"] for name, row in report["controls"].items()}
     assert controls == {
         "generic_user": 0, "gain_over_generic": 1,
@@ -422,5 +426,5 @@ def test_without_a_user_branch_known_users_are_scored_as_the_generic_user():
     comparisons = [c._replace(user=1 + i % 4) for i, c in enumerate(random_comparisons(4))]
     for alpha, same in ((0.0, True), (0.5, False)):
         config = tiny_config(f"loss.alpha={alpha}")
-        scores = score_users(config, tiny_model(config), comparisons)
+        scores = score_users(Task(config, tiny_model(config), comparisons))
         assert torch.equal(scores.true_user.chosen, scores.generic_user.chosen) == same

@@ -9,15 +9,12 @@ import torch
 from helpers import random_comparisons, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prlhf.batch.datasets import Dataset
-from prlhf.batch.tokens import EncodingReport
-from prlhf.data.comparisons import Comparison
 from prlhf.data.users import UserIndex
 from prlhf.method.users import IndividualUsers
 from prlhf.score.score import score
+from prlhf.score.task import Task
 from prlhf.store.runs import open_run
 from prlhf.train import loop, row_adamw
-from prlhf.train import step as updates
 from prlhf.train.optimizer import Optimizers, clip
 from prlhf.train.row_adamw import NEGLECTED, RowAdamW, momentum_steps
 
@@ -281,12 +278,12 @@ def test_training_gives_the_weights_of_dense_adamw(monkeypatch, tmp_path, kind):
             "user_model.lr=1e-2", "user_model.weight_decay=0.1", "optim.warmup_steps=4", "train.eval_every=8",
         )  # fmt: skip
         model, comparisons = tiny_model(config), random_comparisons(16)
-        raw = [Comparison("x", "a", "b", str(c.user), None, str(i)) for i, c in enumerate(comparisons)]
-        split = updates.Referenced(Dataset(comparisons, raw, EncodingReport()), score(model, comparisons, None, 4))
+        names = [str(c.user) for c in comparisons]
+        task = Task(config, model, comparisons, score(model, comparisons, None, 4), None, names)
         if name == "dense":
             monkeypatch.setattr(loop, "make_optimizer", DenseAdamW)
         start = copy.deepcopy(model.state_dict())
-        loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, split)
+        loop.train(open_run(config, "x"), UserIndex(["a", "b", "c", "d"]), task, task, "base")
         weights.append(model.state_dict())
         if name == "rows":  # gradients of what is dense are kept, as zeros
             tables = {id(table) for table in model.user_model.tables}

@@ -17,6 +17,7 @@ from helpers import (
 from prlhf.method.plain import user_vectors
 from prlhf.method.prior import Prior, Strength, counts_of
 from prlhf.score.reference import weights_fingerprint
+from prlhf.score.task import Task
 from prlhf.solve import strength as strength_module
 from prlhf.solve.run import set_prior
 from prlhf.train.step import accumulate_gradients
@@ -89,7 +90,7 @@ def test_the_gradient_of_an_update_is_that_of_the_loss_and_the_prior(form, base)
         torch.rand(32 if base == LINEAR else 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64) + 0.5
     )
     plain, twin = (tiny_model(tiny_config(*base, *FORMS[form]), noise=0.05) for _ in range(2))
-    loss = accumulate_gradients(tiny_config(*base, *FORMS[form]), plain, comparisons, None, update).loss
+    loss = accumulate_gradients(Task(tiny_config(*base, *FORMS[form]), plain, comparisons), update).loss
     charged(twin, comparisons, update, S, S_0, scale).backward()
     of_prior = gradients(twin)
     assert of_prior and all(name.startswith("user_model") for name in of_prior)
@@ -102,7 +103,7 @@ def test_the_gradient_of_an_update_is_that_of_the_loss_and_the_prior(form, base)
         model = tiny_model(config, noise=0.05)
         model.prior = Prior(Strength(S, S_0), scale, 9, counts_of([c.user for c in comparisons], USERS))
         random.Random(size).shuffle(update)
-        found = accumulate_gradients(config, model, comparisons, None, update)
+        found = accumulate_gradients(Task(config, model, comparisons), update)
         assert found.loss == pytest.approx(loss, abs=1e-12)  # what is logged is the loss alone
         assert_same(gradients(model), expected)
 

@@ -21,13 +21,12 @@ import torch
 from helpers import gradients, random_comparisons, tiny_config, tiny_model
 from safetensors.torch import load_file
 
-from prlhf.batch.datasets import Dataset
-from prlhf.batch.tokens import EncodingReport
 from prlhf.config import load as config
-from prlhf.data.comparisons import Comparison, read_comparisons
+from prlhf.data.comparisons import read_comparisons
 from prlhf.data.users import UserIndex
 from prlhf.errors import TrainingError, UserError
 from prlhf.score.score import score
+from prlhf.score.task import Task
 from prlhf.store import checkpoints as checkpoint
 from prlhf.store.files import checksum
 from prlhf.store.final import load_final
@@ -307,10 +306,10 @@ def test_best_by_accuracy_is_refused_where_nobody_held_out_is_known(monkeypatch,
 def test_training_accuracy_is_that_of_the_updates_since_the_last_evaluation(monkeypatch, tmp_path, kind, branch):
     take_step, counts = loop.take_step, []
 
-    def counted(config, model, optimizer, training, update, *rest):
-        users = [training.data.comparisons[i].user for i in update]
+    def counted(task, optimizer, update, *rest):
+        users = [task.comparisons[i].user for i in update]
         counts.append(sum(user > 0 for user in users) if branch == "user" else len(users))
-        return take_step(config, model, optimizer, training, update, *rest)
+        return take_step(task, optimizer, update, *rest)
 
     monkeypatch.setattr(loop, "take_step", counted)
     run(monkeypatch, tmp_path / "a", "train.log_every=1", f"user_model.kind={kind}")
@@ -526,11 +525,11 @@ def test_a_checkpoint_reads_no_file_outside_its_folder(monkeypatch, tmp_path):
     assert not opened
 
 
-def toy_split(model, count=8):
+def toy_task(config, model, count=8):
     comparisons = random_comparisons(count)
-    raw = [Comparison("x", "a", "b", str(c.user), None, str(i)) for i, c in enumerate(comparisons)]
-    data = Dataset(comparisons, raw, EncodingReport())
-    return updates.Referenced(data, score(model, comparisons, None, 4))
+    return Task(
+        config, model, comparisons, score(model, comparisons, None, 4), None, [str(c.user) for c in comparisons]
+    )
 
 
 def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
@@ -538,11 +537,11 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
         f"run_dir={tmp_path / 'a'}", "optim.batch_size=4", "optim.epochs=4", "optim.max_skipped_steps=3"
     )
     model = tiny_model(config)
-    split = toy_split(model)
-    split.reference.chosen.fill_(math.nan)
+    task = toy_task(config, model)
+    task.reference.chosen.fill_(math.nan)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(TrainingError, match="3 updates in a row"):
-        loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, None)
+        loop.train(open_run(config, "x"), UserIndex(["a", "b", "c", "d"]), task, None, "base")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [r["skipped"] for r in log] == [True] * 3
@@ -563,16 +562,16 @@ def test_a_micro_batchs_graph_is_gone_before_the_next_is_made(monkeypatch):
         return loss, margins
 
     monkeypatch.setattr(updates, "part_loss", watched)
-    updates.accumulate_gradients(conf, model, comparisons, reference, range(4))
+    updates.accumulate_gradients(Task(conf, model, comparisons, reference), range(4))
     assert len(alive) > 1 and set(alive) == {0}
 
 
 def test_one_bad_step_is_skipped_and_training_goes_on(tmp_path):
     config = tiny_config(f"run_dir={tmp_path / 'a'}", "optim.batch_size=1", "optim.max_skipped_steps=2")
     model = tiny_model(config)
-    split = toy_split(model)
-    split.reference.chosen[3] = math.inf
-    loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, None)
+    task = toy_task(config, model)
+    task.reference.chosen[3] = math.inf
+    loop.train(open_run(config, "x"), UserIndex(["a", "b", "c", "d"]), task, None, "base")
     assert all(torch.isfinite(v).all() for v in model.state_dict().values())
     text = (tmp_path / "a" / "metrics.jsonl").read_text()
     log = [json.loads(line) for line in text.splitlines()]
@@ -586,12 +585,12 @@ def test_gradient_clipping_and_adamw_against_torch_by_hand(tmp_path):
         "user_model.lr=1e-2", "optim.schedule=constant", "optim.weight_decay=0.1",
     )  # fmt: skip
     model, twin = tiny_model(config), tiny_model(config)
-    split = toy_split(model)
-    updates.accumulate_gradients(config, twin, split.data.comparisons, split.reference, range(8))
+    task = toy_task(config, model)
+    updates.accumulate_gradients(Task(config, twin, task.comparisons, task.reference), range(8))
     grads = gradients(twin)
     norm = math.sqrt(sum((g**2).sum().item() for g in grads.values()))
     assert norm > 0.01
-    loop.train(config, open_run(config, "x"), model, UserIndex(["a", "b", "c", "d"]), "base", split, None)
+    loop.train(open_run(config, "x"), UserIndex(["a", "b", "c", "d"]), task, None, "base")
     after = dict(model.named_parameters())
     for name, p in twin.named_parameters():
         g = grads[name] * 0.01 / (norm + 1e-6)  # clip_grad_norm_'s documented epsilon

@@ -20,8 +20,9 @@ from helpers import (
 from prlhf.method.losses import branch_weights
 from prlhf.method.plain import log_prob, p_dpo
 from prlhf.score.score import score
+from prlhf.score.task import Task
 from prlhf.train.optimizer import make_optimizer
-from prlhf.train.plan import Item, branches
+from prlhf.train.plan import plan_update
 from prlhf.train.step import accumulate_gradients
 
 
@@ -30,7 +31,7 @@ def run(config, comparisons, order=None, model=None):
     model = model or tiny_model(config, noise=0.01)
     reference = score(model, comparisons, None, 4)
     order = order or list(range(len(comparisons)))
-    loss = accumulate_gradients(config, model, comparisons, reference, order).loss
+    loss = accumulate_gradients(Task(config, model, comparisons, reference), order).loss
     return loss, gradients(model)
 
 
@@ -61,7 +62,7 @@ def test_vanilla_is_the_dpo_papers_loop(family):
         total += loss.item()
 
     reference_scores = score(tiny_model(config), comparisons, None, 4)
-    found = accumulate_gradients(config, model, comparisons, reference_scores, list(range(5))).loss
+    found = accumulate_gradients(Task(config, model, comparisons, reference_scores), list(range(5))).loss
     assert found == pytest.approx(total, abs=1e-10)
     assert_same(gradients(model.backbone), gradients(policy))
 
@@ -128,14 +129,22 @@ def test_unknown_users_count_once_with_weight_one():
 
 
 def test_no_pass_is_run_for_nothing():
-    def names(alpha):
-        return [branch[0].branch for branch in branches([5, 6], [1, 2], alpha, True)]
+    comparisons = [c._replace(user=user) for c, user in zip(random_comparisons(7), [0, 0, 0, 0, 0, 1, 2])]
 
-    assert [names(alpha) for alpha in (0.0, 0.5, 1.0)] == [["generic"], ["user", "generic"], ["user"]]
-    user, generic = branches([5, 6], [1, 0], 1.0, True)  # alpha 1: an unknown user's comparison is computed once
-    assert user == [Item(5, "user", 1, 1.0)] and generic == [Item(6, "generic", 0, 1.0)]
-    (only,) = branches([5, 6], [1, 2], 0.5, False)  # a uniform user model has one branch
-    assert [(item.user, item.weight) for item in only] == [(0, 1.0), (0, 1.0)]
+    def planned(alpha, update=(5, 6), kind="individual"):
+        config = tiny_config(f"loss.alpha={alpha}", f"user_model.kind={kind}")
+        return plan_update(Task(config, tiny_model(config), comparisons), update)
+
+    assert [[part.branches[0] for part in planned(alpha)] for alpha in (0.0, 0.5, 1.0)] == [
+        ["generic"],
+        ["user", "generic"],
+        ["user"],
+    ]
+    user, generic = planned(1.0, (5, 0))  # alpha 1: an unknown user's comparison is computed once
+    assert user[:3] == ([5], ["user"], [1]) and generic[:3] == ([0], ["generic"], [0])
+    assert user.weights_B.tolist() == generic.weights_B.tolist() == [1.0]
+    (only,) = planned(0.5, kind="uniform")  # a uniform user model has one branch
+    assert only.users == [0, 0] and only.weights_B.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
@@ -149,7 +158,7 @@ def test_the_votes_on_a_pair_share_what_their_users_do_not_change(aggregator):
     )
     reference = score(model, comparisons, None, 4)
     assert rows == [1]
-    accumulate_gradients(config, model, comparisons, reference, range(5))
+    accumulate_gradients(Task(config, model, comparisons, reference), range(5))
     assert rows[1:] == ([4, 1] if aggregator == "soft_prompt" else [1])
 
 
@@ -166,7 +175,9 @@ def test_sharing_leaves_the_loss_curve_as_it_is():
         reference = score(model, comparisons, None, 4)
         for step in range(10):
             optimizer.catch_up()
-            losses.append(accumulate_gradients(config, model, comparisons, reference, range(step % 4, 16, 2)).loss)
+            losses.append(
+                accumulate_gradients(Task(config, model, comparisons, reference), range(step % 4, 16, 2)).loss
+            )
             optimizer.step()
             optimizer.zero_grad()
         curves.append(losses)

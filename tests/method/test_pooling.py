@@ -21,7 +21,8 @@ from prlhf.generate.rewards import rewards
 from prlhf.method.plain import p_rm, pooled, reward, user_vectors
 from prlhf.score.reference import weights_fingerprint
 from prlhf.score.score import score
-from prlhf.score.states import remember_states, response_states
+from prlhf.score.states import fixed_states, response_states
+from prlhf.score.task import Task
 from prlhf.train.step import accumulate_gradients
 
 BASES = {
@@ -66,7 +67,7 @@ def test_known_states_of_a_frozen_backbone_are_pooled_likewise(pooling, tmp_path
         for computed in (1, 0):
             model, calls = tiny_model(config, noise=0.05), []
             model.backbone.base_model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-            remember_states(model, comparisons, 64, weights_fingerprint(model.backbone))
+            states = fixed_states(model, comparisons, 64, weights_fingerprint(model.backbone))
             assert len(calls) == computed
             with torch.no_grad():
                 expected = [
@@ -76,11 +77,12 @@ def test_known_states_of_a_frozen_backbone_are_pooled_likewise(pooling, tmp_path
                 found = model.rewards(readings)
             assert (found - torch.stack(expected)).abs().max() < 1e-10
             assert (rewards(model, readings, 3) - torch.stack(expected)).abs().max() < 1e-5
-            scored = score(model, comparisons, [c.user for c in comparisons], 3)
+            calls.clear()
+            scored = score(model, comparisons, [c.user for c in comparisons], 3, states=states)
             assert (
                 torch.stack([scored.chosen, scored.rejected], 1).flatten() - torch.stack(expected)
             ).abs().max() < 1e-10
-            assert len(calls) == computed
+            assert not calls
         assert len(list((tmp_path / "states").iterdir())) == files
 
     thawed_config = tiny_config(*BASES["linear head"], f"model.pooling={pooling}")
@@ -88,7 +90,7 @@ def test_known_states_of_a_frozen_backbone_are_pooled_likewise(pooling, tmp_path
     frozen, thawed = tiny_model(frozen_config), tiny_model(thawed_config)
     frozen.user_model.load_state_dict(thawed.user_model.state_dict())
     for config, model in ((frozen_config, frozen), (thawed_config, thawed)):
-        accumulate_gradients(config, model, comparisons, None, range(len(comparisons)))
+        accumulate_gradients(Task(config, model, comparisons), range(len(comparisons)))
     assert_same(gradients(frozen.user_model), gradients(thawed.user_model))
 
 

@@ -38,7 +38,8 @@ from prlhf.method.losses import (
 from prlhf.method.plain import embeddings, hidden_states, p_rm, reward, user_vectors
 from prlhf.score.reference import weights_fingerprint
 from prlhf.score.score import score
-from prlhf.score.states import remember_states
+from prlhf.score.states import fixed_states
+from prlhf.score.task import Task
 from prlhf.train.step import accumulate_gradients
 
 SOFT = ("method=prm",)
@@ -125,7 +126,7 @@ def test_both_branches_and_all_users_of_a_pair_share_one_backbone_pass():
         lambda _, args, kwargs: positions.append(kwargs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
     )
     comparisons = votes_and_another(1, 2, 3, 0)
-    accumulate_gradients(tiny_config(*LINEAR), model, comparisons, None, range(5))
+    accumulate_gradients(Task(tiny_config(*LINEAR), model, comparisons), range(5))
     (pair, *_, other) = comparisons
     responses = [len(ids) for c in (pair, other) for ids in (c.chosen, c.rejected)]
     assert len(positions) == 1 and positions[0] <= 2 * max(pair.length, other.length)
@@ -143,7 +144,7 @@ def test_vanilla_is_the_bradley_terry_loop():
     for c in comparisons:
         h1, h2 = (hidden_states(policy, c.prefix, y, [], None)[-1] for y in (c.chosen, c.rejected))
         (torch.log(1 + torch.exp(-(v[0] @ h1 - v[0] @ h2))) / 5).backward()
-    accumulate_gradients(config, model, comparisons, None, list(range(5)))
+    accumulate_gradients(Task(config, model, comparisons), list(range(5)))
     assert_same(gradients(model.backbone), gradients(policy))
     assert (model.value_head.weight.grad - v.grad).abs().max() < 1e-10
 
@@ -163,7 +164,7 @@ def test_a_comparisons_margin_reaches_the_loss():
     config = tiny_config("method=prm", "loss.margin=1.0", "user_model.kind=uniform")
     encoded = Encoder(TOKENIZER, config.data).encode(comparison, UserIndex([]), EncodingReport())
     model = tiny_model(config)  # its value head is zero: r1 = r2
-    loss = accumulate_gradients(config, model, [encoded], None, [0]).loss
+    loss = accumulate_gradients(Task(config, model, [encoded]), [0]).loss
     assert loss == pytest.approx(math.log(1 + math.exp(3)))
 
 
@@ -245,16 +246,18 @@ def test_a_frozen_backbone_computes_each_response_once_and_never_moves():
     calls = []
     model.backbone.base_model.register_forward_hook(lambda *_: calls.append(1))
     comparisons = votes_and_another(1, 2, 3)
+    states = fixed_states(model, comparisons, 64, weights_fingerprint(model.backbone))
+    task = Task(config, model, comparisons, states=states)
     for _ in range(2):
-        accumulate_gradients(config, model, comparisons, None, range(4))
-    score_users(config, model, comparisons)
+        accumulate_gradients(task, range(4))
+    score_users(task)
     assert len(calls) == 1
     assert all(p.grad is None for p in model.backbone.parameters())
 
     thawed = tiny_model(tiny_config(*LINEAR), noise=0.0)
     thawed.user_model.load_state_dict(model.user_model.state_dict())
     for _ in range(2):
-        accumulate_gradients(config, thawed, comparisons, None, range(4))
+        accumulate_gradients(Task(config, thawed, comparisons), range(4))
     assert_same(gradients(model.user_model), gradients(thawed.user_model))
 
 
@@ -297,10 +300,9 @@ def test_hidden_states_of_a_frozen_backbone_are_cached_under_what_they_depend_on
         with torch.no_grad():
             model.backbone.get_input_embeddings().weight += change
         expected = score(model, comparisons, [c.user for c in comparisons], 4)
-        model.known_states.clear()
         model.backbone.base_model.register_forward_hook(lambda *_: computed.append(1))
-        remember_states(model, comparisons, 64, weights_fingerprint(model.backbone))
-        found = score(model, comparisons, [c.user for c in comparisons], 4)
+        states = fixed_states(model, comparisons, 64, weights_fingerprint(model.backbone))
+        found = score(model, comparisons, [c.user for c in comparisons], 4, states=states)
         assert (found.chosen - expected.chosen).abs().max() < 1e-12
         times = len(computed)
         computed.clear()
