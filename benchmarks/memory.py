@@ -1,9 +1,9 @@
-"""What each GPU would hold, by the dry run's prediction, for models of real shapes on 1, 2, 4 and 8 GPUs.
+"""Predicts what each GPU would hold, as the dry run does, for models of real shapes on 1, 2, 4 and 8 GPUs.
 
     python benchmarks/memory.py [--processes 1 2 4 8] [--micro-batch 4] [--out FILE.json]
 
 P-DPO on comparisons of TL;DR's lengths (`shapes`), T_u = 10, gradient checkpointing. Full fine-tuning: float32 weights and
-moments, bfloat16 passes. LoRA: rank 16 on bfloat16 weights. Nothing is loaded: a model's config.json is all it takes.
+moments, bfloat16 passes. LoRA: rank 16 on bfloat16 weights. Nothing is loaded; only a model's config.json is read.
 """
 
 import argparse
@@ -23,7 +23,7 @@ MODES = {
     "full": ("model.compute_dtype=bfloat16",),
     "LoRA": ("model.dtype=bfloat16", "lora.rank=16"),
 }
-SIZES = (40, 80, 141)  # GB of memory of the GPUs that there are
+SIZES = (40, 80, 141)  # GB of memory of common GPUs
 USERS = 100
 
 
@@ -48,15 +48,8 @@ def main() -> None:
                 config = config_module.load_config(None, [*always, *sizes, *keys])
                 for processes in args.processes:
                     memory = predict(config, byte_tokenizer(), data, "cuda", processes).memory
-                    rows.append(
-                        {
-                            "model": name,
-                            "mode": mode,
-                            "gpus": processes,
-                            **dataclasses.asdict(memory),
-                            "peak": memory.peak,
-                        }
-                    )
+                    row = {"model": name, "mode": mode, "gpus": processes, "peak": memory.peak}
+                    rows.append(row | dataclasses.asdict(memory))
     print("| | GPUs | weights | gradients | moments | gathered | activations | peak, GB each | fits |")
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
