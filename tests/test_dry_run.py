@@ -190,7 +190,7 @@ def peak_said_and_measured(tmp_path, *overrides):
 
 
 def within_bounds(said: float, measured: float) -> bool:
-    """Whether a peak on a CPU is said as well as docs/scaling.md promises: at most a tenth too low, a third too high."""
+    """Whether a peak on a CPU is said at most a tenth too low and a third too high. docs/scaling.md names what misses that."""
     return 0.9 * measured <= said <= 1.35 * measured
 
 
@@ -339,7 +339,7 @@ def test_the_hidden_states_of_a_frozen_backbone_count():
     responses = {(tuple(c.prefix), tuple(ids)) for c in comparisons for ids in (c.chosen, c.rejected)}
     memory = frozen.memory
     assert memory.states > len(responses) * 4 * D
-    assert memory.peaks["scoring without gradients"] >= memory.process + memory.weights + 4 * memory.states
+    assert memory.peaks["reference, states, evaluation"] >= memory.process + memory.weights + 4 * memory.states
     assert prediction_of(*linear)[2].memory.states == 0
 
 

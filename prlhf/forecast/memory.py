@@ -78,7 +78,7 @@ def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes
     loading = weights if gpu or read_in_shards else bytes_of(fake.model.parameters()) + bytes_kept_in_float32(fake)
     phases = {
         "loading": loading + (0 if gpu else file_bytes_beside(config, spread)),
-        "scoring without gradients": waiting + gathered + max(scoring_peak(fake), STATES_COPIES * states),
+        "reference, states, evaluation": waiting + gathered + max(scoring_peak(fake), STATES_COPIES * states),
     }
     if solver:
         phases["solving" if solves_exactly(config) else "choosing the prior"] = weights + states + solver
