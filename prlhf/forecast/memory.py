@@ -63,8 +63,7 @@ class Memory:
 def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes: int) -> Memory:
     """What each of the processes holds. update: None where the user model is solved.
 
-    To be called when the update was counted: on a CPU what this process holds by then is what a training holds beside its
-    tensors.
+    Call it after the update was counted: what this process holds then is what a training on a CPU holds beside its tensors.
     """
     config, gpu = fake.config, fake.gpu
     spread = processes > 1 or sharded(config)
@@ -89,22 +88,22 @@ def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes
         phases["optimiser's step"] = static + gradients + math.ceil(update.step * share)
         phases["saving"] = waiting + 2 * file  # the writer holds a file twice
         activations = update.activations
-        temporaries = update.micro_batch - activations
+        temporaries = max(0, update.micro_batch - activations)  # activations may be gone when gradients are there
     process = CUDA_CONTEXT + CUBLAS_WORKSPACE if gpu else resident_bytes()
     heap = {phase: 0 if gpu else size // HEAP_SHARE for phase, size in phases.items()}
     peaks = {phase: process + size + heap[phase] for phase, size in phases.items()}
     return Memory(
-        process,
-        weights,
-        gradients,
-        moments,
-        gathered,
-        activations,
-        temporaries,
-        states,
-        host,
-        max(heap.values()),
-        peaks,
+        process=process,
+        weights=weights,
+        gradients=gradients,
+        optimizer=moments,
+        whole_blocks=gathered,
+        activations=activations,
+        temporaries=temporaries,
+        states=states,
+        host=host,
+        heap=max(heap.values()),
+        peaks=peaks,
     )
 
 
