@@ -1,8 +1,7 @@
 """What a training will take, before anything is loaded: python train.py --config NAME.yaml --dry-run
 
-The real model, without values, computes the two largest micro-batches of the training's largest update and the optimiser's
-step. What is counted there (`phases`) is what the real ones take; `memory` says what each process holds of it, and when. A
-user model that is solved (`exact`) has no updates.
+The real model, without values, computes the two largest micro-batches of the training's largest update, and AdamW's step.
+`phases` counts what that takes, and `memory` says what each process holds of it. A user model that is solved has no updates.
 """
 
 import math
@@ -13,17 +12,16 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prlhf.backbone.lora import LoRALinear
 from prlhf.batch.datasets import TrainingData
 from prlhf.config.keys import Config, solves_exactly
 from prlhf.errors import UserError
-from prlhf.forecast.memory import CUDA_CONTEXT, Memory, predicted_memory, resident_after_a_toy_update, solved_memory
-from prlhf.forecast.phases import bytes_of, counted_update, fake_training, largest_parts, shape
+from prlhf.forecast.memory import Memory, predicted_memory
+from prlhf.forecast.phases import bytes_of, counted_update, fake_training
 from prlhf.method.models import PersonalizedModel
 from prlhf.parallel.ranks import check_processes
 from prlhf.score.states import readings_of
 from prlhf.solve.run import check_size, needs_solver
-from prlhf.train.plan import Schedule, schedule
+from prlhf.train.plan import schedule
 
 
 class ParameterCount(NamedTuple):
@@ -39,23 +37,20 @@ class Prediction:
 
     device: str
     processes: int
-    available: int | None  # bytes that each process has, None: unknown
+    available: float  # bytes that each process has
+    data: list[str]  # what was read, dropped and cut, by file; users, updates and tokens
     parameters: dict[str, ParameterCount]
-    data: dict[str, str]
-    known_users: int
-    updates: int  # 0: the user model is solved (`exact`)
-    updates_per_epoch: int
-    tokens_per_epoch: int
+    updates: int  # 0: the user model is solved
     largest: tuple[int, int] | None  # rows and positions of the largest micro-batch; None without updates
     memory: Memory
-    checkpoint: int  # bytes of a checkpoint on disk, by all processes: trained weights and moments
+    checkpoint: int  # bytes on disk, by all processes: trained weights and moments
     checkpoints: int  # how many there are at most: those kept, the best one, and the one being written
     change: list[str]  # keys that would save memory, the most promising first
 
     @property
     def fits(self) -> bool:
         """Whether the peak is within what there is."""
-        return self.available is None or self.memory.peak <= self.available
+        return self.memory.peak <= self.available
 
 
 def predict(
@@ -64,156 +59,125 @@ def predict(
     data: TrainingData,
     device: str,
     processes: int = 1,
-    available: int | None = None,
+    available: float = math.inf,
 ) -> Prediction:
     """The prediction for a config and its data on `device` (cpu or cuda, which need not be there).
 
-    No weights are read, and nothing is written. available: bytes that each process has. UserError where so many
-    processes do not fit fsdp.replicas.
+    No weights are read, and nothing is written. available: bytes that each process has. UserError where `processes` do not
+    divide into fsdp.replicas, or where a prior's problem is too large.
     """
     check_processes(config, processes)
-    gpu = device == "cuda"
-    process = CUDA_CONTEXT if gpu else resident_after_a_toy_update(config)
-    fake = fake_training(config, tokenizer, data, gpu)
+    fake = fake_training(config, tokenizer, data, device == "cuda")
     if needs_solver(config):
         check_size(len(data.users), len(readings_of(fake.comparisons)))
-    exact, checkpoint, largest = solves_exactly(config), 0, None
-    if exact:
-        memory = solved_memory(config, fake, process, processes)
+    files = {"train": data.train, "valid": data.valid}
+    lines = [f"{name}: {file.report.lines()}" for name, file in files.items() if file is not None]
+    lines.append(f"{len(data.users):,} known users")
+    update, updates, checkpoint, checkpoints = None, 0, 0, 0
+    if solves_exactly(config):
+        lines.append("solved exactly (optim.solver): no updates")
     else:
-        update, parts = largest_parts(fake, processes)
-        whole = counted_update(fake, update, parts)
-        memory = predicted_memory(config, fake, whole, parts, process, processes)
-        largest = max((shape(fake, part) for part in parts), key=math.prod)
-        checkpoint = whole.gradients + bytes_of(fake.model.user_model.tables) + whole.moments
-    steps = Schedule(0, 0) if exact else schedule(config.optim, len(fake.comparisons))
-    reports = {"train": data.train.report.lines()}
-    if data.valid is not None:
-        reports["valid"] = data.valid.report.lines()
+        update = counted_update(fake, processes)
+        per_epoch, updates = schedule(config.optim, len(fake.comparisons))
+        tokens = sum(c.length for c in fake.comparisons)
+        lines.append(f"{updates:,} updates ({per_epoch:,} an epoch), {tokens:,} tokens an epoch")
+        checkpoint = update.gradients + bytes_of(fake.model.user_model.tables) + update.moments
+        checkpoints = config.train.keep_checkpoints + 1 + (data.valid is not None)
+    memory = predicted_memory(fake, update, processes)
     return Prediction(
         device=device,
         processes=processes,
         available=available,
+        data=lines,
         parameters=count_parameters(fake.model),
-        data=reports,
-        known_users=len(data.users),
-        updates=steps.total,
-        updates_per_epoch=steps.per_epoch,
-        tokens_per_epoch=sum(c.length for c in fake.comparisons),
-        largest=largest,
+        updates=updates,
+        largest=update.largest if update else None,
         memory=memory,
         checkpoint=checkpoint,
-        checkpoints=0 if exact else config.train.keep_checkpoints + 1 + (data.valid is not None),
+        checkpoints=checkpoints,
         change=keys_to_change(config, memory, processes),
     )
 
 
 def count_parameters(model: PersonalizedModel) -> dict[str, ParameterCount]:
-    """Parameters by part: backbone, its LoRA, the user model, and an aggregator or a reward head where there is one."""
-    adapters = {id(p) for m in model.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)}
-    parts = {
-        "backbone": [p for p in model.backbone.parameters() if id(p) not in adapters],
-        "LoRA": [p for p in model.backbone.parameters() if id(p) in adapters],
-        "user model": list(model.user_model.parameters()),
-    }
-    for title, name in (("aggregator", "aggregator"), ("reward head", "value_head")):
-        module = getattr(model, name, None)
-        parts[title] = [] if module is None else list(module.parameters())
-    return {
-        title: ParameterCount(sum(p.numel() for p in of), sum(p.numel() for p in of if p.requires_grad))
-        for title, of in parts.items()
-        if of
-    }
+    """Parameters by part: backbone, its LoRA, user model, and an aggregator or a value head where there is one."""
+    counts: dict[str, ParameterCount] = {}
+    for name, p in model.named_parameters():
+        part = "LoRA" if ".lora_" in name else name.partition(".")[0].replace("_", " ")
+        before = counts.get(part, ParameterCount(0, 0))
+        counts[part] = ParameterCount(before.all + p.numel(), before.trained + p.numel() * p.requires_grad)
+    return counts
 
 
 def keys_to_change(config: Config, memory: Memory, processes: int) -> list[str]:
-    """The keys that would save memory, those first whose part is the largest."""
+    """The keys that would save memory, those first that would save the most."""
+    half = "model.dtype=bfloat16"
     if solves_exactly(config):
-        static = [] if config.model.dtype != "float32" else ["model.dtype=bfloat16"]
+        static = [half] if config.model.dtype == "float32" else []
         return ["data.limit", f"evaluate.batch_size (now {config.evaluate.batch_size})", *static]
-    options: list[tuple[int, str]] = []
+    keys, optim = config.model, config.optim
+    full = config.lora.rank == 0 and not keys.frozen
     activations = memory.activations + memory.temporaries
-    if config.optim.micro_batch_size > 1:
-        options.append((activations, f"optim.micro_batch_size (now {config.optim.micro_batch_size})"))
-    if config.model.recompute not in ("blocks", "every:1"):
-        options.append((activations, "model.recompute=blocks"))
-    options.append((activations // 2, f"data.max_tokens (now {config.data.max_tokens})"))
-    if config.lora.rank == 0 and not config.model.frozen:
-        options.append((memory.gradients + memory.optimizer, "lora.rank (now 0, full fine-tuning), e.g. 16"))
-    elif config.model.dtype == "float32":
-        options.append((memory.weights // 2, "model.dtype=bfloat16"))
-    static = memory.weights + memory.gradients + memory.optimizer
-    if not config.fsdp.offload:
-        options.append((static // 3, "fsdp.offload=true (slow)"))
-    options.append((static // 2, f"more processes (now {processes}): --world-size"))
-    return [text for _, text in sorted(options, key=lambda option: -option[0])]
+    trained = memory.gradients + memory.optimizer
+    static = memory.weights + trained
+    options = [  # whether it can be changed, roughly what it saves, the key
+        (optim.micro_batch_size > 1, activations, f"optim.micro_batch_size (now {optim.micro_batch_size})"),
+        (keys.recompute not in ("blocks", "every:1"), activations, "model.recompute=blocks"),
+        (True, activations // 2, f"data.max_tokens (now {config.data.max_tokens})"),
+        (full, trained, "lora.rank (now 0, full fine-tuning), e.g. 16"),
+        (not full and keys.dtype == "float32", memory.weights // 2, half),
+        (not config.fsdp.offload, static // 3, "fsdp.offload=true (slow)"),
+        (True, static // 2, f"more processes (now {processes}): --world-size"),
+    ]
+    possible = [(saved, key) for is_possible, saved, key in options if is_possible]
+    return [key for _, key in sorted(possible, key=lambda option: -option[0])]
 
 
-def available_memory(device: str, gigabytes: float | None, processes: int = 1) -> int | None:
+def available_memory(device: str, gigabytes: float | None, processes: int = 1) -> int:
     """Bytes that each process has: `gigabytes` if given, else the GPU's, else its part of this machine's RAM.
 
     UserError for a GPU that is not here and whose memory is not given.
     """
     if gigabytes is not None:
         return int(gigabytes * 1e9)
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--memory: torch sees no GPU to ask; expected what each has in GB, e.g. --memory 80")
-        return torch.cuda.get_device_properties(0).total_memory
-    try:
+    if device != "cuda":
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
-    except (ValueError, OSError):
-        return None
+    if not torch.cuda.is_available():
+        raise UserError("--memory: torch sees no GPU to ask; expected what each has in GB, e.g. --memory 80")
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def render(prediction: Prediction) -> str:
     """The prediction as a readable table, the verdict last. GB are 1e9 bytes, as in metrics.jsonl."""
     p, m = prediction, prediction.memory
-
-    def line(name: str, value: str) -> str:
-        return f"  {name:<34} {value:>14}"
-
-    def gb(name: str, size: int) -> str:
-        return line(name, f"{size / 1e9:.3f}")
-
-    lines = [*(f"{name}: {text}" for name, text in p.data.items()), f"{p.known_users:,} known users"]
-    updates = f"{p.updates:,} updates ({p.updates_per_epoch:,} an epoch), {p.tokens_per_epoch:,} tokens an epoch"
-    lines += [
-        updates if p.updates else "solved exactly (optim.solver): no updates", "",
-        f"  {'parameters':<34} {'all':>14} {'trained':>14}",
-    ]  # fmt: skip
-    rows = [*p.parameters.items(), ("together", ParameterCount(*(sum(n) for n in zip(*p.parameters.values()))))]
-    lines += [line(name, f"{count.all:,}") + f" {count.trained:>14,}" for name, count in rows]
-    lines += [
-        "", line(f"memory of each of {p.processes} ({p.device})", "GB"),
-        gb("CUDA" if p.device == "cuda" else "Python, libraries and data", m.process),
-        gb("weights", m.weights),
-        *([gb("gradients", m.gradients), gb("AdamW's moments", m.optimizer)] if p.updates else []),
-    ]  # fmt: skip
-    if m.whole_blocks:
-        lines.append(gb("gathered for the block at work", m.whole_blocks))
-    if p.largest is None:
-        lines.append(gb("the solver", m.temporaries))
-    else:
-        lines += [
-            gb(f"activations, {p.largest[0]} x {p.largest[1]} positions", m.activations),
-            gb("temporaries at the peak", m.temporaries), gb("log-probs alone take at most", m.log_probs),
-        ]  # fmt: skip
-    lines += [
-        *([gb("hidden states of all responses", m.states)] if m.states else []),
-        *([gb("glibc's heap beside these", m.heap)] if m.heap else []),
-        *([gb("waiting in host memory, each", m.host)] if m.host else []),
-        *([gb("a checkpoint on disk", p.checkpoint)] if p.checkpoints else []),
-        *([line("checkpoints at once, at most", str(p.checkpoints))] if p.checkpoints else []),
-        "", line("at once, at most", "GB"), *(gb(phase, size) for phase, size in m.peaks.items()), "",
-    ]  # fmt: skip
-    if m.heap is None:
-        lines.append("what the C library's heap takes beside these is not counted: it is not glibc's, or refused")
-    elif m.heap:
-        lines.append("what the heap takes beside these is not the same in every run: docs/scaling.md")
-    if p.available is None:
-        return "\n".join([*lines, f"peak: {m.peak / 1e9:.2f} GB"])
+    together = ParameterCount(*(sum(counts) for counts in zip(*p.parameters.values())))
+    activations = "activations, {} x {} positions".format(*p.largest or (0, 0))
+    parts = {
+        "CUDA" if p.device == "cuda" else "Python, libraries and data": m.process,
+        "weights": m.weights,
+        "gradients": m.gradients,
+        "AdamW's moments": m.optimizer,
+        "gathered for the block at work": m.whole_blocks,
+        activations: m.activations,
+        "temporaries at the peak" if p.updates else "the solver": m.temporaries,
+        "hidden states of all responses": m.states,
+        "a fifth more: waste of the heap": m.heap,
+        "waiting in host memory, each": m.host,
+        f"a checkpoint on disk, {p.checkpoints} at most": p.checkpoint,
+    }
+    lines = [*p.data, "", _row("parameters", "all", "trained")]
+    lines += [_row(name, f"{n.all:,}", f"{n.trained:,}") for name, n in (p.parameters | {"together": together}).items()]
+    lines += ["", _row(f"memory of each of {p.processes} ({p.device})", "GB")]
+    lines += [_row(name, f"{size / 1e9:.3f}") for name, size in parts.items() if size]
+    lines += ["", _row("at once, at most", "GB")]
+    lines += [_row(phase, f"{size / 1e9:.3f}") for phase, size in m.peaks.items()]
+    if m.heap:
+        lines.append("  beside the process each has a fifth more, which the C library's heap wastes (docs/scaling.md)")
     verdict = f"{m.peak / 1e9:.2f} GB of {p.available / 1e9:.2f} GB"
     if p.fits:
-        return "\n".join([*lines, f"fits: {verdict}"])
-    return "\n".join([*lines, f"does not fit: {verdict}; change one of:", *(f"  {text}" for text in p.change)])
+        return "\n".join([*lines, "", f"fits: {verdict}"])
+    return "\n".join([*lines, "", f"does not fit: {verdict}; change one of:", *(f"  {key}" for key in p.change)])
+
+
+def _row(name: str, *values: str) -> str:
+    return " ".join([f"  {name:<34}", *(f"{value:>14}" for value in values)])

@@ -23,7 +23,8 @@ from prlhf.score.task import prepare_task
 from prlhf.solve.run import set_prior
 from prlhf.store.final import save_final
 from prlhf.store.runs import Run, open_run
-from prlhf.train.loop import log_solution, out_of_memory_explained, reproducible, train
+from prlhf.train.loop import log_solution, train
+from prlhf.train.process import out_of_memory_explained, reproducible
 
 Files = tuple[ComparisonFile, ComparisonFile | None]  # to train on, and held out
 

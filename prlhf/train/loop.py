@@ -3,17 +3,11 @@
 It begins at the newest checkpoint, if there is one, and leaves the weights for final/ in the model.
 """
 
-import contextlib
 import math
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.config.keys import Config
@@ -28,44 +22,11 @@ from prlhf.score.task import Task
 from prlhf.store.checkpoints import load_step, read_state, save_step, steps
 from prlhf.store.runs import Run, prune_checkpoints
 from prlhf.train.log import Sums, TrainingLog
-from prlhf.train.malloc import keep_freed_memory
 from prlhf.train.optimizer import Optimizers, make_optimizer
 from prlhf.train.plan import epoch_updates, schedule
+from prlhf.train.process import keep_freed_memory, termination_noted
 from prlhf.train.progress import Progress, held_out_accuracy
 from prlhf.train.step import Step, take_step
-
-
-def reproducible(config: Config, device: str) -> None:
-    """Seed torch; on a GPU also choose deterministic kernels, so that a resumed run ends bit for bit alike."""
-    torch.manual_seed(config.seed)
-    if device == "cuda" and config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
-@contextlib.contextmanager
-def out_of_memory_explained(config: Config) -> Iterator[None]:
-    """Within the context a GPU that has no more memory ends with what to change (TrainingError)."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"process {rank()} has no GPU memory left ({str(error).splitlines()[0]}). Lower optim.micro_batch_size (now "
-            f"{config.optim.micro_batch_size}) or evaluate.batch_size (now {config.evaluate.batch_size}), set "
-            "model.recompute=blocks, or use more GPUs (torchrun --nproc_per_node N); the same command with "
-            "--dry-run says what each would hold. Checkpoints are good"
-        ) from None
-
-
-@contextlib.contextmanager
-def termination_noted() -> Iterator[threading.Event]:
-    """Within the context SIGTERM does not end the process, but sets the event."""
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        yield told
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass
