@@ -20,7 +20,7 @@ from step import arguments, check_equal, comparisons_of, device_name, labels, ve
 from torch.profiler import ProfilerActivity, profile
 
 from prlhf.errors import run_command
-from prlhf.train.malloc import keep_freed_memory
+from prlhf.train.process import keep_freed_memory
 
 REST = "elementwise, reductions, the rest"
 # A name is of the first kind whose pattern it matches: torch's operations on a CPU, kernels on a GPU. Attention comes first,

@@ -33,7 +33,7 @@ from prlhf.errors import run_command
 from prlhf.kernels import log_probs as logprobs
 from prlhf.kernels.log_probs import log_probs
 from prlhf.kernels.passes import accumulation_type
-from prlhf.train.malloc import keep_freed_memory
+from prlhf.train.process import keep_freed_memory
 
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N, D), weight (V, D), targets (N,) -> (N,)
 Call = Callable[[], object]

@@ -45,7 +45,7 @@ from prlhf.errors import run_command
 from prlhf.forecast.dry_run import predict
 from prlhf.forecast.memory import CUDA_CONTEXT
 from prlhf.train.log import peak_memory_gb
-from prlhf.train.malloc import keep_freed_memory
+from prlhf.train.process import keep_freed_memory
 
 # The allowed difference between arms, relative to the largest reward margin. float32: a margin of about 1 is beta times the
 # difference of sums of a hundred to a few thousand, each exact to 1e-7 of itself, so rounding is 1e-5 to 1e-4 of the margin
