@@ -40,7 +40,7 @@ from prlhf.parallel.shard import training_model
 from prlhf.parallel.tensors import named_parameters
 from prlhf.score.score import score
 from prlhf.score.task import Task
-from prlhf.train.loop import reproducible
+from prlhf.train.process import reproducible
 from prlhf.train.optimizer import Optimizers, clip, make_optimizer
 from prlhf.train.plan import plan_update
 from prlhf.train.step import accumulate_gradients, part_loss
