@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from prlhf.data.check.rules import prompt_key
+from prlhf.data.check.tables import percent
 from prlhf.data.comparisons import Comparison, read_comparisons
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.evaluate.compare import parse_models
 from prlhf.evaluate.margins import read_margins
-from prlhf.evaluate.report import percent
 
 
 def conformity(comparisons: Sequence[Comparison]) -> dict[str, float]:
