@@ -55,6 +55,7 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
+    """Have the disk hold a file or folder before the next step."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

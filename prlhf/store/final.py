@@ -152,8 +152,7 @@ def reference_model(loaded: Loaded) -> PersonalizedLM:
         return loaded.model
     backbone = _load_base(loaded.path, loaded.config, loaded.tokenizer)
     _to_compute_type(backbone, loaded.config)
-    nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
-    model = loaded.model
+    model, nobody = loaded.model, UniformUsers(torch.zeros(0, backbone.config.hidden_size))
     return PersonalizedLM(Core(backbone, nobody, 0, model.user_slot, model.config, model.compute), None)
 
 

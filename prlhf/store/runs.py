@@ -3,6 +3,7 @@
 It holds config.yaml, metrics.jsonl, checkpoints/ and, once the run is finished, final/.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -74,11 +75,9 @@ class Run(NamedTuple):
             return
         kept = []
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
         replace_text(self.metrics, "".join(kept))
 
 
@@ -92,8 +91,14 @@ def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
 
     def lock() -> IO[str]:
         opened = _locked(run.path)
-        if not overwrite and (run.metrics.exists() or run.checkpoints.exists() or run.final.exists()):
-            _check_config(run.path, config)
+        begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
+        differing = differing_keys(load_resolved(run.path / "config.yaml"), config) if begun and not overwrite else []
+        lines = [f"  {line}\n" for line in differing if not line.startswith(FREE_GROUP)]
+        if lines:
+            raise UserError(
+                f"run_dir: {run.path} belongs to a run with another config:\n{''.join(lines)}"
+                "expected the same config, another run_dir, or --overwrite"
+            )
         return opened
 
     return run._replace(lock=on_main(lock))
@@ -125,17 +130,6 @@ def _is_run(path: Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def _check_config(path: Path, config: Config) -> None:
-    """UserError with the keys that differ, where the run that was begun in `path` has another config."""
-    differing = differing_keys(load_resolved(path / "config.yaml"), config)
-    lines = [f"  {line}\n" for line in differing if not line.startswith(FREE_GROUP)]
-    if lines:
-        raise UserError(
-            f"run_dir: {path} belongs to a run with another config:\n{''.join(lines)}"
-            "expected the same config, another run_dir, or --overwrite"
-        )
 
 
 def prune_checkpoints(run: Run, keep: int, best: int | None) -> None:

@@ -28,23 +28,19 @@ def ratio_interval(
 ) -> Interval | None:
     """Interval of r = sum of numerators / sum of denominators over U users; None for fewer than two users.
 
-    Users are drawn with replacement `samples` times, which gives r* and the variance V = m / (m-1) var(r*). The factor
-    corrects the bootstrap's narrowness (Hesterberg 2015); m = (sum d)^2 / sum d^2 is the effective number of users with
-    denominators d (Kish 1965), U where all are equal. t = t_{m-1, 0.975}.
+    Users are drawn with replacement `samples` times, which gives r* and V = m / (m-1) var(r*). The factor corrects the
+    bootstrap's narrowness (Hesterberg 2015); m = (sum d)^2 / sum d^2 is the effective number of users with denominators d
+    (Kish 1965), U where all are equal. t = t_{m-1, 0.975}.
 
     accuracy: r is in [0, 1]. The interval is Clopper and Pearson's of r n right among n = r (1-r) / V (z / t)^2
-    independent comparisons (Korn and Graubard 1998, Survey Methodology 24). Where users are all right or all wrong,
-    resampling varies nothing, and each user is one draw: U of U.
+    independent comparisons (Korn and Graubard 1998, Survey Methodology 24); U of U where all users are all right or wrong.
 
-    Else r is a difference of accuracies, and the interval
+    Else r is a difference of accuracies, and the interval r +- t sqrt(m / (m-1) (var(r*) + 2 (s / sum d)^2)), as if each
+    model alone were right in one comparison more, since few disagreements tell little about how many there are (after
+    Agresti and Min 2005, Statistics in Medicine 24, who add one half). s, one comparison, is the least difference of a
+    user other than 0, at most 1.
 
-        r +- t sqrt(m / (m-1) (var(r*) + 2 (s / sum d)^2)),
-
-    as if each model alone were right in one comparison more, since few disagreements tell little about how many there
-    are (after Agresti and Min 2005, Statistics in Medicine 24, who add one half). s is the least difference of a user
-    other than 0, at most 1: one comparison, where the denominators count comparisons.
-
-    `_alike_interval` is used where all users have another same ratio, unless it is a difference of 0.
+    `_alike_interval` stands for both where all users have one ratio that is not 0 (nor 1, of accuracies).
     """
     users = len(numerator_U)
     if users < 2:
@@ -70,10 +66,9 @@ def ratio_interval(
 def _alike_interval(ratio: float, users: float, lowest: float) -> Interval | None:
     """Interval of a mean over users where all users seen have the same ratio r, so that resampling does not vary it.
 
-    Each user is one draw, and q^U >= 0.025 bounds the share q of users with ratio r (Clopper and Pearson 1934). The
-    others have at least `lowest` and at most 1: [q r + (1 - q) lowest, q r + 1 - q]. It misses in fewer than
-    0.025^((U-1)/U) < 5% of samples. None for fewer than six users, who may all agree by chance: the sign test's p-value
-    2 / 2^U is above 5%.
+    q^U >= 0.025 bounds the share q of users with ratio r (Clopper and Pearson 1934). The others have at least `lowest`
+    and at most 1: [q r + (1 - q) lowest, q r + 1 - q]. None for fewer than six users, who may all agree by chance: the
+    sign test's p-value 2 / 2^U is above 5%.
     """
     if 2 ** (1 - users) > MISSED:
         return None
@@ -94,14 +89,13 @@ def _resampled(
 
 
 def std_interval(values_U: np.ndarray) -> Interval | None:
-    """Interval of sigma, the standard deviation of an observed accuracy over all users of whom these U are a sample.
+    """Interval of sigma, the standard deviation of observed accuracies over all users of whom these U are a sample:
 
-        exp(ln(c s^2) +- z c sqrt((k - (U-3)/U) / (U-1))) ^ (1/2),   c = U / (U - z),
+        exp(ln(c s^2) +- z c sqrt((k - (U-3)/U) / (U-1))) ^ (1/2),   c = U / (U - z),   at most 1/2,
 
-    s^2 the unbiased variance, k the kurtosis with fourth powers about the median (Bonett 2006, Computational Statistics
-    & Data Analysis 50; the median, which is wider, after Niwitpong and Kirdwichai 2008). sigma contains the noise of each
-    user's few comparisons, as the reported standard deviation does. At most 1/2, the most for accuracies. None for fewer
-    than two users, and where all have the same accuracy.
+    s^2 the unbiased variance, k the kurtosis about the median (Bonett 2006, Computational Statistics & Data Analysis 50;
+    the median, which is wider, after Niwitpong and Kirdwichai 2008). sigma contains the noise of each user's few
+    comparisons. None for fewer than two users, and where all have the same accuracy.
     """
     users = len(values_U)
     if users < 2 or np.ptp(values_U) == 0:
@@ -118,8 +112,7 @@ def worst_user_interval(correct_U: np.ndarray, n_U: np.ndarray) -> Interval | No
     """Interval of min_i p_i, the lowest true accuracy among these very users; None where there are none.
 
     [min_i low_i, min_i high_i], with Clopper and Pearson's bounds of each user. low_i misses with 2.5%: only the worst
-    user's must hold. high_i misses with 1 - 0.975^(1/U) (Sidak 1967): all must hold together. Conservative, since the
-    bounds of discrete counts are, and since any user's bound may be the lowest.
+    user's must hold. high_i misses with 1 - 0.975^(1/U) (Sidak 1967): all must hold together. Conservative.
     """
     if not len(n_U):
         return None
@@ -138,8 +131,7 @@ def exact_interval(correct: float, n: float) -> Interval:
 def exact_bound(correct: float, n: float, miss: float) -> float:
     """Clopper and Pearson's lower bound of a proportion, above the truth with probability `miss` at most.
 
-    The `miss` quantile of Beta(k, n - k + 1) for k = `correct`, which need not be whole; 0 for k = 0. The upper bound is
-    1 minus the lower bound of what is wrong.
+    The `miss` quantile of Beta(k, n - k + 1) for k = `correct`, which need not be whole; 0 for k = 0.
     """
     return beta_quantile(miss, correct, n - correct + 1) if correct > 0 else 0.0
 

@@ -142,8 +142,7 @@ def exact_sign_flip_test(differences: np.ndarray, step: float) -> float:
 def holm(p_values: np.ndarray) -> np.ndarray:
     """P-values adjusted for there being m of them: the j-th smallest becomes max over i <= j of min(1, (m - i + 1) p_(i)).
 
-    Keeps the probability of any false rejection at the level, whatever the dependence (Holm 1979, Scandinavian Journal
-    of Statistics 6).
+    Keeps the probability of any false rejection at the level (Holm 1979, Scandinavian Journal of Statistics 6).
     """
     order = np.argsort(p_values)
     adjusted = np.empty(len(p_values))

@@ -29,14 +29,13 @@ class Comparisons(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model of one or more seeds: what each got `correct`, (seeds, B), a known user as themselves; the other numbers of
-    each evaluation, by name; and whether each says that own_record explains the gain (None: it says nothing)."""
+    """A model of one or more seeds, each an evaluation."""
 
     name: str
     folders: list[str]
-    right_SB: np.ndarray
-    reported: list[dict[str, float | None]]
-    explained: list[bool | None]
+    right_SB: np.ndarray  # what each seed got `correct`, a known user as themselves
+    reported: list[dict[str, float | None]]  # the other numbers, by name
+    explained: list[bool | None]  # whether own_record explains the gain; None where the evaluation does not say
 
 
 class Groups(NamedTuple):
@@ -140,13 +139,10 @@ def alike(counts: UserCounts) -> UserCounts:
 
 
 def per_user(comparisons: Comparisons, baseline: Model, model: Model) -> dict[str, Any]:
-    """Each known user's difference, its p-value by `sign_flip_test`, and after `holm` over users; largest first.
+    """Each known user's difference, its p-value, and that after `holm` over users; the largest difference first.
 
-    p is at least 1 / (1 + FLIPS), which with many users Holm's factor would lift above 5%. For more than FLIPS / 40 users
-    it is therefore that of `exact_sign_flip_test`. Both tests keep P(p <= x) <= x where the models are equal, which is all
-    that Holm demands.
-
-    better, worse: how many users' difference is significant at 5% after Holm.
+    p is that of `sign_flip_test`, at least 1 / (1 + FLIPS). With more than FLIPS / 40 users Holm's factor would lift that
+    above 5%, and p is that of `exact_sign_flip_test`. better, worse: how many users' difference is significant at LEVEL.
     """
     difference_B = (model.right_SB.mean(axis=0) - baseline.right_SB.mean(axis=0))[comparisons.known_B]
     users, index = metrics.distinct(np.asarray(comparisons.users, dtype=object)[comparisons.known_B])
