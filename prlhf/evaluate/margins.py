@@ -14,7 +14,7 @@ from prlhf.evaluate.report import BRANCHES, MARGINS
 from prlhf.evaluate.stats.metrics import correct
 from prlhf.evaluate.stats.paired import Comparisons, Model
 
-KINDS = {str: "a string", str | None: "a string or null", bool: "true or false", float: "a finite number"}
+JSON_KINDS = {str: "a string", str | None: "a string or null", bool: "true or false", float: "a finite number"}
 # The kinds of the fields of margins.jsonl.
 FIELDS = {"id": str, "user": str | None, "text": str, "known": bool, **dict.fromkeys(BRANCHES, float)}
 
@@ -56,7 +56,7 @@ def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
             if field not in record or not _is(record[field], kind):
                 hint = "; an older evaluation: evaluate anew" if field == "text" else ""
                 found = json.dumps(record.get(field))
-                raise UserError(f"{path}, line {number}, {field}: expected {KINDS[kind]}, found {found}{hint}")
+                raise UserError(f"{path}, line {number}, {field}: expected {JSON_KINDS[kind]}, found {found}{hint}")
         records.append(record)
     records.sort(key=lambda record: (record["id"], record["user"] or "", record["text"]))
     ids, users, texts, known = ([record[field] for record in records] for field in ("id", "user", "text", "known"))
@@ -65,7 +65,7 @@ def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a kind of KINDS: true is no number, and a number is finite."""
+    """Whether a JSON value is of a kind of JSON_KINDS: true is no number, and a number is finite."""
     return type(value) in (int, float) and math.isfinite(value) if kind is float else isinstance(value, kind)
 
 
@@ -108,7 +108,7 @@ def read_reported(folder: str) -> tuple[dict[str, float | None], bool | None]:
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None and not _is(value, kind):
-            raise UserError(f"{path}, {'.'.join(keys)}: expected {KINDS[kind]} or null, found {json.dumps(value)}")
+            raise UserError(f"{path}, {'.'.join(keys)}: expected {JSON_KINDS[kind]} or null, found {json.dumps(value)}")
         return value
 
     numbers = {name: read(number.keys, float) for name, number in REPORTED.items()}
