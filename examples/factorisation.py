@@ -17,10 +17,10 @@ import torch
 
 from prlhf.config.keys import LossConfig, UserModelConfig
 from prlhf.data.check.rules import as_read, response_keys
+from prlhf.data.check.tables import percent
 from prlhf.data.comparisons import CANONICAL, Comparison, read_comparisons
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, run_command
-from prlhf.evaluate.report import percent
 from prlhf.method.users import LowRankUsers
 from prlhf.solve.linear import LinearProblem, solve
 from prlhf.solve.strength import choose

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from examples.grid import Arm, options, run_grid
 from prlhf.config import load as config_module
+from prlhf.data.check.tables import interval_text, percent
 from prlhf.errors import run_command
 from prlhf.evaluate.compare import MEASURES
 from prlhf.evaluate.margins import read_models
-from prlhf.evaluate.report import interval_text, percent
 from prlhf.evaluate.stats.paired import compare
 
 

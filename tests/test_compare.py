@@ -8,7 +8,8 @@ import pytest
 
 from prlhf.data.comparisons import Comparison
 from prlhf.evaluate import compare
-from prlhf.evaluate.report import optional_pyplot, write_margins
+from prlhf.evaluate.figures import optional_pyplot
+from prlhf.evaluate.report import write_margins
 
 # Users a (4 comparisons) and b (2) are known; two comparisons of the unknown x and one of nobody are not.
 IDS = ["a1", "a2", "a3", "a4", "b1", "b2", "x1", "x2", "n1"]

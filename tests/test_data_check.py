@@ -67,7 +67,6 @@ def test_what_is_in_the_files(check, train, valid):
     found = {row[0]: row[1:] for row in rows(out) if len(row) == 3}
     assert found == {
         "": ["train.jsonl", "valid.jsonl.gz"],
-        "---": ["---", "---"],
         "comparisons": ["6", "4"],
         "pairs of equal responses, left out": ["1", "0"],
         "prompts": ["2", "3"],

@@ -37,8 +37,7 @@ def from_the_root(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
-    monkeypatch.setattr("prlhf.evaluate.report.optional_pyplot", lambda: None)
-    monkeypatch.setattr("prlhf.evaluate.compare.optional_pyplot", lambda: None)
+    monkeypatch.setattr("prlhf.evaluate.figures.optional_pyplot", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def finished(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("PRLHF_CACHE", str(out.parent / "cache"))
-        patch.setattr("prlhf.evaluate.report.optional_pyplot", lambda: None)
+        patch.setattr("prlhf.evaluate.figures.optional_pyplot", lambda: None)
         torch.set_num_threads(1)  # as the tests have it: other numbers of threads round otherwise
         patch.setattr(sys, "argv", ["table1", *map(str, arguments(data, out))])
         table1.main()

@@ -16,6 +16,7 @@ from prlhf.evaluate.stats.intervals import std_interval, worst_user_interval
 from prlhf.evaluate.stats.metrics import (
     by_user,
     correct,
+    exact_sign_flip_test,
     expected_calibration_error,
     holm,
     mean_interval,
@@ -24,7 +25,7 @@ from prlhf.evaluate.stats.metrics import (
     pooled_interval,
     sign_flip_test,
 )
-from prlhf.evaluate.stats.paired import alike, exact_sign_flip_test
+from prlhf.evaluate.stats.paired import alike
 from prlhf.method.losses import ResponseLogProbs
 from prlhf.score.task import Task
 

@@ -68,20 +68,25 @@ def main() -> None:
         "encoding": asdict(data.report),
         **summarize(config.evaluate, margins, task.users, task.names, rules, others=model.users > 1),
     }
-    (out / "report.json").unlink(missing_ok=True)  # of an evaluation before: its margins are replaced
+    (out / "report.json").unlink(missing_ok=True)  # an earlier evaluation's, whose margins are replaced
     write_margins(out, data.raw, [user > 0 for user in task.users], margins)
-    if (run_dir / "metrics.jsonl").exists():
-        try:
-            accuracy_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
-        except UserError as error:
-            print(f"warning: no curve of accuracy against step: {error}", file=sys.stderr)
+    draw_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
     write_report(report, out)  # last: a report says that the evaluation is complete
     print(markdown(report))
     print(f"written to {out}")
 
 
+def draw_curve(metrics: Path, path: Path) -> None:
+    """Draw accuracy against step where metrics.jsonl is there; a damaged one costs the figure, not the evaluation."""
+    try:
+        if metrics.exists():
+            accuracy_curve(metrics, path)
+    except UserError as error:
+        print(f"warning: no curve of accuracy against step: {error}", file=sys.stderr)
+
+
 def fit_rules(config: Config, users: UserIndex) -> FittedRules:
-    """The trivial rules, fitted to the training comparisons where these are still there; `users` are known to them."""
+    """The trivial rules, fitted to the training comparisons if that file is still there; `users` are known to them."""
     if config.data.train is None or not Path(config.data.train).expanduser().is_file():
         print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
         return fit([])

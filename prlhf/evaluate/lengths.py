@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from prlhf.data.check.tables import markdown_table
 from prlhf.data.comparisons import GENERIC, words
 from prlhf.data.files import read_json_lines
-from prlhf.errors import UserError, run_command
-from prlhf.evaluate.report import cell, label, optional_pyplot
+from prlhf.errors import UserError
+from prlhf.evaluate.figures import label, save_figure
 
 
 class Length(NamedTuple):
-    """Words per response to one user: how many responses, mean, standard error of the mean."""
+    """Words per response to one user: how many responses, mean, standard error of the mean (0 for one response)."""
 
     n: int
     mean: float
@@ -38,24 +39,18 @@ def lengths(records: list[tuple[str, str]]) -> dict[str, Length]:
     }
 
 
-def markdown(table: dict[str, Length]) -> str:
-    """The table as Markdown."""
-    lines = ["| user | responses | words, mean | standard error |", "|---|---|---|---|"]
-    lines += [f"| {cell(user)} | {row.n} | {row.mean:.1f} | {row.standard_error:.1f} |" for user, row in table.items()]
-    return "\n".join(lines) + "\n"
+def figure(table: dict[str, Length], path: Path) -> bool:
+    """A bar for each user, with the standard error; the generic user's is gray. False without matplotlib."""
 
+    def draw(axes: Any) -> None:
+        colors = ["tab:gray" if user == GENERIC else "tab:blue" for user in table]
+        means, errors = [row.mean for row in table.values()], [row.standard_error for row in table.values()]
+        axes.bar(range(len(table)), means, yerr=errors, color=colors, capsize=3)
+        axes.set_xticks(range(len(table)), [label(user) for user in table], rotation=45, ha="right")
+        axes.set_ylabel("words per response")
+        axes.spines[["top", "right"]].set_visible(False)
 
-def figure(pyplot: Any, table: dict[str, Length], path: Path) -> None:
-    """A bar a user, with the standard error."""
-    drawing, axes = pyplot.subplots(figsize=(0.6 * len(table) + 2, 3.6), layout="constrained")
-    colors = ["tab:gray" if user == GENERIC else "tab:blue" for user in table]
-    axes.bar(range(len(table)), [r.mean for r in table.values()], yerr=[r.standard_error for r in table.values()],
-             color=colors, capsize=3)  # fmt: skip
-    axes.set_xticks(range(len(table)), [label(user) for user in table], rotation=45, ha="right")
-    axes.set_ylabel("words per response")
-    axes.spines[["top", "right"]].set_visible(False)
-    drawing.savefig(path, dpi=150)
-    pyplot.close(drawing)
+    return save_figure(path, (0.6 * len(table) + 2, 3.6), draw)
 
 
 def main() -> None:
@@ -72,17 +67,12 @@ def main() -> None:
                 raise UserError(f"{args.responses}, line {number}: no text in field {name!r}")
         records.append((record["user"], record["response"]))
     table = lengths(records)
+    rows = [(user, str(row.n), f"{row.mean:.1f}", f"{row.standard_error:.1f}") for user, row in table.items()]
+    markdown = markdown_table(("user", "responses", "words, mean", "standard error"), rows) + "\n"
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "lengths.md").write_text(markdown(table), encoding="utf-8")
+    (out / "lengths.md").write_text(markdown, encoding="utf-8")
     (out / "lengths.json").write_text(json.dumps({u: row._asdict() for u, row in table.items()}, indent=1) + "\n")
-    pyplot = optional_pyplot()
-    if pyplot is not None:
-        figure(pyplot, table, out / "lengths.png")
-    else:
+    if not figure(table, out / "lengths.png"):
         print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
-    print(markdown(table))
-
-
-if __name__ == "__main__":
-    run_command(main)
+    print(markdown)

@@ -2,7 +2,7 @@
 --out responses.jsonl
 
 A line of --prompts is {"prompt": text or messages, "id"?, "user"?, "user_text"?}; a line of --out is {"id", "user", "prompt",
-"response", "tokens", "finished", ...}. The same command again goes on where it stopped.
+"response", "tokens", "finished", ...}. The same command again continues where it stopped.
 
 Score responses with a reward model: python generate.py --checkpoint DIR --score FILE.jsonl --out rewards.jsonl
 A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --out, {"id", "user", "known", "reward"}.
@@ -50,7 +50,7 @@ def main() -> None:
     check_range("--limit", 1 if args.limit is None else args.limit, low=1)
     for name in ("users", "limit", "max_new_tokens", "temperature", "top_p", "seed"):
         if args.score and getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name.replace('_', '-')}: not for --score, as --out and --batch-size are")
+            raise UserError(f"--{name.replace('_', '-')}: not for --score, which takes --out and --batch-size")
     check_started_alone("generate.py")
     loaded = load_final(args.checkpoint, tuple(args.set))
     if args.score:
@@ -62,12 +62,12 @@ def main() -> None:
 
 
 def answer(args: argparse.Namespace, loaded: Loaded) -> None:
-    """Write the responses to --prompts for each of --users."""
+    """Write the responses to --prompts for each of --users, but those that --out has already."""
     prompts = read_prompts(args.prompts, loaded.config.data)[: args.limit]
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
     names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")
-    users = {name: loaded.required_number(name) for name in names if args.users != "@own"}
+    users = {} if args.users == "@own" else {name: loaded.required_number(name) for name in names}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]

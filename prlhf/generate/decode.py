@@ -1,7 +1,7 @@
 """Generation with user vectors: many users in one left-padded batch, with a KV cache, greedy or sampled.
 
-What a row says does not depend on who else is in the batch: padding is masked, positions count from each row's own
-first token, and each row draws from its own random generator, seeded by its name.
+What a row says does not depend on who else is in the batch: padding is masked, positions count from each row's own first
+token, and each row draws from its own random generator, seeded by its name.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 from transformers import DynamicCache
 
 from prlhf.backbone.families import check_positions, head
@@ -47,54 +48,51 @@ class Decoder:
 
     def __init__(self, model: PersonalizedLM, requests: Sequence[Request]):
         self.model = model
-        device = model.device
-        users_B = torch.tensor([r.user for r in requests], device=device)
-        self.user_BUD = model.user_model(users_B)
+        self.user_BUD = model.user_model(torch.tensor([r.user for r in requests], device=model.device))
         prompt_BUD = model.soft_prompt(self.user_BUD)
-        embed = model.backbone.get_input_embeddings()
         rows = []
         for b, request in enumerate(requests):
-            row_TD = embed(torch.tensor(request.ids, device=device))
+            row_TD = self._embed(torch.tensor(request.ids, device=model.device))
             if prompt_BUD is not None:
-                row_TD = torch.cat(
-                    [row_TD[: model.user_slot], prompt_BUD[b].to(row_TD.dtype), row_TD[model.user_slot :]]
-                )
+                before, after = row_TD[: model.user_slot], row_TD[model.user_slot :]
+                row_TD = torch.cat([before, prompt_BUD[b].to(row_TD.dtype), after])
             rows.append(row_TD)
-        T = max(len(row) for row in rows)
-        self.embeddings_BTD = torch.stack([torch.nn.functional.pad(row, (0, 0, T - len(row), 0)) for row in rows])
-        self.padding_B = torch.tensor([T - len(row) for row in rows], device=device)
-        self.columns = T  # columns of the batch so far, padding included
-        self.cache = (
-            DynamicCache()
-        )  # every position, also for models with a sliding window: check_positions sees to that
+        self.columns = max(map(len, rows))  # of the batch so far, padding included
+        padding = [self.columns - len(row) for row in rows]
+        self.embeddings_BTD = torch.stack([pad(row, (0, 0, left, 0)) for row, left in zip(rows, padding)])
+        self.padding_B = torch.tensor(padding, device=model.device)
+        # Keeps every position, for models with a sliding window too: check_positions refuses what would leave it.
+        self.cache = DynamicCache()
 
     def prefill(self) -> Tensor:
         """Read the prompts; logits (B, V) of each row's first response token, in float32."""
         column_T = torch.arange(self.columns, device=self.model.device)
         real_BT = column_T >= self.padding_B[:, None]
         causal_TT = column_T[:, None] >= column_T
-        itself_TT = column_T[:, None] == column_T
-        mask = (causal_TT & real_BT[:, None]) | itself_TT
+        itself_TT = column_T[:, None] == column_T  # padding attends to itself: a row without any would be NaN
+        mask_BTT = (causal_TT & real_BT[:, None]) | itself_TT
         positions_BT = (column_T - self.padding_B[:, None]).clamp(min=0)
-        return self._logits(self.embeddings_BTD, mask[:, None], positions_BT)
+        return self._logits(self.embeddings_BTD, mask_BTT, positions_BT)
 
     def decode_one_token(self, token_B: Tensor) -> Tensor:
         """Append one token to every row; logits (B, V) of the next."""
-        embeddings_B1D = self.model.backbone.get_input_embeddings()(token_B[:, None])
         positions_B1 = (self.columns - self.padding_B)[:, None]
         self.columns += 1
-        real = torch.arange(self.columns, device=token_B.device) >= self.padding_B[:, None]
-        return self._logits(embeddings_B1D, real[:, None, None], positions_B1)
+        real_BT = torch.arange(self.columns, device=token_B.device) >= self.padding_B[:, None]
+        return self._logits(self._embed(token_B[:, None]), real_BT[:, None], positions_B1)
 
-    def _logits(self, embeddings_BTD: Tensor, mask: Tensor, positions_BT: Tensor) -> Tensor:
-        hidden_BD = self.model.states(embeddings_BTD, mask, positions_BT, self.cache)[:, -1]
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.model.backbone.get_input_embeddings()(ids)
+
+    def _logits(self, embeddings_BSD: Tensor, mask_BST: Tensor, positions_BS: Tensor) -> Tensor:
+        hidden_BD = self.model.states(embeddings_BSD, mask_BST[:, None], positions_BS, self.cache)[:, -1]
         weight_VD, bias_V = head(self.model.backbone)
-        return torch.nn.functional.linear(self.model.read_out(hidden_BD, self.user_BUD), weight_VD, bias_V).float()
+        return linear(self.model.read_out(hidden_BD, self.user_BUD), weight_VD, bias_V).float()
 
 
 @torch.inference_mode()
 def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
-    """One response a request, in their order. The model should be in eval mode."""
+    """One response to each request, in their order. The model should be in eval mode."""
     check_positions(model.backbone, max(len(r.ids) for r in requests) + model.vectors + decoding.max_new_tokens)
     decoder = Decoder(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
@@ -104,9 +102,8 @@ def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decod
     for count in range(1, decoding.max_new_tokens + 1):
         token_B = choose(logits_BV, decoding, generators)
         for b, token in enumerate(token_B.tolist()):
-            if not finished[b] and token == eos:
-                finished[b] = True
-            elif not finished[b]:
+            finished[b] = finished[b] or token == eos
+            if not finished[b]:
                 responses[b].append(token)
         if all(finished) or count == decoding.max_new_tokens:
             break

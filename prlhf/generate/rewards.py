@@ -1,12 +1,13 @@
 """Rewards of single responses: a file of (prompt, response, user) lines, scored in batches by a reward model.
 
 A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, so what
-generate.py wrote can be scored; a line of the output, in the same order, {"id", "user", "known", "reward"}. The user may
-also stand in the column of `data.user_column`. One whom the model does not know is scored as the generic user, and "known"
-says so. Rewards to one prompt can be compared (all its responses are read after the same prompt, cut as the longest of
-them demands); Bradley-Terry leaves their zero open.
+generate.py wrote can be scored. The output has {"id", "user", "known", "reward"} for each line, in the same order. The user
+may also stand in the column of `data.user_column`. A user whom the model does not know is scored as the generic user, and
+"known" says so. Rewards of responses to one prompt can be compared, as all are read after the same prompt, cut as the
+longest of them demands. Their zero means nothing: Bradley-Terry leaves it open.
 """
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,18 +20,9 @@ from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import Encoder
 from prlhf.batch.trees import Reading
 from prlhf.config.keys import DataConfig
+from prlhf.data import comparisons as parse
 from prlhf.data.check.rules import prompt_key
-from prlhf.data.comparisons import (
-    CANONICAL,
-    GENERIC,
-    Messages,
-    id_of,
-    named_user,
-    parse_prompt,
-    parse_response,
-    parse_user,
-    parse_user_text,
-)
+from prlhf.data.comparisons import CANONICAL, GENERIC, Messages
 from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.errors import UserError, did_you_mean
 from prlhf.method.models import PersonalizedRewardModel
@@ -38,7 +30,7 @@ from prlhf.store.final import Loaded
 
 
 class ScoredLine(NamedTuple):
-    """A response to be scored, and where it stands."""
+    """A response to be scored, and the file and line where it is."""
 
     prompt: str | Messages
     response: str
@@ -53,25 +45,21 @@ def read_lines(path: str | Path, config: DataConfig = CANONICAL) -> list[ScoredL
     lines = []
     for number, record in read_json_lines(path):
         where = f"{path}, line {number}"
-        record = named_user(record, config.user_column) if config.user_column in record else record
+        record = parse.named_user(record, config.user_column) if config.user_column in record else record
         for name in ("prompt", "response"):
             if name not in record:
                 raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
-        lines.append(
-            ScoredLine(
-                parse_prompt(record["prompt"], where),
-                parse_response(record["response"], f"{where}, response"),
-                None if record.get("user") == GENERIC else parse_user(record.get("user"), f"{where}, user"),
-                parse_user_text(record, where, config.attributes),
-                id_of(record, number),
-                where,
-            )
-        )
+        prompt = parse.parse_prompt(record["prompt"], where)
+        response = parse.parse_response(record["response"], f"{where}, response")
+        named = None if record.get("user") == GENERIC else record.get("user")
+        user = parse.parse_user(named, f"{where}, user")
+        user_text = parse.parse_user_text(record, where, config.attributes)
+        lines.append(ScoredLine(prompt, response, user, user_text, parse.id_of(record, number), where))
     return lines
 
 
 class EncodedLine(NamedTuple):
-    """What of a line the model reads, and whether its prompt or user text was cut."""
+    """What the model reads of a line, and whether its prompt or user text was cut."""
 
     reading: Reading
     cut: bool
@@ -81,9 +69,9 @@ def encode(lines: Sequence[ScoredLine], encoder: Encoder, users: Sequence[int]) 
     """The lines' token ids; lines of one prompt and user text have one prefix. UserError where too little room is left."""
     responses = [encoder.response_ids(line.response) for line in lines]
     keys = [(prompt_key(line.prompt), line.user_text) for line in lines]
-    longest: dict[Hashable, int] = {}
+    longest: dict[Hashable, int] = defaultdict(int)
     for key, response in zip(keys, responses):
-        longest[key] = max(longest.get(key, 0), len(response))
+        longest[key] = max(longest[key], len(response))
     encoded = []
     for line, key, response, user in zip(lines, keys, responses, users):
         room = encoder.config.max_tokens - longest[key]
@@ -105,7 +93,7 @@ def rewards(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_s
 
 
 def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: bool) -> str:
-    """Score every line of `path`, write `out`, and say how many. UserError for a model that scores no single response."""
+    """Score every line of `path`, write `out`, and return a summary. UserError for a model that scores no single response."""
     if loaded.config.method != "prm":
         raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
     if Path(out).exists() and Path(out).samefile(path):
@@ -121,11 +109,11 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     known = [loaded.users.number(line.user) > 0 for line in lines]
     records = zip(lines, known, scored.tolist())
     write_json_lines(out, ({"id": n.id, "user": n.user, "known": k, "reward": r} for n, k, r in records))
-    said = [f"{len(lines)} rewards"]
-    strangers = sum(line.user is not None and not k for line, k in zip(lines, known))
-    said += [f"{strangers} of users who are not known to the model"] if strangers else []
     nobody = sum(line.user is None for line in lines)
-    said += [f"{nobody} without a user"] if nobody else []
-    cut = sum(line.cut for line in encoded)
-    said += [f"{cut} prompts or user texts truncated"] if cut else []
-    return f"{out}: {', '.join(said)}"
+    counts = {
+        "of users who are not known to the model": len(lines) - nobody - sum(known),
+        "without a user": nobody,
+        "prompts or user texts truncated": sum(line.cut for line in encoded),
+    }
+    said = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"{out}: {', '.join([f'{len(lines)} rewards', *said])}"

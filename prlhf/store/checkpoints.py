@@ -1,9 +1,7 @@
-"""What a run leaves on disk. A directory is complete or it is not there: written aside, synced, then renamed.
+"""Checkpoints of training. A directory is complete or it is not there.
 
-checkpoints/step_N/   *.safetensors (trained weights and the optimiser's state, in shards: files of its own for each rank),
+checkpoints/step_N/   *.safetensors (trained weights and the optimiser's state; each rank writes files of its own),
                       checksums-*.json, users.json, state.json
-final/                for use: model.safetensors or adapter_model.safetensors (none if frozen), users.safetensors, users.json,
-                      config.yaml, base.json, tokenizer
 """
 
 import json
@@ -16,8 +14,8 @@ import torch
 from torch import nn
 
 from prlhf.data.users import UserIndex
-from prlhf.errors import TrainingError, UserError
-from prlhf.parallel.ranks import on_main, rank, reason, summed, text_from_main, world_size
+from prlhf.errors import UserError
+from prlhf.parallel.ranks import on_main, rank, summed, text_from_main, world_size
 from prlhf.parallel.tensors import named_parameters, read_tensors, write_tensors
 from prlhf.store.files import checksum, written_aside
 
@@ -37,28 +35,25 @@ def training_tensors(model: nn.Module, state: OptimizerState) -> dict[str, torch
 def save_step(
     folder: Path, model: nn.Module, optimizer: OptimizerState, users: UserIndex, state: dict[str, Any]
 ) -> Path:
-    """Write folder/step_N with all that exact resumption needs: weights, optimiser, `state`; each rank its shards.
+    """Write folder/step_N with all that exact resumption needs: weights, optimiser, `state`. Each rank writes its shards.
 
-    TrainingError where it cannot be written (a full disk, say); what was there before stays good.
+    TrainingError where it cannot be written; checkpoints before it stay good.
     """
-    path = folder / f"step_{state['step']}"
 
     def write_plain() -> None:
         users.save(aside / "users.json")
         (aside / "state.json").write_text(json.dumps(state) + "\n")
 
-    try:
-        with written_aside(path) as aside:
-            on_main(write_plain)
-            write_tensors(training_tensors(model, optimizer), aside)
-            # Each rank those that it wrote, which it sees on any file system: torch names them by the rank, from 1.
-            own, others = f"shard-{rank() + 1:05d}-", ("shard-", "checksums-")
-            names = [file.name for file in aside.iterdir()]
-            names = [n for n in names if n.startswith(own) or (rank() == 0 and not n.startswith(others))]
-            checksums = {name: checksum(aside / name) for name in names}
-            (aside / f"checksums-{rank()}.json").write_text(json.dumps(checksums))
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written ({reason(error)}); checkpoints before it are good") from None
+    path = folder / f"step_{state['step']}"
+    with written_aside(path) as aside:
+        on_main(write_plain)
+        write_tensors(training_tensors(model, optimizer), aside)
+        # Each rank checksums what it wrote: a network file system may show it the others' files only later.
+        own, of_any_rank = f"shard-{rank() + 1:05d}-", ("shard-", "checksums-")  # torch counts ranks from 1
+        names = [file.name for file in aside.iterdir()]
+        names = [n for n in names if n.startswith(own) or (rank() == 0 and not n.startswith(of_any_rank))]
+        checksums = {name: checksum(aside / name) for name in names}
+        (aside / f"checksums-{rank()}.json").write_text(json.dumps(checksums))
     return path
 
 
@@ -80,7 +75,7 @@ def read_state(path: Path) -> dict[str, Any]:
     checksums = json.loads(text_from_main(recorded))
     names = sorted(checksums)
     damaged = torch.zeros(len(names))
-    for i in range(rank(), len(names), world_size()):
+    for i in range(rank(), len(names), world_size()):  # the ranks share the work
         damaged[i] = checksum(path / names[i]) != checksums[names[i]]
     if summed(damaged).any():
         raise _damaged(path, f"{names[int(damaged.argmax())]} is not what was written")
@@ -88,7 +83,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_step(path: Path, model: nn.Module, optimizer: OptimizerState | None = None) -> None:
-    """Put a step's weights, and, where it is given, the optimiser's state back, whatever the number of ranks that saved.
+    """Load a step's weights and, where given, the optimiser's state; any number of ranks may have saved them.
 
     UserError where it is of another model. `read_state` says whether it is damaged.
     """

@@ -1,4 +1,4 @@
-"""Directories that are complete or not there: written aside, synced, then renamed."""
+"""Files and directories that are complete or not there: written aside, then renamed."""
 
 import contextlib
 import hashlib
@@ -7,17 +7,23 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from prlhf.parallel.ranks import barrier, on_main, rank
+from safetensors import SafetensorError
+
+from prlhf.errors import TrainingError
+from prlhf.parallel.ranks import barrier, on_main, rank, reason
 
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A fresh directory for all ranks to write into; on success it takes the place of `path`, on failure it is removed."""
+    """A fresh directory for all ranks to write into. On success it replaces `path`; on failure it is removed.
+
+    TrainingError where files cannot be written (a full disk, say).
+    """
     aside = path.parent / f".{path.name}.partial"
 
     def begin() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(".*.partial"):  # of a process that was killed meanwhile
+        for stale in path.parent.glob(".*.partial"):  # left by a process that was killed
             if stale.is_dir():
                 shutil.rmtree(stale, ignore_errors=True)
         aside.mkdir()
@@ -37,13 +43,19 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield aside
         barrier()  # all have written
         on_main(finish)
-    except BaseException:
+    except BaseException as error:
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:  # tokenizers raise the last
+            raise TrainingError(
+                f"{path}: cannot be written ({reason(error)}); checkpoints before it are good, and the same command goes "
+                "on from the newest"
+            ) from None
         raise
 
 
 def _sync(path: Path) -> None:
+    """Have the disk hold a file or folder before the next step."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,7 +63,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in place of the one that may be there."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
 def checksum(*files: Path) -> str:
+    """A hash of the files' bytes, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         with open(file, "rb") as opened:

@@ -1,4 +1,8 @@
-"""final/, the model for use: written after training, loaded by everything else."""
+"""final/, the model for use: written after training, loaded by everything else.
+
+It holds model.safetensors (or adapter_model.safetensors, or neither where the backbone is frozen), users.safetensors,
+users.json, config.yaml, base.json and the tokenizer.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf.backbone.loading import load_backbone, load_tokenizer, load_weights
 from prlhf.backbone.lora import load_lora, lora_state, save_lora
@@ -16,11 +20,11 @@ from prlhf.backbone.toys import DTYPES
 from prlhf.config.keys import Config
 from prlhf.config.load import differing_keys, dump, load_resolved
 from prlhf.data.users import UserIndex
-from prlhf.errors import TrainingError, UserError, did_you_mean
+from prlhf.errors import UserError, did_you_mean
 from prlhf.method.build import build_model
 from prlhf.method.models import Core, PersonalizedLM, PersonalizedModel
 from prlhf.method.users import UniformUsers, is_personal
-from prlhf.parallel.ranks import on_main, reason
+from prlhf.parallel.ranks import on_main
 from prlhf.parallel.tensors import named_parameters, whole
 from prlhf.score.reference import weights_fingerprint
 from prlhf.store.checkpoints import steps
@@ -35,42 +39,35 @@ def save_final(
     users: UserIndex,
     base: str,
 ) -> None:
-    """Write the model for use; `base` is the fingerprint of the weights that training started from.
+    """Write the model for use: a plain Hugging Face folder or PEFT adapter, for any number of ranks.
 
-    A plain Hugging Face folder, or PEFT adapter, whatever the number of ranks; rank 0 holds all weights meanwhile.
-    TrainingError where it cannot be written (a full disk, say).
+    base: the fingerprint of the weights that training started from. Rank 0 holds all weights while it writes them.
+    TrainingError where they cannot be written.
     """
-    named_parameters(model)  # sharded from here on, where the model is
+    named_parameters(model)  # puts a sharded model into its sharded state, from which `whole` gathers
     adapters = whole(lora_state(model.backbone))
-    trained = not config.lora.rank and not config.model.frozen
-    weights = whole(dict(model.backbone.named_parameters()) if trained else {})
-    users_state = whole(_user_state(model))
+    full_tuning = not config.lora.rank and not config.model.frozen
+    weights = whole(dict(model.backbone.named_parameters()) if full_tuning else {})
+    user_weights = whole(_user_modules(model).state_dict())
 
     def write() -> None:
         if config.lora.rank:
             save_lora(model.backbone, config.lora, config.model.name, aside, adapters)
-        elif trained:
+        elif full_tuning:
             model.backbone.save_pretrained(aside, state_dict=weights)
-        save_file(users_state, aside / "users.safetensors")
+        save_file(user_weights, aside / "users.safetensors")
         users.save(aside / "users.json")
         tokenizer.save_pretrained(aside)
         (aside / "config.yaml").write_text(dump(config), encoding="utf-8")
         described = {"name": config.model.name, "dtype": config.model.dtype, "fingerprint": base}
         (aside / "base.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
-    try:
-        with written_aside(path) as aside:
-            on_main(write)
-    except Exception as error:
-        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:  # as tokenizers raises
-            raise
-        raise TrainingError(
-            f"{path}: cannot be written ({reason(error)}); the last checkpoint is good, and the same command goes on "
-            "from it"
-        ) from None
+    with written_aside(path) as aside:
+        on_main(write)
 
 
-# What decides which model the saved weights are, and what of it may still change: where the base lies, how it computes.
+# The keys that decide which model the saved weights make, and those among them that may still change: where the base
+# model lies, and how it computes.
 FIXED = ("method", "model.", "user_model.", "lora.")
 FREE_KEYS = (
     "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.recompute",
@@ -88,7 +85,7 @@ class Loaded(NamedTuple):
     model: PersonalizedModel
 
     def number(self, name: str | None) -> int:
-        """The user as whom the model answers `name`: 0 for the unknown, and for all where nothing personal was trained."""
+        """The number of the user `name`; 0 for an unknown user, and for all users where nothing personal was trained."""
         personal = is_personal(self.model.user_model, self.config.loss.alpha)
         return self.users.number(name) if personal else 0
 
@@ -99,7 +96,7 @@ class Loaded(NamedTuple):
 
 
 def find_final(checkpoint: str | Path) -> Path:
-    """The final/ folder meant by a path: itself, or that of the run. UserError where there is none."""
+    """The final/ folder that a path means: itself, or the run's. UserError where there is none."""
     path = Path(checkpoint).expanduser()
     for candidate in (path, path / "final"):
         if (candidate / "users.json").is_file():
@@ -113,8 +110,11 @@ def find_final(checkpoint: str | Path) -> Path:
 
 
 def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loaded:
-    """Load what `save_final` wrote, in eval mode, in the type that it computed in. UserError where it is damaged or the
-    base model has changed."""
+    """Load what `save_final` wrote, in eval mode, in the type that it computed in.
+
+    overrides: key=value, of the keys that leave it the same model. UserError where it is damaged, or the base model has
+    changed.
+    """
     path = find_final(checkpoint)
     config = load_resolved(path / "config.yaml", overrides)
     differing = differing_keys(load_resolved(path / "config.yaml"), config)
@@ -124,18 +124,14 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
     users = UserIndex.load(path / "users.json")
     tokenizer = load_tokenizer(config.model, path)
     if config.lora.rank or config.model.frozen:
-        backbone = load_backbone(config.model, tokenizer, config.seed)
-        _check_base(path, config, weights_fingerprint(backbone))
+        backbone = _load_base(path, config, tokenizer)
     else:
         backbone = load_weights(path, config.model.dtype)
     model = build_model(config, tokenizer, len(users), backbone)
     try:
         if config.lora.rank:
             load_lora(model.backbone, path)
-        state = load_file(path / "users.safetensors")
-        for part, module in _user_modules(model).items():
-            prefix = f"{part}."
-            module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        _user_modules(model).load_state_dict(load_file(path / "users.safetensors"))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{path}: damaged or incomplete model ({error})") from None
     _to_compute_type(model.backbone, config)
@@ -143,22 +139,20 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
 
 
 def _to_compute_type(backbone: nn.Module, config: Config) -> None:
-    """As FSDP gathers them in training: parameters in model.compute_dtype where that is set; buffers as they are."""
+    """Parameters in model.compute_dtype, where that is set, as FSDP gathers them in training; buffers as they are."""
     if config.model.compute_dtype:
         for p in backbone.parameters():
             p.data = p.data.to(DTYPES[config.model.compute_dtype])
 
 
 def reference_model(loaded: Loaded) -> PersonalizedLM:
-    """pi_SFT of a loaded model: itself where its backbone is the base's (adapters off), else the base loaded again, on the
-    CPU."""
+    """pi_SFT of a loaded model: the model itself where its backbone has the base's weights (adapters off); after full
+    fine-tuning the base model, loaded again on the CPU."""
     if loaded.config.lora.rank or loaded.config.model.frozen:
         return loaded.model
-    backbone = load_backbone(loaded.config.model, loaded.tokenizer, loaded.config.seed)
-    _check_base(loaded.path, loaded.config, weights_fingerprint(backbone))
+    backbone = _load_base(loaded.path, loaded.config, loaded.tokenizer)
     _to_compute_type(backbone, loaded.config)
-    nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
-    model = loaded.model
+    model, nobody = loaded.model, UniformUsers(torch.zeros(0, backbone.config.hidden_size))
     return PersonalizedLM(Core(backbone, nobody, 0, model.user_slot, model.config, model.compute), None)
 
 
@@ -168,7 +162,7 @@ def base_fingerprint(path: Path) -> str:
 
 
 def weights_checksum(path: Path) -> str:
-    """A hash of all the safetensors files in a folder: which model it holds."""
+    """A hash of all safetensors files in a folder, which tells one model from another."""
     return checksum(*sorted(path.glob("*.safetensors")))
 
 
@@ -180,20 +174,15 @@ def _base(path: Path) -> dict[str, str]:
         raise UserError(f"{path / 'base.json'}: cannot be read ({error})") from None
 
 
-def _check_base(path: Path, config: Config, fingerprint: str) -> None:
-    base = _base(path)
-    if base["dtype"] == config.model.dtype and base["fingerprint"] != fingerprint:
+def _load_base(path: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The base model. UserError where its weights are not those that training started from."""
+    backbone, base = load_backbone(config.model, tokenizer, config.seed), _base(path)
+    if base["dtype"] == config.model.dtype and base["fingerprint"] != weights_fingerprint(backbone):
         raise UserError(f"{path}: the base model's weights are not those that this model was trained from")
+    return backbone
 
 
-def _user_modules(model: PersonalizedModel) -> dict[str, nn.Module]:
+def _user_modules(model: PersonalizedModel) -> nn.ModuleDict:
+    """What training adds to the backbone, beside LoRA."""
     parts = {name: getattr(model, name, None) for name in ("user_model", "aggregator", "value_head")}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def _user_state(model: PersonalizedModel) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}.{name}": tensor
-        for part, module in _user_modules(model).items()
-        for name, tensor in module.state_dict().items()
-    }
+    return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})

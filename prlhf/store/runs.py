@@ -1,8 +1,9 @@
 """A run's directory: opened once, refused to another config, and its metrics.jsonl.
 
-config.yaml, metrics.jsonl, checkpoints/, final/ (its presence says that the run is finished)
+It holds config.yaml, metrics.jsonl, checkpoints/ and, once the run is finished, final/.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -17,21 +18,22 @@ from prlhf.config.load import differing_keys, dump, load_resolved
 from prlhf.errors import UserError
 from prlhf.parallel.ranks import on_any, on_main, rank
 from prlhf.store.checkpoints import steps
+from prlhf.store.files import replace_text
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without flock says (Lustre, some NFS)
-FREE_GROUP = "fsdp."  # how processes share the work may change from one start to the next, as their number may
+FREE_GROUP = "fsdp."  # how processes share the work may differ from one start to the next
 WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "final", "eval", "tensorboard")  # what --overwrite removes
 
 
 class Run(NamedTuple):
-    """An opened run directory; `lock` is held while it lives."""
+    """An opened run directory; no other process can open it while `lock` is open."""
 
     path: Path
     lock: IO[str] | None  # on rank 0
 
     @property
     def final(self) -> Path:
-        """The finished model."""
+        """The folder of the finished model."""
         return self.path / "final"
 
     @property
@@ -44,8 +46,13 @@ class Run(NamedTuple):
         """metrics.jsonl."""
         return self.path / "metrics.jsonl"
 
+    @property
+    def finished(self) -> bool:
+        """Whether rank 0 sees the finished model."""
+        return on_any(rank() == 0 and (self.final / "users.json").is_file())
+
     def begin(self, config: Config, overwrite: bool) -> None:
-        """Write config.yaml, after removing what an earlier run left where `overwrite`."""
+        """Write config.yaml; where `overwrite`, first remove what an earlier run left."""
 
         def write() -> None:
             for entry in (self.path / name for name in WRITTEN if overwrite):
@@ -53,16 +60,9 @@ class Run(NamedTuple):
                     shutil.rmtree(entry)
                 else:
                     entry.unlink(missing_ok=True)
-            aside = self.path / ".config.yaml.partial"
-            aside.write_text(dump(config), encoding="utf-8")
-            os.replace(aside, self.path / "config.yaml")
+            replace_text(self.path / "config.yaml", dump(config))
 
         on_main(write)
-
-    @property
-    def finished(self) -> bool:
-        """Whether training ended and the model for use is there, as rank 0 sees it."""
-        return on_any(rank() == 0 and (self.final / "users.json").is_file())
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one object to metrics.jsonl."""
@@ -75,55 +75,53 @@ class Run(NamedTuple):
             return
         kept = []
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        aside = self.metrics.with_suffix(".partial")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, self.metrics)
+        replace_text(self.metrics, "".join(kept))
 
 
 def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
-    """Open config.run_dir (or runs/`name`) for this config, and hold it; nothing in it is changed until `begin`.
+    """Open and lock config.run_dir, by default runs/`name`; nothing in it is changed until `begin`.
 
     UserError where it belongs to another config (with the keys that differ, unless `overwrite`), holds other files, or
     is in use by another process.
     """
-    path = Path(config.run_dir or Path("runs") / name).expanduser()
-    lock = on_main(lambda: _held(path, config, overwrite))
-    return Run(path, lock)
+    run = Run(Path(config.run_dir or Path("runs") / name).expanduser(), None)
+
+    def lock() -> IO[str]:
+        opened = _locked(run.path)
+        begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
+        differing = differing_keys(load_resolved(run.path / "config.yaml"), config) if begun and not overwrite else []
+        lines = [f"  {line}\n" for line in differing if not line.startswith(FREE_GROUP)]
+        if lines:
+            raise UserError(
+                f"run_dir: {run.path} belongs to a run with another config:\n{''.join(lines)}"
+                "expected the same config, another run_dir, or --overwrite"
+            )
+        return opened
+
+    return run._replace(lock=on_main(lock))
 
 
-def _held(path: Path, config: Config, overwrite: bool) -> IO[str]:
-    if path.exists() and not path.is_dir():
+def _locked(path: Path) -> IO[str]:
+    """The open lock file of a run's directory, which is made where it is not there."""
+    if path.is_file():
         raise UserError(f"run_dir: {path} is a file, expected a folder")
     if path.is_dir() and any(path.iterdir()) and not (path / ".lock").exists() and not _is_run(path):
         raise UserError(f"run_dir: {path} holds files that are not a run's; expected an empty or new folder")
     path.mkdir(parents=True, exist_ok=True)
-    run = Run(path, open(path / ".lock", "w"))
+    lock = open(path / ".lock", "w")
     try:
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             raise UserError(f"run_dir: {path} is in use by another process") from None
         if error.errno not in NO_LOCKS:
             raise
-        print(
-            f"warning: {path} cannot be locked ({error.strerror}); let no other process train into it", file=sys.stderr
-        )
-    begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
-    if begun and not overwrite:
-        differing = differing_keys(load_resolved(path / "config.yaml"), config)
-        differing = [line for line in differing if not line.startswith(FREE_GROUP)]
-        if differing:
-            raise UserError(
-                f"run_dir: {path} belongs to a run with another config:\n"
-                + "\n".join(f"  {line}" for line in differing)
-                + "\nexpected the same config, another run_dir, or --overwrite"
-            )
-    return run.lock
+        warning = f"warning: {path} cannot be locked ({error.strerror}); let no other process train into it"
+        print(warning, file=sys.stderr)
+    return lock
 
 
 def _is_run(path: Path) -> bool:
@@ -139,7 +137,7 @@ def prune_checkpoints(run: Run, keep: int, best: int | None) -> None:
     found = steps(run.checkpoints)
     for step in list(found)[:-keep]:
         if step != best:
-            # Renamed first: at once no checkpoint any more, whatever kills this.
+            # Renamed first: if this process is killed, no half checkpoint stays under the name of a whole one.
             going = run.checkpoints / f".{found[step].name}.old.partial"
             os.rename(found[step], going)
             shutil.rmtree(going)

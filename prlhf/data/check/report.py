@@ -18,6 +18,7 @@ import numpy as np
 from prlhf.config.keys import DataConfig
 from prlhf.data.check.leaks import JUDGED, leaks
 from prlhf.data.check.rules import RULES, FittedRules, as_read, conflicts, fit, majority_share, pair_key, prompt_key
+from prlhf.data.check.tables import markdown_table, percent_text
 from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, read_comparisons, words
 from prlhf.data.users import UserIndex
 
@@ -237,22 +238,3 @@ def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> str:
     notes.append("- decides: so many comparisons; the others are ties and count one half")
     notes.append("- \\*: in-sample for the rules that learn, which learn from the training file")
     return f"\n{markdown_table(header, rows)}\n\n" + "\n".join(notes) + "\n"
-
-
-def percent_text(share: float | None) -> str | None:
-    """A share in percent."""
-    return None if share is None else f"{100 * share:.2f}%"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str | int | float | None]]) -> str:
-    """A Markdown table: None is '-', whole numbers have no decimals and others one."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
-
-
-def _cell(value: str | int | float | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value.replace("|", "\\|").replace("\n", " ")
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"

@@ -1,23 +1,7 @@
 """95% confidence intervals for accuracies of users who differ, honest for as few as ten users.
 
-Users are the sample: a user's comparisons stand or fall together. What `ratio_interval` covers of the truth, in simulations
-of 1,000 to 4,000 draws each (in part those of tests/test_statistics.py), for ten users unless said otherwise:
-
-| truth | covered, % |
-|---|---|
-| accuracies of users who differ, 5 to 60 comparisons each | 95 to 96 (percentile bootstrap: 88 to 91) |
-| users nearly all right: accuracies from Beta(9, 1) | 94 to 95 |
-| Beta(4.5, 0.5) | 93 to 94; 40 users: 94 to 96 |
-| Beta(2.25, 0.25): half above 97%, one in nine below 70% | 91 to 92, too sure; 40 users: 94 to 95 |
-| sizes lognormal, sigma 1.5, accuracy falling with them: pooled | 85 to 90, too sure, as with 40 or 100 users; mean over users 96 to 97 |
-| differences of two models | 94 to 96 |
-| models that disagree in 2% of 14 comparisons of every user | 99.8, conservative; 40 users: 94 to 98 |
-| the same of 5 to 60 comparisons | 94 to 99; 40 users: 92 to 97 |
-| the same, rates from Beta(0.1, 4.9): a tenth of users have most | 73 (one model wins them all) to 100; 40 users: 83 to 99 |
-
-So where few users make nearly all of a difference, or most of the comparisons, it is too sure: no sample that may lack them
-shows it. The mean over users (Accuracy-average) does not mind who makes many comparisons.
-`std_interval` (97%) and `worst_user_interval` (99.8%) are conservative by design.
+Users are the sample: a user's comparisons stand or fall together. docs/evaluation.md says how much of the truth each
+interval covers in simulations, and where one is too sure; tests/test_statistics.py holds most of these numbers.
 """
 
 import math
@@ -44,34 +28,35 @@ def ratio_interval(
 ) -> Interval | None:
     """Interval of r = sum of numerators / sum of denominators over U users; None for fewer than two users.
 
-    Users are drawn with replacement `samples` times, which gives r* and the variance V = m / (m-1) var(r*), where
-    m / (m-1) corrects the bootstrap's narrowness (Hesterberg 2015) and m = (sum d)^2 / sum d^2 is the effective number of
-    users with denominators d (Kish 1965): U where all count the same. t = t_{m-1, 0.975}.
+    Users are drawn with replacement `samples` times, which gives r* and V = m / (m-1) var(r*). The factor corrects the
+    bootstrap's narrowness (Hesterberg 2015); m = (sum d)^2 / sum d^2 is the effective number of users with denominators d
+    (Kish 1965), U where all are equal. t = t_{m-1, 0.975}.
 
-    accuracy: r is in [0, 1], and the interval Clopper and Pearson's of r n right among n = r (1-r) / V (z / t)^2
-    independent comparisons (Korn and Graubard 1998, Survey Methodology 24).
+    accuracy: r is in [0, 1]. The interval is Clopper and Pearson's of r n right among n = r (1-r) / V (z / t)^2
+    independent comparisons (Korn and Graubard 1998, Survey Methodology 24); U of U where all users are all right or wrong.
 
-    Else r is a difference of accuracies, and the interval
+    Else r is a difference of accuracies, and the interval r +- t sqrt(m / (m-1) (var(r*) + 2 (s / sum d)^2)), as if each
+    model alone were right in one comparison more, since few disagreements tell little about how many there are (after
+    Agresti and Min 2005, Statistics in Medicine 24, who add one half). s, one comparison, is the least difference of a
+    user other than 0, at most 1.
 
-        r +- t sqrt(m / (m-1) (var(r*) + 2 (s / sum d)^2)),
-
-    as if each model alone were right in one comparison more: so few disagreements say little of how many there are, and
-    none not that there are none (after Agresti and Min 2005, Statistics in Medicine 24, who add one half). s is the
-    least difference of a user other than 0, at most 1: one comparison, where the denominators count these.
-
-    Where all users have the same ratio other than a difference of 0, see `_alike_interval`.
+    `_alike_interval` stands for both where all users have one ratio that is not 0 (nor 1, of accuracies).
     """
-    if len(numerator_U) < 2:
+    users = len(numerator_U)
+    if users < 2:
         return None
     total = float(denominator_U.sum())
-    ratio, effective = float(numerator_U.sum()) / total, total**2 / float((denominator_U.astype(float) ** 2).sum())
+    ratio = float(numerator_U.sum()) / total
+    effective = total**2 / float((denominator_U.astype(float) ** 2).sum())
+    if accuracy and ratio in (0, 1):
+        return exact_interval(ratio * users, users)
     if (accuracy or ratio != 0) and np.allclose(numerator_U, ratio * denominator_U, rtol=1e-12):
         return _alike_interval(ratio, effective, lowest=0.0 if accuracy else -1.0)
     variance = float(_resampled(numerator_U, denominator_U, samples, rng).var())
     widening = math.sqrt(effective / (effective - 1)) * student_t_quantile(1 - MISSED / 2, effective - 1)
     if accuracy:
         n = ratio * (1 - ratio) / variance * (Z / widening) ** 2
-        return Interval(exact_bound(ratio * n, n, MISSED / 2), 1 - exact_bound(n - ratio * n, n, MISSED / 2))
+        return exact_interval(ratio * n, n)
     sizes_U = np.abs(numerator_U)
     least = min(1.0, sizes_U[sizes_U > 1e-9].min(initial=1.0))
     half = widening * math.sqrt(variance + 2 * (least / total) ** 2)
@@ -79,12 +64,11 @@ def ratio_interval(
 
 
 def _alike_interval(ratio: float, users: float, lowest: float) -> Interval | None:
-    """Interval of a mean over users of whom all that were seen have this same ratio, which no resampling varies.
+    """Interval of a mean over users where all users seen have the same ratio r, so that resampling does not vary it.
 
-    Clopper and Pearson's (1934), a user being one draw: q^U >= 0.025 for the share q of such users, and the others have
-    at least `lowest` and at most 1: [q r + (1 - q) lowest, q r + 1 - q]. Whatever ratios there are, it misses in fewer than
-    0.025^((U-1)/U) < 5% of samples. None for fewer than six users, of whom all may agree by chance: the sign test's p-value
-    2 / 2^U is above 5%.
+    q^U >= 0.025 bounds the share q of users with ratio r (Clopper and Pearson 1934). The others have at least `lowest`
+    and at most 1: [q r + (1 - q) lowest, q r + 1 - q]. None for fewer than six users, who may all agree by chance: the
+    sign test's p-value 2 / 2^U is above 5%.
     """
     if 2 ** (1 - users) > MISSED:
         return None
@@ -95,7 +79,7 @@ def _alike_interval(ratio: float, users: float, lowest: float) -> Interval | Non
 def _resampled(
     numerator_U: np.ndarray, denominator_U: np.ndarray, samples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The ratio in each of `samples` draws of U users with replacement, a block of draws at a time to bound memory."""
+    """The ratio in each of `samples` draws of U users with replacement, in blocks that bound the memory."""
     users = len(numerator_U)
     block, ratios = max(1, 2_000_000 // users), []
     for start in range(0, samples, block):
@@ -105,14 +89,13 @@ def _resampled(
 
 
 def std_interval(values_U: np.ndarray) -> Interval | None:
-    """Interval of sigma, the standard deviation of an observed accuracy over all users of whom these U are a sample.
+    """Interval of sigma, the standard deviation of observed accuracies over all users of whom these U are a sample:
 
-        exp(ln(c s^2) +- z c sqrt((k - (U-3)/U) / (U-1))) ^ (1/2),   c = U / (U - z),
+        exp(ln(c s^2) +- z c sqrt((k - (U-3)/U) / (U-1))) ^ (1/2),   c = U / (U - z),   at most 1/2,
 
-    s^2 the unbiased variance, k the kurtosis with fourth powers about the median (Bonett 2006, Computational Statistics
-    & Data Analysis 50; about the median, which is wider, after Niwitpong and Kirdwichai 2008). sigma contains the noise
-    of each user's few comparisons, as the reported standard deviation does. At most 1/2, the most for accuracies. None
-    for fewer than two users, and where all have the same accuracy, which tells nothing of how they spread.
+    s^2 the unbiased variance, k the kurtosis about the median (Bonett 2006, Computational Statistics & Data Analysis 50;
+    the median, which is wider, after Niwitpong and Kirdwichai 2008). sigma contains the noise of each user's few
+    comparisons. None for fewer than two users, and where all have the same accuracy.
     """
     users = len(values_U)
     if users < 2 or np.ptp(values_U) == 0:
@@ -128,25 +111,27 @@ def std_interval(values_U: np.ndarray) -> Interval | None:
 def worst_user_interval(correct_U: np.ndarray, n_U: np.ndarray) -> Interval | None:
     """Interval of min_i p_i, the lowest true accuracy among these very users; None where there are none.
 
-    From Clopper and Pearson's exact bounds of each user, [min_i low_i, min_i high_i]. low_i misses with 2.5%: it is
-    enough that the worst user's own holds. high_i misses with 1 - 0.975^(1/U) (Sidak 1967): all must hold together.
-    Conservative (it covers in more than 95% of cases), since bounds of discrete counts are, and since any user's bound
-    may be the lowest.
+    [min_i low_i, min_i high_i], with Clopper and Pearson's bounds of each user. low_i misses with 2.5%: only the worst
+    user's must hold. high_i misses with 1 - 0.975^(1/U) (Sidak 1967): all must hold together. Conservative.
     """
     if not len(n_U):
         return None
     pairs = [(float(k), int(n)) for k, n in zip(correct_U, n_U)]
     miss = 1 - (1 - MISSED / 2) ** (1 / len(pairs))
-    return Interval(min(exact_bound(k, n, MISSED / 2) for k, n in pairs),
-                    min(1 - exact_bound(n - k, n, miss) for k, n in pairs))  # fmt: skip
+    low = min(exact_bound(k, n, MISSED / 2) for k, n in pairs)
+    return Interval(low, min(1 - exact_bound(n - k, n, miss) for k, n in pairs))
+
+
+def exact_interval(correct: float, n: float) -> Interval:
+    """Clopper and Pearson's (1934) interval of a proportion, `correct` of `n` independent comparisons."""
+    return Interval(exact_bound(correct, n, MISSED / 2), 1 - exact_bound(n - correct, n, MISSED / 2))
 
 
 @cache
 def exact_bound(correct: float, n: float, miss: float) -> float:
-    """Clopper and Pearson's (1934) lower bound of a proportion, above the truth with probability `miss` at most.
+    """Clopper and Pearson's lower bound of a proportion, above the truth with probability `miss` at most.
 
-    The `miss` quantile of Beta(k, n - k + 1), 0 for k = 0, where k = `correct` may be a half. The upper bound is 1 minus
-    the lower bound of what is wrong.
+    The `miss` quantile of Beta(k, n - k + 1) for k = `correct`, which need not be whole; 0 for k = 0.
     """
     return beta_quantile(miss, correct, n - correct + 1) if correct > 0 else 0.0
 

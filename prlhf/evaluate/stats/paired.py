@@ -10,23 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prlhf.evaluate.stats.metrics import (
-    UserCounts,
-    accuracies,
-    correct,
-    distinct,
-    holm,
-    mean,
-    mean_interval,
-    pooled,
-    pooled_difference_interval,
-    pooled_interval,
-    right_by_user,
-    sign_flip_test,
-    user_labels,
-)
+from prlhf.evaluate.stats import metrics
+from prlhf.evaluate.stats.metrics import UserCounts, pooled_difference_interval, right_by_user
 
-BOOTSTRAP_SAMPLES = 2000  # bootstrap samples
+BOOTSTRAP_SAMPLES = 2000
 FLIPS = 10_000  # sign flips of a user's test
 SEED = 0
 LEVEL = 0.05
@@ -42,14 +29,13 @@ class Comparisons(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A model of one or more seeds: what each got `correct` (a known user as themselves), (seeds, B), what else its
-    evaluation reported, by name, and whether it says that own_record explains the gain (None: it says nothing)."""
+    """A model of one or more seeds, each an evaluation."""
 
     name: str
     folders: list[str]
-    right_SB: np.ndarray
-    reported: list[dict[str, float | None]]
-    explained: list[bool | None]
+    right_SB: np.ndarray  # what each seed got `correct`, a known user as themselves
+    reported: list[dict[str, float | None]]  # the other numbers, by name
+    explained: list[bool | None]  # whether own_record explains the gain; None where the evaluation does not say
 
 
 class Groups(NamedTuple):
@@ -59,31 +45,48 @@ class Groups(NamedTuple):
     unknown: UserCounts
 
 
+def compare(comparisons: Comparisons, models: list[Model]) -> dict[str, Any]:
+    """The numbers of report.json; the first model is the baseline."""
+    baseline, *others = models
+    known_B = comparisons.known_B
+    return {
+        "comparisons": {"known_users": int(known_B.sum()), "unknown_users": int((~known_B).sum())},
+        "baseline": baseline.name,
+        "models": {model.name: summary(comparisons, model) for model in models},
+        "differences": {model.name: difference(comparisons, baseline, model) for model in others},
+        "per_user": {model.name: per_user(comparisons, baseline, model) for model in others},
+    }
+
+
 def groups(comparisons: Comparisons, right_B: np.ndarray) -> Groups:
-    """What is right, by user; comparisons of nobody in particular stand for themselves."""
-    labels = np.asarray(user_labels(comparisons.users), dtype=object)
+    """What is right, by user; each comparison without a user is a user of its own."""
+    labels = np.asarray(metrics.user_labels(comparisons.users), dtype=object)
     return Groups(*(right_by_user(labels[rows], right_B[rows]) for rows in (comparisons.known_B, ~comparisons.known_B)))
 
 
 def summary(comparisons: Comparisons, model: Model) -> dict[str, Any]:
     """Accuracies: mean and standard deviation over seeds, and the interval over users of the mean over seeds."""
-    seeds = [accuracies(*groups(comparisons, right_B)) for right_B in model.right_SB]
+    accuracy = over_seeds([metrics.accuracies(*groups(comparisons, right_B)) for right_B in model.right_SB])
+    reported = over_seeds(model.reported)
     both = groups(comparisons, model.right_SB.mean(axis=0))
-    accuracy, reported = over_seeds(seeds), over_seeds(model.reported)
     return {
         "folders": model.folders,
-        "seeds": len(seeds),
+        "seeds": len(model.right_SB),
         "accuracy": accuracy.mean,
         "std_over_seeds": accuracy.std,
         "reported": reported.mean,
         "reported_std_over_seeds": reported.std,
         "own_record_explains_gain": model.explained,  # of each seed
         "interval": {
-            "top": pooled_interval(both.known, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED)),
-            "average_mean": mean_interval(both.known, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED)),
-            "generic": pooled_interval(both.unknown, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED)),
+            "top": metrics.pooled_interval(both.known, BOOTSTRAP_SAMPLES, _rng()),
+            "average_mean": metrics.mean_interval(both.known, BOOTSTRAP_SAMPLES, _rng()),
+            "generic": metrics.pooled_interval(both.unknown, BOOTSTRAP_SAMPLES, _rng()),
         },
     }
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(SEED)
 
 
 class OverSeeds(NamedTuple):
@@ -95,10 +98,13 @@ class OverSeeds(NamedTuple):
 
 def over_seeds(seeds: Sequence[Mapping[str, float | None]]) -> OverSeeds:
     """Each number's mean and standard deviation over seeds; no standard deviation of one seed."""
-    found = {name: [seed[name] for seed in seeds] for name in seeds[0]}
-    means = {name: None if None in values else float(np.mean(values)) for name, values in found.items()}
-    some = {name: len(values) > 1 and None not in values for name, values in found.items()}
-    return OverSeeds(means, {name: float(np.std(found[name], ddof=1)) if some[name] else None for name in found})
+    found = OverSeeds({}, {})
+    for name in seeds[0]:
+        values = [seed[name] for seed in seeds]
+        known = None not in values
+        found.mean[name] = float(np.mean(values)) if known else None
+        found.std[name] = float(np.std(values, ddof=1)) if known and len(values) > 1 else None
+    return found
 
 
 def difference(comparisons: Comparisons, baseline: Model, model: Model) -> dict[str, Any]:
@@ -109,18 +115,18 @@ def difference(comparisons: Comparisons, baseline: Model, model: Model) -> dict[
     """
     right_B, baseline_B = (m.right_SB.mean(axis=0) for m in (model, baseline))
     a, b = groups(comparisons, right_B), groups(comparisons, baseline_B)
-    wins_B = correct(np.round(right_B - baseline_B, 9))
+    wins_B = metrics.correct(np.round(right_B - baseline_B, 9))
     found = {}
     for name, value, x, y, rows in (
-        ("top", pooled, a.known, b.known, comparisons.known_B),
-        ("average_mean", mean, alike(a.known), alike(b.known), None),
-        ("generic", pooled, a.unknown, b.unknown, ~comparisons.known_B),
+        ("top", metrics.pooled, a.known, b.known, comparisons.known_B),
+        ("average_mean", metrics.mean, alike(a.known), alike(b.known), None),
+        ("generic", metrics.pooled, a.unknown, b.unknown, ~comparisons.known_B),
     ):
-        between = pooled_difference_interval(x, y, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED))
+        interval = pooled_difference_interval(x, y, BOOTSTRAP_SAMPLES, _rng())
         found[name] = {
             "difference": value(x) - value(y) if x.users else None,
-            "interval": between,
-            "different": between is not None and not between.low <= 0 <= between.high,
+            "interval": interval,
+            "different": interval is not None and not interval.low <= 0 <= interval.high,
             "win_rate": float(wins_B[rows].mean()) if rows is not None and rows.any() else None,
         }
     return found
@@ -133,57 +139,25 @@ def alike(counts: UserCounts) -> UserCounts:
 
 
 def per_user(comparisons: Comparisons, baseline: Model, model: Model) -> dict[str, Any]:
-    """Each known user's difference, its p-value by `sign_flip_test`, and after `holm` over users; largest first.
+    """Each known user's difference, its p-value, and that after `holm` over users; the largest difference first.
 
-    p is at least 1 / (1 + FLIPS), which with many users Holm's factor would lift above 5%: for more than FLIPS / 40 users it
-    is the exact one, `exact_sign_flip_test`. Holm demands of each p-value alone that P(p <= x) <= x where the models are
-    equal, and it holds for both tests, so it matters not which one a number of users calls for.
-
-    better, worse: how many users' difference is significant at 5% after Holm.
+    p is that of `sign_flip_test`, at least 1 / (1 + FLIPS). With more than FLIPS / 40 users Holm's factor would lift that
+    above 5%, and p is that of `exact_sign_flip_test`. better, worse: how many users' difference is significant at LEVEL.
     """
     difference_B = (model.right_SB.mean(axis=0) - baseline.right_SB.mean(axis=0))[comparisons.known_B]
-    users, index = distinct(np.asarray(comparisons.users, dtype=object)[comparisons.known_B])
-    counts = np.bincount(index, minlength=len(users))
-    rows = np.split(difference_B[np.argsort(index, kind="stable")], np.cumsum(counts)[:-1]) if len(users) else []
-    rng, step = np.random.default_rng(SEED), 0.5 / math.lcm(len(model.right_SB), len(baseline.right_SB))
+    users, index = metrics.distinct(np.asarray(comparisons.users, dtype=object)[comparisons.known_B])
+    order, counts = np.argsort(index, kind="stable"), np.bincount(index, minlength=len(users))
+    rows = np.split(difference_B[order], np.cumsum(counts)[:-1]) if users else []
     if 40 * len(users) <= FLIPS:
-        p = np.array([sign_flip_test(differences, FLIPS, rng) for differences in rows])
+        rng = _rng()
+        p = [metrics.sign_flip_test(differences, FLIPS, rng) for differences in rows]
     else:
-        p = np.array([exact_sign_flip_test(differences, step) for differences in rows])
+        step = 0.5 / math.lcm(len(model.right_SB), len(baseline.right_SB))
+        p = [metrics.exact_sign_flip_test(differences, step) for differences in rows]
     table = [
         {"user": user, "n": len(d), "difference": float(d.mean()), "p": float(raw), "p_holm": float(adjusted)}
-        for user, d, raw, adjusted in zip(users, rows, p, holm(p))
+        for user, d, raw, adjusted in zip(users, rows, p, metrics.holm(np.array(p)))
     ]
     table.sort(key=lambda row: -abs(row["difference"]))
     significant = [row["difference"] for row in table if row["p_holm"] <= LEVEL]
     return {"better": sum(d > 0 for d in significant), "worse": sum(d < 0 for d in significant), "users": table}
-
-
-def exact_sign_flip_test(differences: np.ndarray, step: float) -> float:
-    """P(|T*| >= |T|) of `sign_flip_test`, summed over all flips: T* has the distribution of a sum of binomials.
-
-    The differences are whole multiples of `step`: 1/2 is a tie, and a mean over S seeds has S times as many. Each size v,
-    k times, contributes v (2 Binomial(k, 1/2) - k), and the sum's probabilities are the convolution of theirs.
-    """
-    steps = np.round(differences / step).astype(int)
-    sizes, counts = np.unique(np.abs(steps[steps != 0]), return_counts=True)
-    p_T = np.ones(1)  # of T* = -n, 2 - n, ..., n steps, n the sum of the sizes
-    for size, count in zip(sizes.tolist(), counts.tolist()):
-        logs = [math.lgamma(count + 1) - math.lgamma(j + 1) - math.lgamma(count - j + 1) for j in range(count + 1)]
-        of_size = np.zeros(size * count + 1)
-        of_size[::size] = np.exp(np.array(logs) - count * math.log(2))
-        p_T = np.convolve(p_T, of_size)
-    sums = np.arange(len(p_T)) * 2 - (len(p_T) - 1)
-    return min(1.0, float(p_T[np.abs(sums) >= abs(steps.sum())].sum()))
-
-
-def compare(comparisons: Comparisons, models: list[Model]) -> dict[str, Any]:
-    """The numbers of report.json."""
-    baseline, *others = models
-    return {
-        "comparisons": {"known_users": int(comparisons.known_B.sum()), "unknown_users": int((~comparisons.known_B).sum())},
-        "baseline": baseline.name,
-        "models": {model.name: summary(comparisons, model) for model in models},
-        "differences": {model.name: difference(comparisons, baseline, model) for model in others},
-        "per_user": {model.name: per_user(comparisons, baseline, model) for model in others},
-    }  # fmt: skip
