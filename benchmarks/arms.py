@@ -40,9 +40,9 @@ from prlhf.parallel.shard import training_model
 from prlhf.parallel.tensors import named_parameters
 from prlhf.score.score import score
 from prlhf.score.task import Task
-from prlhf.train.process import reproducible
 from prlhf.train.optimizer import Optimizers, clip, make_optimizer
 from prlhf.train.plan import plan_update
+from prlhf.train.process import reproducible
 from prlhf.train.step import accumulate_gradients, part_loss
 
 P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
