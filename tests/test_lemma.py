@@ -2,15 +2,7 @@
 
 import math
 
-import pytest
-import torch
-
 from examples import lemma
-
-
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
 
 
 def test_a_vanilla_reward_model_recovers_the_logit_of_the_vote_share():

@@ -27,11 +27,6 @@ from prlhf.solve.strength import FOLDS, Choice, Fold, choose, folds, held_out_lo
 AUTO = ("user_model.prior=auto", "user_model.shared_prior=auto")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(two_threads):
-    torch.set_num_threads(1)
-
-
 class Case(NamedTuple):
     """Comparisons of responses with known hidden states."""
 
