@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 import types
-import weakref
 from functools import partial
 from pathlib import Path
 
@@ -547,25 +546,6 @@ def test_a_step_that_is_not_finite_never_reaches_the_weights(tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     log = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [r["skipped"] for r in log] == [True] * 3
-
-
-def test_a_micro_batchs_graph_is_gone_before_the_next_is_made(monkeypatch):
-    """Its thousands of small objects would keep freed places of activations apart: a fifth of a LoRA run's peak on a CPU."""
-    conf = tiny_config("optim.micro_batch_size=1")
-    model, comparisons = tiny_model(conf).train(), random_comparisons(4)
-    reference = score(model, comparisons, None, 4)
-    part_loss, hooks, alive = updates.part_loss, [], []
-
-    def watched(*arguments):
-        alive.append(sum(hook() is not None for hook in hooks))
-        loss, margins = part_loss(*arguments)
-        loss.register_hook(hook := lambda gradient: None)  # which the graph alone holds from here on
-        hooks.append(weakref.ref(hook))
-        return loss, margins
-
-    monkeypatch.setattr(updates, "part_loss", watched)
-    updates.accumulate_gradients(Task(conf, model, comparisons, reference), range(4))
-    assert len(alive) > 1 and set(alive) == {0}
 
 
 def test_one_bad_step_is_skipped_and_training_goes_on(tmp_path):
