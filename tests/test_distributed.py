@@ -153,7 +153,14 @@ def test_training_is_the_same_whatever_the_number_of_processes(alone, tmp_path, 
 def test_processes_stop_early_together(tmp_path):
     """Where one process does, with the same accuracies; an evaluation after each third update, and a user model that
     learns fast enough to get worse."""
-    keys = (LLAMA, "train.eval_every=3", "train.patience=2", "train.final=best", "user_model.lr=1e-2")
+    keys = (
+        LLAMA,
+        "train.eval_every=3",
+        "train.patience=2",
+        "train.final=best",
+        "user_model.lr=1e-2",
+        "optim.group_by=pair",
+    )
     for processes in (1, 2):
         train_all(processes, tmp_path / str(processes), {"early": keys})
     one, two = tmp_path / "1" / "early", tmp_path / "2" / "early"
@@ -186,6 +193,7 @@ import os, sys
 from math import prod
 sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
 import train_in_turn
+from prlhf.errors import run_command
 from prlhf.backbone import loading
 from prlhf.parallel import tensors
 
@@ -202,7 +210,7 @@ def noted(values, *files):
 
 loading.load_weights = refused
 read_tensors, tensors.read_tensors = tensors.read_tensors, noted
-train_in_turn.main()
+run_command(train_in_turn.main)
 """
 
 

@@ -252,6 +252,14 @@ class DenseAdamW:
         self.optimizer = torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2))
         self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
 
+    @property
+    def parameters(self):
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def scale_learning_rates(self, factor):
+        for group in self.param_groups:
+            group["lr"] = factor * group["base_lr"]
+
     def catch_up(self, rows=None):
         pass
 
