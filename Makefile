@@ -35,10 +35,10 @@ $(VENV)/.linters: $(VENV)/.installed
 	touch $@
 
 test: install
-	$(PY) -m pytest --durations 15
+	$(PY) -m pytest -n auto --durations 15
 
 test-method: install
-	$(PY) -m pytest tests/method
+	$(PY) -m pytest -n auto tests/method
 
 test-slow: install
 	$(PY) -m pytest -m slow

@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # models are tiny: two threads mostly wait for each other; commands inherit it
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported; no test needs the network
 
 import pytest
@@ -19,11 +20,6 @@ from prlhf.errors import run_command
 def own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
