@@ -28,11 +28,11 @@ from prlhf.data.sources import DATA_SETS, source_name
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, check_range, run_command
 
-BY = (
+BY_HELP = (
     "prompt: each prompt on one side; response: each user's responses on one side; or the field that names the dialogue, which "
     "is one user's (not `prompt` or `response`); default: response where a user judged one in two different pairs, else prompt"
 )
-GROUPS = (
+GROUPS_HELP = (
     "how much is trained on: of the prompts or of each user's dialogues (0.9), or of each user's responses (0.7: about 0.7^2 "
     "of the pairs are trained on, 0.3^2 held out, the others left out)"
 )
@@ -65,11 +65,11 @@ def main() -> None:
     command = add(run_split, "split", "divide comparisons into training, held-out and few-shot ones", splits)
     command.add_argument("file", metavar="FILE", help="comparisons")
     command.add_argument("--out", metavar="FOLDER", required=True)
-    command.add_argument("--by", metavar="prompt|response|FIELD", help=BY)
+    command.add_argument("--by", metavar="prompt|response|FIELD", help=BY_HELP)
     command.add_argument("--format", default="auto", choices=choices_of(KEYS["data.format"]))
     command.add_argument("--user-column", default="user", metavar="FIELD", help="names the user")
     command.add_argument("--users", type=float, default=0.9, metavar="SHARE", help="of the users who are known (0.9)")
-    command.add_argument("--groups", type=float, metavar="SHARE", help=GROUPS)
+    command.add_argument("--groups", type=float, metavar="SHARE", help=GROUPS_HELP)
     _add_common(command)
 
     about = "what is in comparison files, what leaks between them, what trivial rules get right"
