@@ -239,7 +239,7 @@ def test_kept_gradients_are_set_to_zero_where_they_lie():
     assert weight.grad.tolist() == [0, 0, 0]
 
 
-class DenseAdamW:
+class DenseAdamW(Optimizers):
     """The training loop's optimiser as it would be without tables: torch's AdamW on densified gradients."""
 
     def __init__(self, config, model, total_steps):
@@ -249,23 +249,15 @@ class DenseAdamW:
             {"params": rest, "base_lr": config.optim.lr, "weight_decay": config.optim.weight_decay},
             {"params": user, "base_lr": config.user_model.lr, "weight_decay": config.user_model.weight_decay},
         ]
-        self.optimizer = torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2))
-        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
-
-    def catch_up(self, rows=None):
-        pass
+        super().__init__(torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2)), None)
 
     def keep_gradients(self):
         pass
 
     def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = p.grad.to_dense()
-        self.optimizer.step()
-
-    def zero_grad(self):
-        self.optimizer.zero_grad()
+        for p in self.parameters:
+            p.grad = p.grad.to_dense()
+        super().step()
 
 
 @pytest.mark.parametrize("kind", ["individual", "cluster"])
