@@ -57,10 +57,10 @@ def updates_of_epoch(
     else:
         groups = equal_ones([pair_of(c) if group_by == "pair" else i for i, c in enumerate(comparisons)])
     rng.shuffle(groups)
-    order, length = [], {}
+    length: dict[int, int] = {}
     for group in groups:  # sorted by its longest comparison, a group stays together
-        order += group
         length |= dict.fromkeys(group, max(comparisons[i].length for i in group))
+    order = list(length)  # group after group
     updates: list[list[int]] = []
     pool = 16 * batch_size
     for start in range(0, len(order), pool):

@@ -110,9 +110,9 @@ def _read_yaml(path: Path) -> tuple[Given, list[str]]:
         raise UserError(f"{path}: not UTF-8 text") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-    if root is not None and not isinstance(root, yaml.MappingNode):
+        where = f"{path}, line {mark.line + 1}" if mark else str(path)
+        raise UserError(f"{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+    if isinstance(root, (yaml.ScalarNode, yaml.SequenceNode)):
         raise UserError(f"{path}, line 1: expected `key: value` lines, found a {root.id}")
     given: Given = {}
     faults = []
@@ -130,8 +130,8 @@ def _read_yaml(path: Path) -> tuple[Given, list[str]]:
     return given, faults
 
 
-def _entries(root: yaml.MappingNode) -> Iterator[tuple[str, int, yaml.Node]]:
-    """(dotted name, line, value) of each key, those of a group one by one."""
+def _entries(root: yaml.Node) -> Iterator[tuple[str, int, yaml.Node]]:
+    """(dotted name, line, value) of each key of a mapping; the keys of a group one by one."""
     for key, value in root.value:
         name = str(key.value)
         if isinstance(value, yaml.MappingNode) and name in GROUPS:

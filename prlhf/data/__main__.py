@@ -13,6 +13,7 @@
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from prlhf.backbone.loading import load_tokenizer
 from prlhf.batch.datasets import encode_file
@@ -41,12 +42,12 @@ OWNERS = {"known_users": ("tldr", "tldr_length"), "rejected": ("prism",)}  # opt
 
 def main() -> None:
     """Parse the command line and run the command."""
-    form = {"formatter_class": RawDescriptionHelpFormatter}
-    parser = ArgumentParser(prog="python -m prlhf.data", description=__doc__, **form)
+    form = RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog="python -m prlhf.data", description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(title="commands", required=True)
 
     def add(run: Callable[[Namespace], None], name: str, about: str, module: ModuleType) -> ArgumentParser:
-        command = commands.add_parser(name, help=about, description=module.__doc__, **form)
+        command = commands.add_parser(name, help=about, description=module.__doc__, formatter_class=form)
         command.set_defaults(run=run)
         return command
 
@@ -108,7 +109,7 @@ def run_split(args: Namespace) -> None:
     prepare.split_file(args.file, args.out, division, form, _options(args), args.overwrite)
 
 
-def _options(args: Namespace, **given: int | str) -> Options:
+def _options(args: Namespace, **given: Any) -> Options:
     check_range("--few-shot", args.few_shot, low=0)
     check_range("--seed", args.seed, low=0, high=2**32 - 1)
     return Options(seed=args.seed, few_shot=args.few_shot, **given)

@@ -51,7 +51,9 @@ def read_comparisons(path: str | Path, config: DataConfig = CANONICAL) -> Compar
     config: format, user_column and attributes. UserError, with file, line and field, where a record is no comparison, and
     where no record has the user_column or an attribute.
     """
-    comparisons, equal, columns, attributes = [], 0, set(), set()
+    comparisons, equal = [], 0
+    columns: set[str] = set()
+    attributes: set[str] = set()
     for _, record, comparison in read_parsed(path, config):
         columns.update(record)
         attributes.update((config.attributes and record.get("attributes")) or ())
@@ -207,7 +209,7 @@ def _parse_margin(margin: Any, where: str) -> float:
 def _are_messages(value: Any) -> bool:
     """Whether it is a list of {"role", "content"} messages that is not empty."""
     names = ("role", "content")
-    is_list = isinstance(value, list) and value and all(isinstance(message, dict) for message in value)
+    is_list = isinstance(value, list) and len(value) > 0 and all(isinstance(message, dict) for message in value)
     return is_list and all(isinstance(message.get(name), str) for message in value for name in names)
 
 

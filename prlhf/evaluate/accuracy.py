@@ -6,7 +6,7 @@ is real, the first is well above the other two.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +90,7 @@ def summarize(
     margins: np.ndarray,
     users: Sequence[int],
     names: Sequence[str | None],
-    rules: dict[str, Sequence[float]] | None = None,
+    rules: Mapping[str, Sequence[float]] | None = None,
     others: bool = True,
 ) -> dict[str, Any]:
     """The numbers of report.json: accuracies, intervals, calibration, controls, rules, and a row for each known user.
@@ -104,7 +104,7 @@ def summarize(
     known, labels = np.asarray(users) > 0, np.asarray(user_labels(names), dtype=object)
     true, generic, other = (by_user(labels[known], values[known]) for values in margins)
     strangers = by_user(labels[~known], margins[1][~known])
-    report = {
+    report: dict[str, Any] = {
         "comparisons": {"known_users": int(known.sum()), "unknown_users": int((~known).sum())},
         "accuracy": accuracies(true, strangers),
         "interval": {
@@ -134,7 +134,7 @@ def summarize(
 
 
 def own_record_summary(
-    right_B: np.ndarray, users: Sequence[str], margins: np.ndarray, samples: int, rng: np.random.Generator
+    right_B: np.ndarray, users: np.ndarray, margins: np.ndarray, samples: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Whether a rule that only remembers each user's own record of the very responses explains what the model gains.
 
@@ -143,10 +143,10 @@ def own_record_summary(
     it does not. The rule explains it if there is a gain, the rule is right on more than half, most of the gain lies where
     it decides, and none is shown where it does not: the interval reaches 0, or there is too little data for one.
     """
-    labels, decides = np.asarray(users, dtype=object), right_B != 0.5
+    decides = right_B != 0.5
 
     def gain(rows: np.ndarray) -> dict[str, Any]:
-        true, generic = (by_user(labels[rows], values[rows]) for values in margins)
+        true, generic = (by_user(users[rows], values[rows]) for values in margins)
         return {
             "accuracy": pooled(true) - pooled(generic) if true.users else None,
             "interval": pooled_difference_interval(true, generic, samples, rng),
@@ -184,7 +184,7 @@ def _controls(
     return found
 
 
-def _rules(rules: dict[str, Sequence[float]], known: np.ndarray) -> dict[str, Any]:
+def _rules(rules: Mapping[str, Sequence[float]], known: np.ndarray) -> dict[str, Any]:
     """What each rule gets right of known and of unknown users' comparisons; None where there are none."""
 
     def share(right: Sequence[float], rows: np.ndarray) -> float | None:

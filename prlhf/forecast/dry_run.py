@@ -113,8 +113,8 @@ def keys_to_change(config: Config, memory: Memory, processes: int) -> list[str]:
     """The keys that would save memory, those first that would save the most."""
     half = "model.dtype=bfloat16"
     if solves_exactly(config):
-        static = [half] if config.model.dtype == "float32" else []
-        return ["data.limit", f"evaluate.batch_size (now {config.evaluate.batch_size})", *static]
+        dtype = [half] if config.model.dtype == "float32" else []
+        return ["data.limit", f"evaluate.batch_size (now {config.evaluate.batch_size})", *dtype]
     keys, optim = config.model, config.optim
     full = config.lora.rank == 0 and not keys.frozen
     activations = memory.activations + memory.temporaries

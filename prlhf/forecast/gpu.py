@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prlhf.backbone.attention import attention_mask
-from prlhf.batch.trees import PreferenceBatch
+from prlhf.batch.trees import ReadingBatch
 from prlhf.kernels.passes import HeadGradients, Pass, Passes, Softmax
 from prlhf.method.models import Computation
 
@@ -21,7 +21,7 @@ def computation_on_gpu(layout: str, log_probs: str | None) -> Computation:
     return Computation(mask, "torch" if log_probs == "torch" else Passes(_tile_pass, _tile_head_gradients))
 
 
-def _no_mask(batch: PreferenceBatch) -> None:
+def _no_mask(batch: ReadingBatch) -> None:
     return None
 
 

@@ -78,9 +78,9 @@ def shard(model: PersonalizedModel, config: Config, device: str) -> None:
 
 def device_mesh(config: Config, device: str) -> DeviceMesh:
     """The ranks in a row, or as (replicas, shards) where fsdp.replicas > 1."""
-    shape, names = (world_size(),), None
-    if config.fsdp.replicas > 1:
-        shape, names = (config.fsdp.replicas, world_size() // config.fsdp.replicas), ("replicate", "shard")
+    replicas = config.fsdp.replicas
+    shape = (replicas, world_size() // replicas) if replicas > 1 else (world_size(),)
+    names = ("replicate", "shard") if replicas > 1 else None
     backends = None
     if device == "cuda":
         # Groups of their own, with torch's timeouts (NCCL 10 minutes, gloo 30): with PATIENCE, which is for waiting on

@@ -64,6 +64,7 @@ def reference_log_probs(
 
     def compute() -> Tensor:
         scored = score(reference(), comparisons, None, batch_size, title="reference")
+        assert isinstance(scored, ResponseLogProbs)  # of a language model
         return torch.stack([scored.chosen, scored.rejected])
 
     seen = [[c.reference_prefix, c.chosen, c.rejected] for c in comparisons]

@@ -44,13 +44,14 @@ class Sums:
         """Add other sums to these."""
         for name in ("loss", "updates", "comparisons", "tokens", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for mine, theirs in ((self.margin, other.margin), (self.right, other.right), (self.seen, other.seen)):
-            for name in mine:
-                mine[name] += theirs[name]
+        for name in ("margin", "right", "seen"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            for branch in mine:
+                mine[branch] += theirs[branch]
 
     def over_ranks(self) -> None:
         """Add up what all processes saw of one update: loss, margins, accuracies."""
-        mine = (self.margin, self.right, self.seen)
+        mine: tuple[dict[str, Any], ...] = (self.margin, self.right, self.seen)
         values = torch.tensor([self.loss, *(counts[name] for counts in mine for name in counts)], dtype=torch.float64)
         self.loss, *rest = summed(values).tolist()
         for counts in mine:

@@ -31,7 +31,12 @@ class Part(NamedTuple):
 
     def of(self, rows: Sequence[int]) -> "Part":
         """Some of its rows."""
-        return Part(*([column[row] for row in rows] for column in self[:3]), self.weights_B[list(rows)])
+        return Part(
+            indices=[self.indices[row] for row in rows],
+            branches=[self.branches[row] for row in rows],
+            users=[self.users[row] for row in rows],
+            weights_B=self.weights_B[list(rows)],
+        )
 
 
 def plan_update(task: Task, update: Sequence[int], processes: int | None = None) -> list[Part]:

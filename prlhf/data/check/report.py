@@ -11,14 +11,14 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from prlhf.config.keys import DataConfig
 from prlhf.data.check.leaks import JUDGED, leaks
 from prlhf.data.check.rules import RULES, FittedRules, as_read, conflicts, fit, majority_share, pair_key, prompt_key
-from prlhf.data.check.tables import markdown_table, percent_text
+from prlhf.data.check.tables import Cell, markdown_table, percent_text
 from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, read_comparisons, words
 from prlhf.data.users import UserIndex
 
@@ -109,7 +109,7 @@ def contents_section(splits: Sequence[CheckedFile], users: UserIndex) -> str:
             "comparisons without a user": len(split.read) - len(named),
         }
         columns.append(counts)
-    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    rows: list[list[Cell]] = [[name, *(column[name] for column in columns)] for name in columns[0]]
     files = [f"- `{s.path}` ({'held out' if i else 'training'})" for i, s in enumerate(splits)]
     known = f"Known users: {len(users):,} of the {columns[0]['users']:,} in the training file."
     table = markdown_table(["", *(split.label for split in splits)], rows)
@@ -118,7 +118,7 @@ def contents_section(splits: Sequence[CheckedFile], users: UserIndex) -> str:
 
 def activity_section(splits: Sequence[CheckedFile], users: UserIndex, warnings: list[str]) -> str:
     """Comparisons per user, and the known users with few training comparisons."""
-    rows = []
+    rows: list[list[Cell]] = []
     for split in splits:
         counts = Counter(c.user for c in split.read if c.user)
         lies = [f(list(counts.values())) if counts else None for f in (np.min, np.median, np.max)]
@@ -135,7 +135,7 @@ def activity_section(splits: Sequence[CheckedFile], users: UserIndex, warnings: 
 
 def votes_section(splits: Sequence[CheckedFile], warnings: list[str]) -> str:
     """Repeated and contradicted votes, and the accuracy that they leave to a user-blind model."""
-    rows = []
+    rows: list[list[Cell]] = []
     for split in splits:
         found, majority = conflicts(split.read), majority_share(split.read)
         share = percent_text(majority.share)
@@ -158,7 +158,7 @@ def votes_section(splits: Sequence[CheckedFile], warnings: list[str]) -> str:
 
 def leaks_section(splits: Sequence[CheckedFile], rules: FittedRules, warnings: list[str]) -> str:
     """What each file shares with each earlier one: the training file first, then other held-out files."""
-    rows = []
+    rows: list[list[Cell]] = []
     for (i, one), (_, other) in itertools.combinations(enumerate(splits), 2):
         if i == 0:
             warnings += own_record_warnings(other, rules)
@@ -192,10 +192,12 @@ def own_record_warnings(split: CheckedFile, rules: FittedRules) -> list[str]:
 
 def lengths_section(splits: Sequence[CheckedFile]) -> str:
     """Lengths in words, and how often the chosen response is the longer one."""
-    rows, shares = [], []
+    rows: list[list[Cell]] = []
+    shares = []
     for split in splits:
+        prompts: list[Any] = [c.prompt for c in split.read]  # `as_read`: all are messages
         lengths = {
-            "prompt": [sum(words(message["content"]) for message in c.prompt) for c in split.read],
+            "prompt": [sum(words(message["content"]) for message in prompt) for prompt in prompts],
             "chosen": [words(c.chosen) for c in split.read],
             "rejected": [words(c.rejected) for c in split.read],
         }
@@ -211,7 +213,7 @@ def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Enco
 
     UserError where no comparison of a file fits data.max_tokens.
     """
-    rows = []
+    rows: list[list[Cell]] = []
     for split in splits:
         found = encode(split.file, users)
         rows.append([split.label, found.said, *spread(found.lengths)])
@@ -225,7 +227,7 @@ def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Enco
 
 def rules_section(splits: Sequence[CheckedFile], rules: FittedRules) -> str:
     """The accuracy of trivial rules; the rules that learn have learnt from the training file."""
-    rows = []
+    rows: list[list[Cell]] = []
     for i, split in enumerate(splits):
         known = np.array(split.known)
         for name, values in rules.right(split.read).items():

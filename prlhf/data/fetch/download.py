@@ -7,7 +7,7 @@ import time
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 from tqdm import tqdm
 
@@ -29,9 +29,8 @@ def download(url: str, target: Path) -> None:
         try:
             return attempt(url, target)
         except NETWORK as error:
-            status = getattr(error, "code", None)
-            if status and (status not in MAY_PASS or pause is None):
-                found = f"status {status} ({error.reason})"
+            if isinstance(error, HTTPError) and (error.code not in MAY_PASS or pause is None):
+                found = f"status {error.code} ({error.reason})"
                 raise UserError(f"{target.name}: found {found} at {url}, expected the file") from None
             if pause is None:
                 raise

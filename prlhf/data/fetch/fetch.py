@@ -181,9 +181,11 @@ def fetch_repository(folder: RawFolder) -> list[str]:
             raise UserError(f"{source.page}: found no {' and no '.join(absent)} at revision {info.sha}, expected some")
         by_name = {path.removeprefix("data/").replace("/", "-"): path for path in matching(paths, source.patterns)}
         missing = {file: path for file, path in by_name.items() if file not in kept}
+        which = list(missing.values())
         # By revision: where a branch cannot be reached, the client would take what it has cached.
-        which = {"revision": info.sha, "allow_patterns": list(missing.values())}
-        snapshot_download(source.repository, repo_type="dataset", local_dir=staging, **which)
+        snapshot_download(
+            source.repository, repo_type="dataset", revision=info.sha, allow_patterns=which, local_dir=staging
+        )
     except HUB_NETWORK as error:
         raise hub_error(folder, wanted, error) from None
     for file, path in missing.items():

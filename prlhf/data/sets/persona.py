@@ -6,7 +6,7 @@ Raw: gated parquet with the columns persona (a text), instruction, data (the cho
 
 from pathlib import Path
 
-from prlhf.data.files import read_records
+from prlhf.data.files import Record, read_records
 from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key, texts
 
 FILES = ("*.parquet",)
@@ -23,7 +23,7 @@ def read(folder: Path, options: Options) -> RawSet:
             user = users.setdefault(persona, f"persona{len(users) + 1}")
             rows += 1
             if chosen != rejected:
-                about = dict(user=user, user_text=persona, attributes=attributes(persona))
+                about: Record = dict(user=user, user_text=persona, attributes=attributes(persona))
                 place = dict(id=f"{path.stem}:{number}", split_group=text_key(prompt))
                 records.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, **about, **place))
     counts = [Count("personas", len(users), PERSONAS), Count("rows", rows, PERSONAS * ROWS)]

@@ -60,9 +60,9 @@ def read(folder: Path, options: Options) -> RawSet:
     evaluation = [*folder.glob(EVALUATION), *folder.glob(f"*/{EVALUATION}")]
     prompts = None
     if evaluation:
-        where, items = evaluation[0], enumerate(read_list(evaluation[0]), start=1)
-        asked = [(i, parse_prompt(raw.get("prompt"), f"{where}, item {i}")) for i, raw in items]
-        prompts = [{"id": f"koala:{i}", "prompt": prompt} for i, prompt in asked]
+        where, numbered = evaluation[0], enumerate(read_list(evaluation[0]), start=1)
+        parsed = [(i, parse_prompt(raw.get("prompt"), f"{where}, item {i}")) for i, raw in numbered]
+        prompts = [{"id": f"koala:{i}", "prompt": prompt} for i, prompt in parsed]
     return RawSet(records, None, counts, dropped, prompts, known_users=1.0)  # six preferences, all of them known
 
 

@@ -57,7 +57,7 @@ def shuffled(items: Sequence[str], random: np.random.RandomState) -> list[str]:
     """The items in a random order."""
     order = np.arange(len(items))
     random.shuffle(order)
-    return [items[i] for i in order]
+    return [items[i] for i in order.tolist()]
 
 
 def related(records: Sequence[Record], one: str, other: str) -> dict[str, list[str]]:
@@ -181,7 +181,8 @@ def split_by_response(
         beyond += len(inside[k:])
     _require_some(train, valid)
     straddling = len(records) - len(train) - len(valid) - len(few_shot) - beyond
-    return Split(*([records[row] for row in sorted(rows)] for rows in (train, valid, few_shot)), beyond, straddling)
+    parts = [[records[row] for row in sorted(rows)] for rows in (train, valid, few_shot)]
+    return Split(parts[0], parts[1], parts[2], left_out=beyond, straddling=straddling)
 
 
 def _few(rows: Rows, k: int, random: np.random.RandomState) -> tuple[list[int], list[int]]:

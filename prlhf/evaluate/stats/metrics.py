@@ -36,19 +36,19 @@ def user_labels(names: Sequence[str | None]) -> list[str]:
     return [name or f"unnamed {i}" for i, name in enumerate(names)]
 
 
-def distinct(users: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def distinct(users: Sequence[str] | np.ndarray) -> tuple[list[str], np.ndarray]:
     """The distinct users in order of name, and the index of each entry's user among them."""
     names = sorted(set(users))  # np.unique would take names for equal that differ in a last \0
     number = {name: i for i, name in enumerate(names)}
     return names, np.fromiter((number[user] for user in users), dtype=int, count=len(users))
 
 
-def by_user(users: Sequence[str], margins: np.ndarray) -> UserCounts:
+def by_user(users: Sequence[str] | np.ndarray, margins: np.ndarray) -> UserCounts:
     """Group margins by user, users in order of name."""
     return right_by_user(users, correct(margins))
 
 
-def right_by_user(users: Sequence[str], right: np.ndarray) -> UserCounts:
+def right_by_user(users: Sequence[str] | np.ndarray, right: np.ndarray) -> UserCounts:
     """As `by_user`, from what is `correct` of each comparison (or its mean over seeds)."""
     names, index = distinct(users)
     sums = np.bincount(index, weights=right, minlength=len(names))

@@ -154,7 +154,7 @@ def per_user(comparisons: Comparisons, baseline: Model, model: Model) -> dict[st
     else:
         step = 0.5 / math.lcm(len(model.right_SB), len(baseline.right_SB))
         p = [metrics.exact_sign_flip_test(differences, step) for differences in rows]
-    table = [
+    table: list[dict[str, Any]] = [
         {"user": user, "n": len(d), "difference": float(d.mean()), "p": float(raw), "p_holm": float(adjusted)}
         for user, d, raw, adjusted in zip(users, rows, p, metrics.holm(np.array(p)))
     ]
