@@ -221,8 +221,8 @@ def patch_evaluations(monkeypatch, **fields):
     """Evaluations say, of these fields, what is given for their step: loss={2: 0.5, 4: 0.4}."""
     evaluate = loop.evaluate
 
-    def patched(config, model, valid, step):
-        return {**evaluate(config, model, valid, step), **{name: by_step[step] for name, by_step in fields.items()}}
+    def patched(valid, step):
+        return {**evaluate(valid, step), **{name: by_step[step] for name, by_step in fields.items()}}
 
     monkeypatch.setattr(loop, "evaluate", patched)
 
