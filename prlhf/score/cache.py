@@ -1,4 +1,4 @@
-"""Tensors kept on disk under a fingerprint. A cache file is right, or it is not used."""
+"""Tensors cached on disk, each under a fingerprint of what it was computed from. A damaged file is not used."""
 
 import contextlib
 import hashlib
@@ -16,9 +16,9 @@ from prlhf.parallel.ranks import from_main, on_any, on_main
 
 
 def from_cache(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
-    """The tensor (_, count) in a cache file named by its fingerprint; computed and written where there is none.
+    """The tensor (_, count) of a cache file whose name is its fingerprint. Without a valid file, compute and write it.
 
-    Rank 0 reads and writes; all ranks receive the tensor.
+    Rank 0 reads and writes. All ranks receive the tensor.
     """
     cached = on_main(lambda: _read(path, path.stem, count))
     if not on_any(cached is not None):
@@ -38,7 +38,7 @@ def _checksum(fingerprint: str, values: Tensor) -> str:
 
 
 def _write(path: Path, fingerprint: str, values: Tensor) -> None:
-    """Keep values for the next start. Where they cannot be written (a full disk, say), it computes them again."""
+    """Write the values for the next start. Where that fails (a full disk), warn and go on: they are computed again then."""
     aside = path.with_suffix(f".partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def _write(path: Path, fingerprint: str, values: Tensor) -> None:
 
 
 def _read(path: Path, fingerprint: str, count: int) -> Tensor | None:
-    """The cached (_, count) values, or None where the file is absent, damaged or of something else."""
+    """The cached values (_, count); None where the file is missing, damaged, or has another shape or fingerprint."""
     if not path.is_file():
         return None
     try:

@@ -1,7 +1,7 @@
-"""The reference's log-probs, computed once before training and kept on disk under a fingerprint.
+"""The reference's log-probs, computed once before training and cached on disk under a fingerprint.
 
-The fingerprint covers the model's architecture, weights and type, the kind of device, and every token that it sees
-(so tokenizer, template, truncation and data).
+The fingerprint covers the model's architecture, weights and type, the kind of device, and every token that the model sees,
+so also the tokenizer, the template, the truncation and the data.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def weights_fingerprint(backbone: nn.Module) -> str:
     shape = {k: v for k, v in backbone.config.to_dict().items() if k not in NOT_ARCHITECTURE}
     digest = hashlib.blake2b(json.dumps(shape, sort_keys=True, default=str).encode(), digest_size=16)
     weights = _base_parameters(backbone)
-    hashes = torch.zeros(len(weights), 16, dtype=torch.int32)  # of each weight, by one of the ranks
+    hashes = torch.zeros(len(weights), 16, dtype=torch.int32)  # each weight is hashed by one rank
     for i, (_, weight) in enumerate(weights):
         whole = full(weight)
         if i % world_size() == rank():
@@ -44,7 +44,7 @@ def weights_fingerprint(backbone: nn.Module) -> str:
 
 
 def computes_on(config: ModelConfig, device: str) -> str:
-    """The kind of device and, if it is not the weights' own, the type of the computation: others round differently."""
+    """The kind of device, and model.compute_dtype if it is set: other devices and types round differently."""
     return " ".join(filter(None, (device, config.compute_dtype)))
 
 
@@ -56,10 +56,10 @@ def reference_log_probs(
     where: str,
     folder: Path | None = None,
 ) -> ResponseLogProbs:
-    """log pi_SFT(y|x) of both responses, each (N,) on the CPU; from the cache if it holds exactly these.
+    """log pi_SFT(y|x) of both responses, each (N,), on the CPU. Taken from the cache where it has them.
 
-    reference: returns the model; called only where the cache does not hold them. weights: its `weights_fingerprint`, taken
-    while the weights still are the reference's. where: what it `computes_on`.
+    reference: returns the model; called only if the cache lacks the values. weights: the model's `weights_fingerprint`, from
+    before training changed the weights. where: see `computes_on`.
     """
 
     def compute() -> Tensor:

@@ -1,4 +1,4 @@
-"""What a model says of many comparisons, without gradients: for any users, or as the reference."""
+"""Scores of many comparisons without gradients, as read by any users or by the reference."""
 
 from collections.abc import Hashable, Mapping, Sequence
 
@@ -16,7 +16,7 @@ from prlhf.score.states import States
 def forward(
     model: PersonalizedModel, comparisons: Sequence[EncodedComparison], users: Sequence[int], states: States | None
 ) -> Outputs:
-    """What the model says of a batch of comparisons, each read by one of `users`; by its known states where there are some."""
+    """The model's outputs for a batch of comparisons, each read by its user in `users`; from `states` where they are given."""
     batch = model.collate(comparisons, users)
     return model(batch) if states is None else model(batch, states.of(batch.readings))
 
@@ -29,10 +29,10 @@ def score(
     title: str | None = None,
     states: States | None = None,
 ) -> Outputs:
-    """log p(y|x, u), or r(x, y, u), of both responses of each comparison, on the CPU in the comparisons' order.
+    """log p(y|x, u) or r(x, y, u) of both responses of each comparison, on the CPU, in the comparisons' order.
 
-    users: who reads each comparison; None is the reference pi_SFT, which sees the reference's prefix. batch_size: trees per
-    forward pass; equal trees are computed once. Ranks share the work, and all receive the result.
+    users: which user reads each comparison; None for the reference pi_SFT, which sees the reference's prefix. batch_size:
+    trees per forward pass; equal trees are computed once. Ranks share the work, and all receive the result.
     """
     model.check_lengths(comparisons)
     outputs: list[Outputs] = []
@@ -64,7 +64,7 @@ def score_readers(
     batch_size: int,
     states: States | None = None,
 ) -> dict[str, Outputs]:
-    """`score` for several assignments of users to the comparisons, by name. Each (comparison, user) is computed once."""
+    """`score` for several assignments of users to the comparisons, by name. Each pair (comparison, user) is computed once."""
     row: dict[tuple[int, int], int] = {}
     for users in readers.values():
         for place in enumerate(users):
@@ -78,7 +78,7 @@ def score_readers(
 def tree_keys(
     model: PersonalizedModel, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None
 ) -> list[Hashable]:
-    """What makes two comparisons one tree: the same pair and, where the backbone reads the user, the same user."""
+    """A key for each comparison's tree. Equal keys: the same pair and, if the backbone reads the user, the same user."""
     if users is None or not model.backbone_reads_users:
         return [pair_of(c) for c in comparisons]
     return [(pair_of(c), user) for c, user in zip(comparisons, users)]

@@ -1,6 +1,7 @@
-"""Hidden states of a backbone that does not change, computed once for all responses and kept on disk.
+"""Hidden states of a frozen backbone, computed once for all responses and cached on disk.
 
-With a linear reward head (r = e_u . h) no user changes h. With a frozen backbone training does not either.
+With a linear reward head (r = e_u . h) the hidden state h does not depend on the user. With a frozen backbone training
+does not change it either.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,14 @@ from prlhf.score.cache import from_cache
 
 
 class States:
-    """Pooled hidden states (M, W) of M responses, found by response."""
+    """Pooled hidden states (M, W) of M responses, looked up by response."""
 
     def __init__(self, readings: Sequence[Reading], states_MW: Tensor):
         self.states_MW = states_MW
         self._row = {reading: m for m, reading in enumerate(readings)}
 
     def of(self, readings: Sequence[Reading]) -> Tensor:
-        """The states of some responses, whoever reads them. KeyError for a response that was not computed."""
+        """The states (R, W) of R readings; their users do not matter. KeyError for a response that has no state here."""
         rows = [self._row[reading._replace(user=0)] for reading in readings]
         return self.states_MW.index_select(0, torch.tensor(rows, device=self.states_MW.device))
 
@@ -40,14 +41,14 @@ def readings_of(comparisons: Sequence[EncodedComparison]) -> list[Reading]:
 
 
 def has_fixed_states(model: PersonalizedModel) -> TypeGuard[PersonalizedRewardModel]:
-    """Whether neither training nor users change the hidden states: a frozen backbone and a linear reward head."""
+    """Whether hidden states depend on neither training nor user: a frozen backbone and a linear reward head."""
     return isinstance(model, PersonalizedRewardModel) and model.config.frozen and not model.backbone_reads_users
 
 
 def fixed_states(
     model: PersonalizedModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
 ) -> States | None:
-    """The states of all responses on the model's device, or None where they are not fixed. Arguments as below."""
+    """The states of all responses on the model's device; None where they are not fixed. Arguments: see `response_states`."""
     if not has_fixed_states(model):
         return None
     readings, states_MW = response_states(model, comparisons, batch_size, weights)
@@ -57,9 +58,10 @@ def fixed_states(
 def response_states(
     model: PersonalizedRewardModel, comparisons: Sequence[EncodedComparison], batch_size: int, weights: str
 ) -> tuple[list[Reading], Tensor]:
-    """All responses, each once, and their pooled hidden states (M, W) on the CPU; from the cache if it holds exactly these.
+    """All M responses, each once, and their pooled hidden states (M, W) on the CPU. Taken from the cache where it has them.
 
-    The backbone must not read the user. batch_size: responses per forward pass; weights: the backbone's `weights_fingerprint`.
+    The backbone must not read the user. batch_size: responses per forward pass. weights: the backbone's
+    `weights_fingerprint`.
     """
     readings = readings_of(comparisons)
     pooling = model.config.pooling
@@ -70,7 +72,7 @@ def response_states(
 
 
 def _compute(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:
-    """Pooled hidden states (M, W). Each rank computes some, and all receive all."""
+    """Pooled hidden states (M, W). Ranks share the work, and all receive the result."""
     rows: list[int] = []
     parts: list[Tensor] = []
     bar = tqdm(total=len(readings), desc="hidden states", leave=False, disable=None if rank() == 0 else True)

@@ -1,4 +1,4 @@
-"""A model at work on comparisons. Training, evaluation and the dry run hand it on as one object."""
+"""A model and its comparisons as one object, for training, evaluation and the dry run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from prlhf.score.states import States, fixed_states
 
 @dataclass(frozen=True)
 class Task:
-    """A model, the comparisons that it is trained or evaluated on, and what it need not compute again for them."""
+    """A model, the comparisons that it is trained or evaluated on, and what is computed for them in advance."""
 
     config: Config
     model: PersonalizedModel
     comparisons: Sequence[EncodedComparison]
     reference: ResponseLogProbs | None = None  # of each comparison, on the CPU; None where the loss has no reference
-    states: States | None = None  # of all responses, where neither training nor users change them
-    names: Sequence[str | None] = ()  # who chose, as the file names them
+    states: States | None = None  # of all responses, where they depend on neither training nor user
+    names: Sequence[str | None] = ()  # each comparison's user, as named in the file
 
     @property
     def users(self) -> list[int]:
-        """Who chose, by number; 0 is unknown."""
+        """Each comparison's user by number, 0 for an unknown one."""
         return [c.user for c in self.comparisons]
 
     def outputs(self, indices: Sequence[int], users: Sequence[int]) -> Outputs:
-        """What the model says of comparisons[indices], each read by its user of `users`."""
+        """The model's outputs for comparisons[indices], each read by its user in `users`."""
         return forward(self.model, [self.comparisons[i] for i in indices], users, self.states)
 
     def reference_of(self, indices: Sequence[int]) -> ResponseLogProbs | None:
@@ -44,9 +44,9 @@ class Task:
 
 
 def prepare_task(config: Config, model: PersonalizedModel, data: Dataset, base: str) -> Task:
-    """A task with its reference log-probs and states, where the config needs them, from the cache or computed.
+    """A task with the reference log-probs and states that the config needs, from the cache or computed.
 
-    base: the `weights_fingerprint` of the backbone, which still is the reference.
+    The backbone must still be the reference. base: its `weights_fingerprint`.
     """
     size = config.evaluate.batch_size
     states = fixed_states(model, data.comparisons, size, base)

@@ -26,11 +26,11 @@ from prlhf.store.runs import Run, open_run
 from prlhf.train.loop import log_solution, train
 from prlhf.train.process import out_of_memory_explained, reproducible
 
-Files = tuple[ComparisonFile, ComparisonFile | None]  # to train on, and held out
+Files = tuple[ComparisonFile, ComparisonFile | None]  # training and held-out comparisons
 
 
 def main() -> None:
-    """Parse the command line, read config and data, and train, or say what training would take."""
+    """Parse the command line and read config and data. Then train, or with --dry-run say what training would take."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, as given or in configs/")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, metavar="GB", help="with --dry-run: what each has, if not what is here")
     args = parser.parse_args()
 
-    # All faults of the config and the data are told before a model is loaded.
+    # Faults of the config and the data are reported here, before a model is loaded.
     path = find_config(args.config)
     config = load_config(path, args.set)
     if config.data.train is None:
@@ -60,21 +60,21 @@ def main() -> None:
 
 
 def run_training(config: Config, run: Run, device: str, files: Files, overwrite: bool) -> None:
-    """Train on as many processes as there are, and write the model for use. files: to train on, and held out."""
+    """Train on all processes of the group, and write final/."""
     tokenizer = load_tokenizer(config.model)
     users, train_data, valid_data = encode_training_data(config, tokenizer, *files)
     say(f"train: {train_data.report.lines()}; {len(users)} known users")
     if valid_data is not None:
         say(f"valid: {valid_data.report.lines()}")
 
-    # Model and reference: until the first update the model is its own reference.
+    # Until the first update the model is its own reference, so the reference's log-probs are computed now.
     reproducible(config, device)
     model = training_model(config, tokenizer, len(users), device)
     base = weights_fingerprint(model.backbone)
     training = prepare_task(config, model, train_data, base)
     valid = prepare_task(config, model, valid_data, base) if valid_data is not None else None
 
-    # Training, and the model for use. Until here nothing of an earlier run was touched.
+    # Up to here no file of an earlier run has changed.
     prior = set_prior(config, model, train_data.comparisons, base)
     run.begin(config, overwrite)
     if solves_exactly(config):
@@ -86,7 +86,7 @@ def run_training(config: Config, run: Run, device: str, files: Files, overwrite:
 
 
 def dry_run(args: argparse.Namespace, config: Config, files: Files) -> NoReturn:
-    """Print what the training will take, and exit with 0 if it fits, else with 1."""
+    """Print what the training will take. Exit with status 0 if it fits in memory, else 1."""
     check_range("--world-size", args.world_size, low=1)
     device = "cuda" if config.device == "cuda" else choose_device(config.device)
     memory = available_memory(device, args.memory, args.world_size)

@@ -1,4 +1,4 @@
-"""What training says while it runs: metrics.jsonl, the progress bar, and TensorBoard where it is asked for."""
+"""The log of a training: metrics.jsonl, the progress bar, and TensorBoard if the config asks for it."""
 
 import math
 import resource
@@ -22,7 +22,7 @@ SHOWN_NUMBERS = ("loss", "user_accuracy", "generic_accuracy", "accuracy_top", "a
 
 @dataclass
 class Sums:
-    """Sums over updates, from which a record of metrics.jsonl is made. Part of every checkpoint."""
+    """Sums over updates. A record of metrics.jsonl is made of them. Every checkpoint holds them."""
 
     loss: float = 0.0
     updates: int = 0
@@ -34,7 +34,7 @@ class Sums:
     seen: dict[str, int] = field(default_factory=lambda: {"user": 0, "generic": 0})
 
     def add_margins(self, branches: Sequence[str], margins_B: Tensor) -> None:
-        """Add reward margins, each of its branch, and count those that are positive (a tie counts one half)."""
+        """Add the reward margin of each row to its branch. A positive margin is right; a tie counts one half."""
         for name, margin in zip(branches, margins_B.tolist()):
             self.margin[name] += margin
             self.right[name] += 0.5 if margin == 0 else float(margin > 0)
@@ -50,7 +50,7 @@ class Sums:
                 mine[branch] += theirs[branch]
 
     def over_ranks(self) -> None:
-        """Add up what all processes saw of one update: loss, margins, accuracies."""
+        """Sum loss, margins and counts of one update over all processes."""
         mine: tuple[dict[str, Any], ...] = (self.margin, self.right, self.seen)
         values = torch.tensor([self.loss, *(counts[name] for counts in mine for name in counts)], dtype=torch.float64)
         self.loss, *rest = summed(values).tolist()
@@ -79,9 +79,9 @@ def _per(total: float, count: float) -> float | None:
 
 
 def peak_memory_gb() -> float:
-    """The most memory used so far, in 1e9 bytes: allocated on the GPU, or held by this process where there is none.
+    """The peak of memory so far, in 1e9 bytes: what torch allocated on the GPU; without a GPU, what this process held.
 
-    On Linux it is VmHWM: getrusage's peak includes that of the program that started this one.
+    On Linux the latter is VmHWM: getrusage's peak includes that of the program that started this one.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
@@ -94,7 +94,7 @@ def peak_memory_gb() -> float:
 
 
 class TrainingLog:
-    """Writes records to metrics.jsonl, to the screen above the progress bar, and to TensorBoard; on rank 0 alone."""
+    """Writes records to metrics.jsonl, to the screen above the progress bar, and to TensorBoard. Only rank 0 writes."""
 
     def __init__(self, config: Config, run: Run, first: int, total: int):
         self.run = run
@@ -105,7 +105,7 @@ class TrainingLog:
         )
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record, which has at least "step". Numbers that are not finite become text, as JSON has none."""
+        """Write a record. It must have "step". A number that is not finite becomes text, because JSON has none."""
         if not self.speaks:
             return
         plain = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -131,7 +131,7 @@ class TrainingLog:
             self.writer.close()
 
 
-def _tensorboard(run: Run, first: int):
+def _tensorboard(run: Run, first: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

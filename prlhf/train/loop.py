@@ -1,6 +1,6 @@
-"""The training loop: update after update (`step`), with evaluations, records and checkpoints where the config has them.
+"""The training loop: update after update (`step`), with the evaluations, records and checkpoints that the config asks for.
 
-It begins at the newest checkpoint, if there is one, and leaves the weights for final/ in the model.
+It starts from the newest checkpoint, if there is one. When it ends, the model has the weights for final/.
 """
 
 import math
@@ -31,7 +31,7 @@ from prlhf.train.step import Step, take_step
 
 @dataclass
 class Job:
-    """A run at work: what the functions of the loop share."""
+    """What the functions of the loop share: the run, its data, and its state."""
 
     run: Run
     users: UserIndex
@@ -49,17 +49,18 @@ class Job:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether updates are left, but train.patience is at its end."""
+        """Whether train.patience ends the training before its last update."""
         return self.progress.step < self.total and self.progress.out_of_patience(self.config.train.patience)
 
 
 def train(
     run: Run, users: UserIndex, training: Task, valid: Task | None, base: str, prior: dict[str, Any] | None = None
 ) -> None:
-    """Train the task's model in place, from the newest checkpoint of the run or from the start.
+    """Train the model of `training` in place, from the run's newest checkpoint or from the start.
 
-    base: the fingerprint of the weights that training starts from; prior: what to log of the prior. An update whose loss or
-    gradient is not finite never reaches the weights; TrainingError after config.optim.max_skipped_steps of them in a row.
+    base: the fingerprint of the weights that training starts from. prior: the prior's numbers, for the log.
+    An update whose loss or gradient is not finite is not applied. TrainingError after config.optim.max_skipped_steps of
+    them in a row. Stopped after SIGTERM, once the current update is saved.
     """
     config, model, comparisons = training.config, training.model, training.comparisons
     total = schedule(config.optim, len(comparisons)).total
@@ -90,7 +91,7 @@ def train(
 
 
 def record(job: Job, step: Step, epoch: int) -> None:
-    """Count an update, and write a record where one is due. TrainingError where too many in a row were not applied."""
+    """Count an update, and log a record every train.log_every updates. TrainingError as for `refuse`."""
     progress, groups = job.progress, job.optimizer.param_groups
     progress.step += 1
     job.log.bar.update()
@@ -106,7 +107,7 @@ def record(job: Job, step: Step, epoch: int) -> None:
 
 
 def log_solution(run: Run, config: Config, valid: Task | None, solution: dict[str, Any]) -> None:
-    """The records of a run without updates: the exact solution, and its evaluation."""
+    """Log a run without updates: the exact solution, and its evaluation."""
     on_main(lambda: run.forget_after(-1))
     log = TrainingLog(config, run, 0, 1)
     log.write({"step": 1, "solver": "exact", **solution})
@@ -133,7 +134,7 @@ def updates_left(
 
 
 def finish(job: Job) -> None:
-    """Leave the weights for final/ in the model: those of the last update, or of the best evaluation."""
+    """Give the model the weights for final/: those of the last update or, with train.final=best, of the best evaluation."""
     progress = job.progress
     job.optimizer.catch_up()
     if job.stopped_early and rank() == 0:
@@ -152,9 +153,9 @@ def finish(job: Job) -> None:
 
 
 def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_from: str) -> Progress:
-    """Load the newest checkpoint, if any, and drop metrics of later updates.
+    """Load the newest checkpoint, if any, and drop the metrics of later updates.
 
-    UserError where it started from other base weights, users or data than those at hand.
+    UserError where that training started from other base weights, users or data.
     """
     newest = int(text_from_main(lambda: str(max(steps(run.checkpoints), default=0))))
     if not newest:
@@ -180,7 +181,7 @@ def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_fr
 
 
 def forget_best_if_gone(run: Run, progress: Progress) -> None:
-    """Let a best checkpoint that was removed (as one is told to that is damaged) no longer be the best."""
+    """Forget the best evaluation if its checkpoint was removed. (Users are told to remove a damaged one.)"""
     if progress.best is None:
         return
     name = f"step_{progress.best_step}"
@@ -195,7 +196,7 @@ def forget_best_if_gone(run: Run, progress: Progress) -> None:
 
 
 def refuse(job: Job, loss: float, norm: float) -> None:
-    """Record an update that was not applied; TrainingError when there were too many in a row."""
+    """Log an update that was not applied. TrainingError after optim.max_skipped_steps of them in a row."""
     progress = job.progress
     progress.skipped += 1
     job.log.write({"step": progress.step, "skipped": True, "loss": loss, "grad_norm": norm})
@@ -208,9 +209,9 @@ def refuse(job: Job, loss: float, norm: float) -> None:
 
 
 def evaluate_and_save(job: Job) -> bool:
-    """After an update: evaluate where that is due; save where that is due, at a new best, and at the end.
+    """After an update: evaluate if it is time; save if it is time, at a new best, and at the end.
 
-    Returns whether this update has a checkpoint now.
+    Returns whether a checkpoint was written.
     """
     keys, step, last = job.config.train, job.progress.step, job.progress.step == job.total
 
@@ -225,7 +226,7 @@ def evaluate_and_save(job: Job) -> bool:
 
 
 def evaluate_and_judge(job: Job, valid: Task) -> bool:
-    """Log an evaluation, what it says of overfitting, and an early stop. Returns whether it is the best so far."""
+    """Evaluate, and log the result, any overfitting and an early stop. Returns whether the result is the best so far."""
     config, log, progress = job.config, job.log, job.progress
     job.optimizer.catch_up()
     found = evaluate(valid, progress.step)

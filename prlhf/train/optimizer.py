@@ -1,4 +1,4 @@
-"""AdamW for what every update changes, and by rows for user tables; clipping and the learning rate."""
+"""The optimiser of the whole model, gradient clipping, and the learning rate's schedule."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from prlhf.train.row_adamw import RowAdamW
 
 
 class Optimizers:
-    """AdamW for what every update changes, and RowAdamW for the user tables, if any: one optimiser of the whole model."""
+    """AdamW for the dense parameters, which every update changes, and RowAdamW for the user tables, if there are any."""
 
     def __init__(self, dense: torch.optim.Optimizer, tables: RowAdamW | None):
         self.dense = dense
@@ -23,7 +23,7 @@ class Optimizers:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of both."""
+        """The parameter groups of both optimisers."""
         return [*self.dense.param_groups, *(self.tables.param_groups if self.tables else ())]
 
     @property
@@ -38,7 +38,7 @@ class Optimizers:
 
     @property
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """The state of both, by parameter."""
+        """The state of both optimisers, by parameter."""
         return {**self.dense.state, **(self.tables.state if self.tables else {})}
 
     def scale_learning_rates(self, factor: float) -> None:
@@ -47,28 +47,28 @@ class Optimizers:
             group["lr"] = group["base_lr"] * factor
 
     def catch_up(self, rows_R: Tensor | None = None) -> None:
-        """Take the steps that rows of the tables (None: all) have missed. Needed before they are read."""
+        """Take the steps that these rows of the tables missed (None: all rows). Must come before the rows are read."""
         for group in self.tables.param_groups if self.tables else ():
             for table in group["params"]:
                 self.tables.catch_up(table, rows_R)
 
     def step(self) -> None:
-        """A step of both."""
+        """A step of both optimisers."""
         self.dense.step()
         if self.tables:
             self.tables.step()
 
     def keep_gradients(self) -> None:
-        """Allocate the dense gradients now, and set them to 0 between updates in place of dropping them.
+        """Allocate the dense gradients now. From here on `zero_grad` sets them to 0 and does not free them.
 
-        On a CPU, gradients that each update allocates anew lie between its activations and fragment the memory.
+        On a CPU, gradients allocated anew in each update lie between its activations and fragment the memory.
         """
         self.keeps_gradients = True
         for p in self.dense_parameters:
             p.grad = torch.zeros_like(p)
 
     def zero_grad(self) -> None:
-        """Drop all gradients; those that are kept become 0."""
+        """Free all gradients, or set to 0 those that `keep_gradients` allocated."""
         for p in self.parameters:
             if p.grad is not None and self.keeps_gradients and not p.grad.is_sparse:
                 p.grad.zero_()
@@ -79,7 +79,7 @@ class Optimizers:
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients by min(1, max_norm / (|g| + 1e-6)) and return |g|, their norm as one vector.
 
-    As torch.nn.utils.clip_grad_norm_, which takes neither sparse gradients nor a mixture of sharded and whole ones.
+    Like torch.nn.utils.clip_grad_norm_, but also for sparse gradients and for a mixture of sharded and whole ones.
     """
     parameters = [p for p in parameters if p.grad is not None]
     for table in (p for p in parameters if p.grad.is_sparse):
@@ -93,7 +93,7 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
 
 
 def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
-    """What all learning rates are multiplied by at update `step` (from 0).
+    """The factor of all learning rates at update `step` (from 0).
 
     Linear warm-up, then linear or cosine decay to 0 at `total`, or constant.
     """
@@ -108,8 +108,11 @@ def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
 
 
 def make_optimizer(config: Config, model: PersonalizedModel, total_steps: int) -> Optimizers:
-    """AdamW in up to three groups: the backbone or its LoRA at optim.lr; at user_model.lr what users share; and the user
-    tables, by rows. total_steps: the most steps that will be taken."""
+    """The optimisers of a model. total_steps: the most steps that will be taken.
+
+    There are up to three groups: the backbone or its LoRA at optim.lr; at user_model.lr the parameters that all users
+    share; and at user_model.lr the user tables, by rows.
+    """
     parameters = named_parameters(model).values()
     user_ids = {id(p) for p in model.user_parameters()}
     tables = [table for table in model.user_model.tables if table.numel()]

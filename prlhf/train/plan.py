@@ -1,6 +1,6 @@
-"""The plan of an update: which comparison is read by whom, with which weight in the loss, and in which micro-batch.
+"""The plan of an update: for each comparison, which user reads it, its loss weight, and its micro-batch.
 
-The plan is the same for any number of processes, but for the size of the micro-batches; each computes some of its parts.
+The number of processes changes only the size of the micro-batches. Each process computes some of them.
 """
 
 import math
@@ -22,15 +22,15 @@ from prlhf.score.task import Task
 
 
 class Part(NamedTuple):
-    """A micro-batch: comparisons, each in one of the two branches of the loss."""
+    """A micro-batch. Each row is a comparison in one branch of the loss: read by its user, or by the generic user."""
 
-    indices: list[int]  # of comparisons
+    indices: list[int]  # which comparison
     branches: list[str]  # "user" or "generic"
-    users: list[int]  # which user reads each
-    weights_B: Tensor  # of its loss, float64; all 0 in a part that only keeps a process busy
+    users: list[int]  # which user reads it, 0 the generic one
+    weights_B: Tensor  # its loss weight, float64; all 0 in a part that only keeps a process in step with the others
 
     def of(self, rows: Sequence[int]) -> "Part":
-        """Some of its rows."""
+        """The part of these rows alone."""
         return Part(
             indices=[self.indices[row] for row in rows],
             branches=[self.branches[row] for row in rows],
@@ -40,10 +40,11 @@ class Part(NamedTuple):
 
 
 def plan_update(task: Task, update: Sequence[int], processes: int | None = None) -> list[Part]:
-    """The parts of an update (indices of comparisons), in the order in which they are computed.
+    """Cut an update (indices of comparisons) into parts, in the order in which they are computed.
 
-    The user branch reads each known user's comparisons with weight alpha, the generic branch all with the rest; a row of
-    weight 0 is left out. Parts are small enough that each of `processes` (by default as many as there are) has some.
+    A known user's comparison has a row of weight alpha, read by that user, and one of weight 1 - alpha, read by user 0. An
+    unknown user's has one row of weight 1, read by user 0. Rows of weight 0 are left out. Parts are small enough that
+    each of `processes` (default: this run's) has some.
     """
     config, model, update = task.config, task.model, list(update)
     users, n = [task.comparisons[i].user for i in update], len(update)
@@ -58,27 +59,27 @@ def plan_update(task: Task, update: Sequence[int], processes: int | None = None)
         comparisons = [task.comparisons[i] for i in branch.indices]
         trees = tree_keys(model, comparisons, branch.users)
         size = min(config.optim.micro_batch_size, math.ceil(len(set(trees)) / (processes or world_size())))
-        # Grouped by response, neighbours share most, and keep their order. Else comparisons of one length go together.
+        # With group_by=response neighbours share most, so they keep their order. Else similar lengths go together.
         lengths = [0 if config.optim.group_by == "response" else c.length for c in comparisons]
         parts += [branch.of(some) for some in micro_batches(trees, lengths, size)]
     return parts
 
 
 def parts_of_this_process(parts: Sequence[Part]) -> list[Part]:
-    """This process's parts, as many as any other's has; one that fills up has weight 0."""
+    """This process's parts. All processes have equally many: where one lacks a part, it gets one of weight 0."""
     mine = share(parts)
     return [part if real else part._replace(weights_B=torch.zeros_like(part.weights_B)) for part, real in mine]
 
 
 class Schedule(NamedTuple):
-    """How many updates an epoch has, and how many the training."""
+    """The number of updates in an epoch and in the whole training."""
 
     per_epoch: int
     total: int
 
 
 def schedule(config: OptimConfig, comparisons: int) -> Schedule:
-    """The number of updates that so many comparisons make."""
+    """The number of updates for a training set of this many comparisons."""
     per_epoch = math.ceil(comparisons / config.batch_size)
     return Schedule(per_epoch, min(per_epoch * config.epochs, config.max_steps or sys.maxsize))
 

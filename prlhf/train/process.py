@@ -1,4 +1,4 @@
-"""What training does to its process: seeds, signals, memory that glibc keeps, and what an exhausted GPU says."""
+"""Settings of the training process: seeds, signals, the C library's memory, and the message when a GPU is full."""
 
 import contextlib
 import ctypes
@@ -18,10 +18,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in the process, so that a step on a CPU does not ask the system for the same pages again.
+    """Tell glibc to keep freed memory, so that a step on a CPU does not ask the system for the same pages again.
 
-    By default glibc maps and unmaps large tensors one by one: a quarter of the time of a small model's step. Without glibc
-    this does nothing.
+    By default glibc maps and unmaps each large tensor. In a small model's step that takes a quarter of the time. Without
+    glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
 
 
 def reproducible(config: Config, device: str) -> None:
-    """Seed torch; on a GPU also choose deterministic kernels, so that a resumed run ends bit for bit alike."""
+    """Seed torch. On a GPU also choose deterministic kernels, so that a resumed run gives the same bits."""
     torch.manual_seed(config.seed)
     if device == "cuda" and config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -39,7 +39,7 @@ def reproducible(config: Config, device: str) -> None:
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: Config) -> Iterator[None]:
-    """Within the context a GPU that has no more memory ends with what to change (TrainingError)."""
+    """Within the context, running out of GPU memory raises a TrainingError that says what to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -53,7 +53,7 @@ def out_of_memory_explained(config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def termination_noted() -> Iterator[threading.Event]:
-    """Within the context SIGTERM does not end the process, but sets the event."""
+    """Within the context, SIGTERM sets the event and does not end the process."""
     told = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:

@@ -1,6 +1,6 @@
-"""Where training is, and what evaluations decide: which is the best, when to stop, and whether training overfits.
+"""The progress of a training, and what its evaluations decide: the best one, when to stop, whether it overfits.
 
-Every checkpoint holds all of it, so that a resumed run decides as an uninterrupted one does.
+Every checkpoint holds all of it, so a resumed run decides like an uninterrupted one.
 """
 
 import math
@@ -9,27 +9,27 @@ from typing import Any
 
 from prlhf.train.log import Sums
 
-GAP = 0.1  # how far training accuracy may lie above held-out accuracy before it is worth a sentence
+GAP = 0.1  # a warning only where training accuracy is further than this above held-out accuracy
 
 
 @dataclass
 class Progress:
-    """What a checkpoint's state.json holds."""
+    """The state of a training, as in a checkpoint's state.json."""
 
     started_from: str  # fingerprint of base weights, users and training data
     step: int = 0
     skipped: int = 0  # updates refused in a row
     best: dict[str, Any] | None = None  # step, loss and accuracy_top of the best evaluation
-    since_best: int = 0  # evaluations since then
+    since_best: int = 0  # evaluations since the best one
     latest: dict[str, Any] | None = None  # the last evaluation's held-out accuracy and overfitting
     sums: Sums = field(default_factory=Sums)  # since the last record of metrics.jsonl
     since_evaluation: Sums = field(default_factory=Sums)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """Read what state.json holds. KeyError or TypeError where it holds something else.
+        """From the content of state.json. KeyError or TypeError where a field is missing or unknown.
 
-        A checkpoint written before early stopping existed has fewer fields: its training accuracy begins anew.
+        Checkpoints from before early stopping have fewer fields. Their training accuracy starts anew.
         """
         sums, since = Sums(**state["sums"]), Sums(**state.get("since_evaluation", {}))
         return cls(**{**state, "sums": sums, "since_evaluation": since})
@@ -46,7 +46,7 @@ class Progress:
         self.since_evaluation.add(sums)
 
     def judge(self, record: dict[str, Any], best_by: str) -> bool:
-        """Note whether this eval record is the best so far, and return it."""
+        """Note an eval record. Returns whether it is the best so far."""
         improved = is_better(record, self.best, best_by)
         if improved:
             self.best = {"step": self.step, "loss": record["loss"], "accuracy": record["accuracy_top"]}
@@ -54,14 +54,14 @@ class Progress:
         return improved
 
     def out_of_patience(self, patience: int | None) -> bool:
-        """Whether the last `patience` evaluations brought no new best; None waits for ever."""
+        """Whether the last `patience` evaluations brought no new best. Never if patience is None."""
         return patience is not None and self.since_best >= patience
 
     def generalisation(self, record: dict[str, Any], branch: str) -> dict[str, float | None]:
-        """What an eval record says of overfitting, from the updates since the last one. They are counted anew from here.
+        """Training accuracy since the last evaluation, and overfitting. Starts to count training accuracy anew.
 
-        training_accuracy: that of the branch ("user" or "generic"); each comparison is scored before it is learned from.
-        overfitting: training less held-out accuracy, in [-1, 1]. None where nothing was counted.
+        training_accuracy: of the branch ("user" or "generic"); each comparison is scored before the model learns from it.
+        overfitting: training accuracy less held-out accuracy, in [-1, 1]. Either is None where nothing was counted.
         """
         training, held_out = self.since_evaluation.accuracy(branch), held_out_accuracy(record)
         self.since_evaluation = Sums()
@@ -69,9 +69,9 @@ class Progress:
         return {"training_accuracy": training, "overfitting": gap}
 
     def overfitting_warning(self, record: dict[str, Any]) -> str | None:
-        """A warning where training accuracy is further ahead of held-out accuracy than at the last evaluation, else None.
+        """A warning if overfitting has grown since the last evaluation and held-out accuracy has not; else None.
 
-        Notes this evaluation for the next one.
+        Keeps this evaluation to compare the next one with.
         """
         before, now = self.latest, {"accuracy": held_out_accuracy(record), "overfitting": record["overfitting"]}
         self.latest = now
@@ -87,15 +87,16 @@ class Progress:
 
 
 def held_out_accuracy(record: dict[str, Any]) -> float | None:
-    """An eval record's accuracy for known users, or, where it has none, for unknown ones."""
+    """An eval record's accuracy on known users; on unknown users where there are no known ones."""
     known = record["accuracy_top"]
     return record["accuracy_generic"] if known is None else known
 
 
 def is_better(record: dict[str, Any], best: dict[str, Any] | None, best_by: str) -> bool:
-    """Whether an eval record is better than the best: a lower loss, or by accuracy a higher accuracy_top (then the loss).
+    """Whether an eval record is better than the best so far (None: there is none yet).
 
-    A loss that is not finite is never better.
+    best_by "loss": the loss is lower. "accuracy": accuracy_top is higher, or equal and the loss is lower. A record whose
+    loss is not finite is never better.
     """
     if not math.isfinite(record["loss"]) or best is None:
         return math.isfinite(record["loss"])

@@ -1,12 +1,12 @@
-"""AdamW, for weights that every update changes and for user tables, of which an update changes a few rows.
+"""AdamW for user tables, of which an update changes only a few rows.
 
 AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) at step t, with the gradient g_t and the learning rate lr_t:
 
     m_t = b1 m_(t-1) + (1 - b1) g_t        v_t = b2 v_(t-1) + (1 - b2) g_t^2
     p_t = (1 - lr_t wd) p_(t-1)  -  lr_t / (1 - b1^t)  m_t / (sqrt(v_t / (1 - b2^t)) + eps)
 
-A row of a table whose last gradient came at step s has g = 0 since then: m_t = b1^(t-s) m_s and v_t = b2^(t-s) v_s. The
-steps it missed depend on the row and on the learning rates alone, and are taken when the row is next read.
+A row whose last gradient came at step s has g = 0 since then, so m_t = b1^(t-s) m_s and v_t = b2^(t-s) v_s. The steps
+that it missed depend only on the row and on the learning rates. They are taken when the row is next read.
 
 Shape suffixes: R rows, W numbers in a row, N missed steps.
 """
@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NEGLECTED = 1e-7  # of the largest learning rate: how far a row may end from AdamW after one gap without gradients
-WORKING_SET = 2**20  # numbers that missed steps are computed for at a time
+NEGLECTED = 1e-7  # times the largest learning rate: how far a row may be from AdamW's after one gap without gradients
+WORKING_SET = 2**20  # missed steps are computed for this many numbers at a time
 
 
 def momentum_steps(beta1: float, beta2: float) -> int:
-    """K: for how many steps after its last gradient a row still moves by its momentum. Later movement is neglected.
+    """K, the number of steps for which momentum still moves a row after its last gradient. Later movement is neglected.
 
     With r = b1 / sqrt(b2), k steps after a gradient |m| / sqrt(v) <= c r^k where, by the Cauchy-Schwarz inequality over
     all earlier gradients, c = (1 - b1) / sqrt((1 - b2) (1 - r^2)). K is the smallest with sum_(k > K) c r^k =
@@ -40,17 +40,21 @@ def momentum_steps(beta1: float, beta2: float) -> int:
 
 
 class RowAdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW (amsgrad off) for tables, at the cost of the rows that have a gradient or are read.
+    """torch.optim.AdamW (amsgrad off) for tables. It costs only as much as the rows that have a gradient or are read.
 
     A table is a contiguous parameter of shape (rows, ...) with sparse gradients (COO over dim 0). Each step() is a step of
-    AdamW in which rows without a gradient have a gradient of zero. After `catch_up` a row equals AdamW's: to rounding, and
-    to within NEGLECTED times the largest learning rate for each gap of more than `momentum_steps`. Catching up in several
-    parts gives the same bits, except for the rounding of weight decay before a row's first gradient and later than
-    `momentum_steps` after its last, where it is one factor for the whole gap.
+    AdamW in which rows without a gradient have a gradient of zero. After `catch_up` a row equals AdamW's up to rounding,
+    and up to NEGLECTED times the largest learning rate for each gap of more than `momentum_steps`.
 
-    State of a table: step (), the steps taken; current (rows,), the step up to which a row is AdamW's; last_gradient
-    (rows,), 0 for none; exp_avg and exp_avg_sq (rows, ...), m and v at that step; history (3, total_steps + 1), for each
-    step the learning rate, 1 - lr wd, and the log of the product of these so far. Counters and history are on the CPU.
+    Catching up in several parts gives the same bits, with one exception. Before a row's first gradient, and more than
+    `momentum_steps` after its last, weight decay is one factor for the whole gap, which rounds differently.
+
+    State of a table. Counters and history are on the CPU.
+    - step (): the steps taken.
+    - current (rows,): the step up to which the row is AdamW's.
+    - last_gradient (rows,): the step of the row's last gradient, 0 for none.
+    - exp_avg, exp_avg_sq (rows, ...): m and v at the step of the last gradient.
+    - history (3, total_steps + 1): for each step lr, 1 - lr wd, and the log of the product of all 1 - lr wd so far.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take a step. Rows with a gradient catch up and move; others catch up when they are read.
+        """Take a step. Rows with a gradient catch up and move. Other rows catch up when they are next read.
 
         ValueError for more than total_steps steps, a dense gradient, or lr wd >= 1.
         """
@@ -100,7 +104,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def catch_up(self, table: Tensor, rows_R: Tensor | None = None) -> None:
-        """Take the steps that these rows of a table missed: distinct numbers (R,), or None for all (linear in the table)."""
+        """Take the steps that rows of a table missed. rows_R: distinct numbers; None for all rows, in time linear in the table."""
         state = self.state[table]
         if rows_R is None:
             rows_R = (state["current"] < state["step"]).nonzero()[:, 0]
@@ -109,7 +113,7 @@ class RowAdamW(torch.optim.Optimizer):
             self._catch_up(table, part)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but counters and history keep their type and stay on the CPU."""
+        """Like torch's, but counters and history keep their type and stay on the CPU."""
         super().load_state_dict(state_dict)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         tables = [table for group in self.param_groups for table in group["params"]]
@@ -118,7 +122,7 @@ class RowAdamW(torch.optim.Optimizer):
                 self.state[table][name] = state_dict["state"][i][name].cpu()
 
     def _begin_step(self, table: Tensor, lr: float, weight_decay: float) -> None:
-        """Count a step, and note its learning rate and its decay."""
+        """Count a step, and write its learning rate and decay into the history."""
         state = self.state[table]
         t = int(state["step"]) + 1
         if t > self.total_steps:
@@ -130,7 +134,7 @@ class RowAdamW(torch.optim.Optimizer):
         state["history"][:, t] = torch.tensor([lr, 1 - lr * weight_decay, log_decay], dtype=torch.float64)
 
     def _move(self, table: Tensor, rows_R: Tensor, grad_RW: Tensor) -> None:
-        """AdamW's current step for rows that are current up to the one before."""
+        """AdamW's current step for rows that are up to date with the step before."""
         state = self.state[table]
         t = int(state["step"])
         lr, keep, _ = state["history"][:, t].tolist()
@@ -147,7 +151,7 @@ class RowAdamW(torch.optim.Optimizer):
         state["last_gradient"][rows_R] = t
 
     def _catch_up(self, table: Tensor, rows_R: Tensor) -> None:
-        """Take the missed steps of a few rows: one by one while momentum moves them, then all decay at once."""
+        """Take the missed steps of some rows: one by one while momentum moves them, then the weight decay of the rest at once."""
         state = self.state[table]
         t = int(state["step"])
         since_R, touched_R = state["current"][rows_R].long(), state["last_gradient"][rows_R].long()
@@ -165,7 +169,7 @@ class RowAdamW(torch.optim.Optimizer):
         state["current"][rows_R] = t
 
     def _replay(self, table: Tensor, rows_R: Tensor, since_R: Tensor, until_R: Tensor, touched_R: Tensor) -> None:
-        """Steps since_R + 1 .. until_R of AdamW without gradient, for rows whose last gradient came at touched_R."""
+        """AdamW's steps since_R + 1 to until_R without a gradient, for rows whose last gradient came at step touched_R."""
         state = self.state[table]
         at_R = rows_R.to(table.device)
         p_RW, m_RW, v_RW = (flat(x)[at_R] for x in (table, state["exp_avg"], state["exp_avg_sq"]))
@@ -194,10 +198,10 @@ class RowAdamW(torch.optim.Optimizer):
 
 
 def flat(table: Tensor) -> Tensor:
-    """(rows, ...) as (rows, W), the same memory."""
+    """View (rows, ...) as (rows, W)."""
     return table.view(len(table), -1)
 
 
 def column(values: Tensor, like: Tensor) -> Tensor:
-    """(..., R) -> (..., R, 1), where `like` is and of its type."""
+    """(..., R) -> (..., R, 1), on the device of `like` and in its type."""
     return values.to(like)[..., None]

@@ -1,9 +1,9 @@
-"""One update. Every comparison is seen by the user branch and by the generic branch, in the same step:
+"""One update. Both branches, user and generic, compute every comparison in the same step:
 
     loss = 1/N sum_c [ alpha loss(h_c(u_t, u_p)) + (1 - alpha) loss(h_c(u_t, 0)) ],   N comparisons c
 
-(paper, eq. 5), and for reward models the same of r(y1) - r(y2). The plan cuts it into parts: micro-batches, which each
-process has some of. They change memory and speed, never the update. A prior on the user model adds its penalty.
+(paper, eq. 5). Reward models have r(y1) - r(y2) in place of h. The plan cuts an update into parts (micro-batches), and
+each process computes some. Parts change memory and speed, never the update. A prior on the user model adds its penalty.
 """
 
 import math
@@ -24,14 +24,14 @@ from prlhf.train.plan import Part, parts_of_this_process, plan_update
 
 
 class PartLoss(NamedTuple):
-    """What a part adds to the update's mean loss, (), and the reward margin of each of its rows, (B,)."""
+    """A part's share of the update's mean loss, (), and the reward margin of each of its rows, (B,)."""
 
     loss: Tensor
     margins_B: Tensor
 
 
 def part_loss(task: Task, part: Part, N: int) -> PartLoss:
-    """The forward pass of a part of an update of N comparisons: sum over its rows of weight * loss / N."""
+    """The forward pass of a part. N: comparisons in the update. loss = sum over the part's rows of weight * loss / N."""
     config = task.config.loss
     outputs, reference = task.outputs(part.indices, part.users), task.reference_of(part.indices)
     losses_B = preference_loss(config, outputs, reference)
@@ -42,7 +42,7 @@ def part_loss(task: Task, part: Part, N: int) -> PartLoss:
 def accumulate_gradients(task: Task, update: Sequence[int]) -> Sums:
     """Add the gradient of the mean loss over `update` (indices of comparisons) to the weights' gradients.
 
-    Returns that loss, and what else the log records.
+    Returns the loss, and the other sums for the log.
     """
     model, N = task.model, len(update)
     comparisons = [task.comparisons[i] for i in update]
@@ -55,13 +55,13 @@ def accumulate_gradients(task: Task, update: Sequence[int]) -> Sums:
             done.append((part, PartLoss(loss, margins_B)))
     if model.prior is not None:
         users_B = torch.tensor([c.user for c in comparisons], device=model.device)
-        counted = 1 / N if rank() == 0 else 0.0  # all processes compute it alike
+        counted = 1 / N if rank() == 0 else 0.0  # all processes compute the same penalty
         (counted * model.prior.penalty(model.user_model, users_B)).backward()
     for table in model.user_model.tables:
         sum_rows(table)
 
     sums = Sums(updates=1, comparisons=N, tokens=sum(c.length for c in comparisons))
-    for part, (loss, margins_B) in done:  # read only now: a GPU does not wait in between
+    for part, (loss, margins_B) in done:  # read only now, so that a GPU does not wait between parts
         sums.loss += loss.item()
         sums.add_margins(part.branches, margins_B)
     sums.over_ranks()
@@ -69,7 +69,7 @@ def accumulate_gradients(task: Task, update: Sequence[int]) -> Sums:
 
 
 class Step(NamedTuple):
-    """An update: its sums, the gradient's norm before clipping, and whether it was applied."""
+    """The result of an update: its sums, the gradient's norm before clipping, and whether it was applied."""
 
     sums: Sums
     norm: float
@@ -79,7 +79,7 @@ class Step(NamedTuple):
 def take_step(task: Task, optimizer: Optimizers, update: Sequence[int], number: int, total: int) -> Step:
     """Update `number` (from 0) of `total`: gradients, clipping, AdamW.
 
-    A loss or gradient that is not finite leaves the weights as they are.
+    If the loss or the gradient is not finite, the weights stay as they are.
     """
     config, model = task.config, task.model
     started = time.perf_counter()
