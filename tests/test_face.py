@@ -69,6 +69,13 @@ def test_margins_are_those_of_evaluate(call, runs, tmp_path, name):
     assert model.margins([]) == []
 
 
+def test_a_comparison_names_its_user_in_either_column(runs):
+    by_user = {**VALID[0], "user": "alice"}
+    by_column = {**{key: value for key, value in VALID[0].items() if key != "user"}, "worker": "alice"}
+    model = prlhf.load(runs("prm"), "data.user_column=worker")
+    assert model.margins([by_user]) == model.margins([by_column]) != model.margins([by_user], users="generic")
+
+
 def test_generate_answers_as_the_command_does(call, runs, tmp_path):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "responses.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
@@ -129,6 +136,10 @@ def test_what_a_model_cannot_do_is_said(runs, tmp_path):
         (lambda: model.generate(["Hi"], users="alicia"), "did you mean 'alice'"),
         (lambda: model.generate(["Hi", "Ho"], users=["alice"]), "users: found 1, expected 2"),
         (lambda: model.generate("Hi"), "expected a list"),
+        (lambda: model.score(["Hi"], "Ho"), "expected a list"),
+        (lambda: model.margins(VALID[0]), "expected a list"),
+        (lambda: model.generate(["Hi"], temperature=-1.0), "temperature: found -1, expected at least 0"),
+        (lambda: model.generate(["Hi"], max_new_tokens=0), "max_new_tokens: found 0, expected at least 1"),
         (lambda: model.generate(["Hi", 3]), r"prompts\[1\], prompt: expected text"),
         (lambda: reward.generate(["Hi"]), "method prm does not generate"),
         (lambda: pairwise.score(["Hi"], ["Ho"]), "method pairwise compares two responses"),
