@@ -16,7 +16,7 @@ from prlhf.score.states import States
 def forward(
     model: PersonalizedModel, comparisons: Sequence[EncodedComparison], users: Sequence[int], states: States | None
 ) -> Outputs:
-    """What the model says of a batch of comparisons, each read by one of `users`; by its known states where there are some."""
+    """The model's outputs for a batch of comparisons, each read by its entry of `users`. Known `states` are not recomputed."""
     batch = model.collate(comparisons, users)
     return model(batch) if states is None else model(batch, states.of(batch.readings))
 

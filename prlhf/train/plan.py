@@ -1,4 +1,4 @@
-"""The plan of an update: which comparison is read by whom, with which weight in the loss, and in which micro-batch.
+"""The plan of an update: which user reads each comparison, its weight in the loss, and its micro-batch.
 
 The plan is the same for any number of processes, but for the size of the micro-batches; each computes some of its parts.
 """
