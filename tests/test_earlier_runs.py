@@ -20,7 +20,7 @@ LATER = {
 }
 SMALL = (
     "model.width=32", "model.heads=2", "optim.max_steps=4", "train.save_every=2", "method=prm", "data.limit=16",
-    "data.valid_limit=8", "evaluate.bootstrap=100", "user_model.kind=cluster",
+    "data.valid_limit=8", "evaluate.bootstrap=100", "user_model.kind=cluster", "optim.group_by=pair",  # the default then
 )  # fmt: skip
 
 
