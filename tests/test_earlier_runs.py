@@ -25,10 +25,8 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def from_the_root_by_one_thread(monkeypatch):
-    """Passes are tiny: where cores are busy, two threads mostly wait for each other."""
+def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    torch.set_num_threads(1)
 
 
 def as_it_was(path):

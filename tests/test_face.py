@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import prlhf
 from prlhf import __main__ as console
@@ -35,7 +34,6 @@ PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "examples/tiny/prompts
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    torch.set_num_threads(1)  # passes are tiny: on busy cores two threads mostly wait for each other
 
 
 @pytest.fixture(scope="module")
