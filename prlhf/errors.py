@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -43,6 +44,9 @@ def run_command(main: Callable[[], None]) -> None:
     One of several processes ends at once when it is done: gloo's threads now and then abort one that Python takes apart
     ("terminate called without an active exception"), and torchrun would call a finished run failed.
     """
+    command = Path(sys.argv[0])
+    if command.name == "__main__.py":  # what its help calls it
+        sys.argv[0] = f"python -m prlhf.{command.parent.name}"
     try:
         main()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

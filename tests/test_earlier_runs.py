@@ -20,15 +20,13 @@ LATER = {
 }
 SMALL = (
     "model.width=32", "model.heads=2", "optim.max_steps=4", "train.save_every=2", "method=prm", "data.limit=16",
-    "data.valid_limit=8", "evaluate.bootstrap=100", "user_model.kind=cluster",
+    "data.valid_limit=8", "evaluate.bootstrap=100", "user_model.kind=cluster", "optim.group_by=pair",  # the default then
 )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def from_the_root_by_one_thread(monkeypatch):
-    """Passes are tiny: where cores are busy, two threads mostly wait for each other."""
+def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    torch.set_num_threads(1)
 
 
 def as_it_was(path):

@@ -41,9 +41,8 @@ SOLVED = (
 
 
 @pytest.fixture(autouse=True)
-def from_the_root_by_one_thread(monkeypatch):
+def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    torch.set_num_threads(1)
 
 
 def command(run, *overrides):

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import prlhf
 from prlhf import __main__ as console
@@ -35,7 +34,6 @@ PROMPTS = [json.loads(line)["prompt"] for line in (ROOT / "examples/tiny/prompts
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
-    torch.set_num_threads(1)  # passes are tiny: on busy cores two threads mostly wait for each other
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +65,13 @@ def test_margins_are_those_of_evaluate(call, runs, tmp_path, name):
     users = [None, "generic"] * (len(VALID) // 2)
     assert model.margins(VALID, users=users) == pytest.approx([line["generic"] for line in written], abs=1e-5)
     assert model.margins([]) == []
+
+
+def test_a_comparison_names_its_user_in_either_column(runs):
+    by_user = {**VALID[0], "user": "alice"}
+    by_column = {**{key: value for key, value in VALID[0].items() if key != "user"}, "worker": "alice"}
+    model = prlhf.load(runs("prm"), "data.user_column=worker")
+    assert model.margins([by_user]) == model.margins([by_column]) != model.margins([by_user], users="generic")
 
 
 def test_generate_answers_as_the_command_does(call, runs, tmp_path):
@@ -129,6 +134,10 @@ def test_what_a_model_cannot_do_is_said(runs, tmp_path):
         (lambda: model.generate(["Hi"], users="alicia"), "did you mean 'alice'"),
         (lambda: model.generate(["Hi", "Ho"], users=["alice"]), "users: found 1, expected 2"),
         (lambda: model.generate("Hi"), "expected a list"),
+        (lambda: model.score(["Hi"], "Ho"), "expected a list"),
+        (lambda: model.margins(VALID[0]), "expected a list"),
+        (lambda: model.generate(["Hi"], temperature=-1.0), "temperature: found -1, expected at least 0"),
+        (lambda: model.generate(["Hi"], max_new_tokens=0), "max_new_tokens: found 0, expected at least 1"),
         (lambda: model.generate(["Hi", 3]), r"prompts\[1\], prompt: expected text"),
         (lambda: reward.generate(["Hi"]), "method prm does not generate"),
         (lambda: pairwise.score(["Hi"], ["Ho"]), "method pairwise compares two responses"),

@@ -39,11 +39,6 @@ FORMS = {
 S, S_0 = 0.7, 1.9
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def charged(model, comparisons, update, s, s_0, scale_W):
     """The mean over the update of |z_u|^2 / (2 n_u), and (|e_0|^2 / (2 s_0^2) + K |B|^2 / (2 s^2)) / N, written out.
 

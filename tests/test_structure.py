@@ -206,7 +206,7 @@ def test_the_configuration_reference_is_the_dataclasses():
 def test_every_file_that_the_documentation_names_exists():
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         text = path.read_text(encoding="utf-8")
-        for name in re.findall(r"`((?:prlhf|configs|examples|docs|tests|benchmarks)/[\w./-]+\.\w+)`", text):
+        for name in re.findall(r"(?<![\w./-])((?:prlhf|configs|examples|docs|tests|benchmarks)/[\w./-]+\.\w+)", text):
             assert (ROOT / name).exists(), (path.name, name)
 
 

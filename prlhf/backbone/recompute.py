@@ -102,7 +102,7 @@ def _gptj_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) -> None:
     """Do to each block what `model.recompute` and `model.compile` ask for.
 
-    A checkpointed block keeps less than `keep_less` could, and a compiled one is the compiler's: neither gets it.
+    `keep_less` is for the other blocks: a checkpointed block keeps less already, and a compiler decides for its own blocks.
     """
     _, _, n = config.recompute.partition("every:")
     every = int(n) if n else int(config.recompute in ("elementwise", "blocks"))  # 0: no block is checkpointed

@@ -136,7 +136,10 @@ class LossConfig:
         "sigmoid", "Preference loss on the log-probs, the same in both branches; reward models take sigmoid."
     )
     alpha: float = key(
-        0.5, "Weight of the user branch; the generic one has 1 - alpha, and at 1 only unknown users.", low=0, high=1
+        0.5,
+        "Weight of the user branch; the generic branch has 1 - alpha. At 1 it learns from unknown users alone.",
+        low=0,
+        high=1,
     )
     beta: float = key(0.1, "Strength of the KL constraint (ORPO: odds-ratio weight); unused by reward models.", above=0)
     label_smoothing: float = key(0.0, "Assumed share of flipped labels (sigmoid, robust).", low=0, high=0.499)

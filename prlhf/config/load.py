@@ -15,7 +15,10 @@ from prlhf.config.faults import cross_faults
 from prlhf.config.keys import BOUNDS, GROUPS, KEYS, Config, choices_of, type_name, types_of
 from prlhf.errors import UserError, did_you_mean
 
-CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
+BESIDE = Path(__file__).resolve().parent.parent.parent / "configs"
+CONFIGS = (
+    BESIDE if BESIDE.is_dir() else Path("configs")
+)  # an installed package has none beside it: those where one works
 REPLACED = ("model.gradient_checkpointing", "model.checkpoint_every")  # by model.recompute
 
 Given = dict[str, tuple[Any, str]]  # dotted key -> (value, where it was given)

@@ -43,7 +43,7 @@ OWNERS = {"known_users": ("tldr", "tldr_length"), "rejected": ("prism",)}  # opt
 def main() -> None:
     """Parse the command line and run the command."""
     form = RawDescriptionHelpFormatter
-    parser = ArgumentParser(prog="python -m prlhf.data", description=__doc__, formatter_class=form)
+    parser = ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(title="commands", required=True)
 
     def add(run: Callable[[Namespace], None], name: str, about: str, module: ModuleType) -> ArgumentParser:

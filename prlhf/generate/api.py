@@ -10,8 +10,8 @@ from typing import Any
 
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
-from prlhf.data.comparisons import GENERIC, named_user, parse_comparison, parse_prompt, parse_response
-from prlhf.errors import UserError
+from prlhf.data.comparisons import GENERIC, named_user, parse_comparison, parse_prompt, parse_response, shortened
+from prlhf.errors import UserError, check_range
 from prlhf.generate.decode import Decoding, Request, generate
 from prlhf.generate.rewards import ScoredLine, encode
 from prlhf.method.losses import Answers, Outputs, needs_reference, reward_margin
@@ -46,7 +46,8 @@ class TextModel:
         the chat template. user_texts: text about the user, put before the prompt; one for all, or a list.
         decoding: max_new_tokens (128), temperature (0: greedy), top_p (1) and seed (0). Responses do not depend on
         batch_size. They are those of generate.py for the same prompts without ids.
-        UserError for a model that does not generate, an unknown user, and a prompt that is none or too long.
+        UserError for a model that does not generate, an unknown user, a setting out of range, and a prompt that is none or
+        too long.
         """
         if not isinstance(self.loaded.model, PersonalizedLM):
             raise UserError(
@@ -59,6 +60,9 @@ class TextModel:
             prefix = self.encoder.prefix_to_answer(parse_prompt(prompt, where), text, where)
             requests.append(Request(prefix.ids, self._number(name), f"{i + 1} {name or GENERIC}"))
         settings, responses = Decoding(**decoding), []
+        check_range("max_new_tokens", settings.max_new_tokens, low=1)
+        check_range("temperature", settings.temperature, low=0)
+        check_range("top_p", settings.top_p, low=1e-6, high=1)
         for start in range(0, len(requests), batch_size):
             batch = requests[start : start + batch_size]
             responses += generate(self.loaded.model, batch, self.encoder.eos, settings)
@@ -80,6 +84,7 @@ class TextModel:
             raise UserError(f"{self.loaded.path}: method pairwise compares two responses, expected prm or pdpo")
         names, texts = _one_each(users, prompts, "users"), _one_each(user_texts, prompts, "user_texts")
         lines = []
+        _require_list(responses)
         for i, (prompt, response) in enumerate(zip(prompts, _one_each(responses, prompts, "responses"))):
             x, y = parse_prompt(prompt, f"prompts[{i}]"), parse_response(response, f"responses[{i}]")
             lines.append(ScoredLine(x, y, names[i], texts[i], str(i), f"prompts[{i}]"))
@@ -97,13 +102,15 @@ class TextModel:
         log-probs a token); `prm`: r_P(x, y1, u) - r_P(x, y2, u); `pairwise`: logit P(y1 over y2).
         sigmoid(margin) is the probability that the user prefers the chosen one, for the sigmoid losses.
 
-        comparisons: records as in a data file, {"prompt", "chosen", "rejected", "user"?, "user_text"?}. By default each is
-        read by the user that it names, the generic user where it names none or an unknown one, as evaluate.py does;
+        comparisons: records as in a data file, {"prompt", "chosen", "rejected", "user"?, "user_text"?}; the user may also stand
+        in the column of `data.user_column`. By default each is read by the user that it names, the generic user where it names none or an unknown one, as evaluate.py does;
         `users` puts others in their place. After full fine-tuning the first call loads the base model, the reference.
         UserError, with the comparison's position: no comparison, or one that leaves too little room for its prompt.
         """
+        _require_list(comparisons)
         data = self.config.data
-        records = [named_user(dict(record), data.user_column) for record in comparisons]
+        records = [dict(record) for record in comparisons]
+        records = [named_user(r, data.user_column) if data.user_column in r else r for r in records]
         parsed = [parse_comparison(r, f"comparisons[{i}]", str(i), data.attributes) for i, r in enumerate(records)]
         if users == OWN:
             numbers = [self.loaded.number(c.user) for c in parsed]
@@ -137,10 +144,15 @@ class TextModel:
         return 0 if name is None else self.loaded.required_number(name)
 
 
+def _require_list(items: Any) -> None:
+    """UserError where `items` is one text or one record."""
+    if isinstance(items, (str, Mapping)):
+        raise UserError(f"expected a list, found one item: {shortened(items)}")
+
+
 def _one_each(values: Any, items: Sequence[Any], name: str) -> list[Any]:
-    """`values` as a list with one for each item. UserError where it is a list of another length, or `items` is one text."""
-    if isinstance(items, str):
-        raise UserError(f"expected a list, found one text: {items[:60]!r}")
+    """`values` as a list with one for each item. UserError where it is a list of another length, or `items` is no list."""
+    _require_list(items)
     if values is None or isinstance(values, str):
         return [values] * len(items)
     if len(values) != len(items):

@@ -16,7 +16,7 @@ from prlhf.score.states import States
 def forward(
     model: PersonalizedModel, comparisons: Sequence[EncodedComparison], users: Sequence[int], states: States | None
 ) -> Outputs:
-    """The model's outputs for a batch of comparisons, each read by its user in `users`; from `states` where they are given."""
+    """The model's outputs for a batch of comparisons, each read by its entry of `users`. Known `states` are not recomputed."""
     batch = model.collate(comparisons, users)
     return model(batch) if states is None else model(batch, states.of(batch.readings))
 
@@ -42,15 +42,16 @@ def score(
     bar = tqdm(total=len(comparisons), desc=title, disable=None if title and rank() == 0 else True, leave=False)
     trees = tree_keys(model, comparisons, users)
     with torch.no_grad():
-        for indices, counts in share(micro_batches(trees, [c.length for c in comparisons], batch_size)):
+        for indices, is_mine in share(micro_batches(trees, [c.length for c in comparisons], batch_size)):
             batch = [comparisons[i] for i in indices]
             if users is None:
                 with model.as_reference():
                     scored = model(model.collate(batch, None))
             else:
                 scored = forward(model, batch, [users[i] for i in indices], states)
-            outputs.append(type(scored)(*(t[: len(indices) * counts].cpu() for t in scored)))
-            order += indices * counts
+            mine = indices if is_mine else []
+            outputs.append(type(scored)(*(t[: len(mine)].cpu() for t in scored)))
+            order += mine
             bar.update(len(indices) * world_size())
     bar.close()
     model.train(training)

@@ -76,11 +76,12 @@ def _compute(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_
     rows: list[int] = []
     parts: list[Tensor] = []
     bar = tqdm(total=len(readings), desc="hidden states", leave=False, disable=None if rank() == 0 else True)
-    for start, counts in share(range(0, len(readings), batch_size)):
+    for start, is_mine in share(range(0, len(readings), batch_size)):
         some = readings[start : start + batch_size]
         states = model.states_of(some)
-        parts.append(states[: len(some) * counts])
-        rows += range(start, start + len(some) * counts)
+        count = len(some) if is_mine else 0
+        parts.append(states[:count])
+        rows += range(start, start + count)
         bar.update(len(some) * world_size())
     bar.close()
     return gathered_rows(rows, torch.cat(parts), len(readings))

@@ -1,4 +1,4 @@
-"""The plan of an update: for each comparison, which user reads it, its loss weight, and its micro-batch.
+"""The plan of an update: which user reads each comparison, its weight in the loss, and its micro-batch.
 
 The number of processes changes only the size of the micro-batches. Each process computes some of them.
 """
