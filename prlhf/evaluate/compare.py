@@ -151,8 +151,7 @@ def parse_models(arguments: list[str]) -> dict[str, list[str]]:
 
 def main() -> None:
     """Compare evaluated models; print the report, and write it."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m prlhf.compare", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="NAME=EVAL_DIR[,EVAL_DIR...]", help="the first is the baseline")
     parser.add_argument("--out", required=True, help="a folder")
     args = parser.parse_args()

@@ -55,8 +55,7 @@ def figure(table: dict[str, Length], path: Path) -> bool:
 
 def main() -> None:
     """Write the length report of a file of responses."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m prlhf.lengths", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("responses", help="what generate.py wrote")
     parser.add_argument("--out", required=True, help="a folder")
     args = parser.parse_args()

@@ -75,8 +75,7 @@ def simulate(
 
 def main() -> None:
     """Relabel a file of comparisons, and print each user's preference."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m prlhf.simulate", description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="comparisons, with or without users")
     parser.add_argument("--out", required=True)
     parser.add_argument("--workers", type=int, help="give the comparisons to this many new users")
