@@ -44,9 +44,7 @@ def takes_flex_attention(model: PreTrainedModel) -> bool:
 
 def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTrainedModel:
     """Let a model's attention take the masks of `attention_mask`, and compute GPT-J's GELU in one operation.
-
-    as_on_gpu: on a CPU, copy keys as a GPU's kernels need them. For the dry run, which has no GPU.
-    """
+    as_on_gpu: on a CPU, copy keys as a GPU's kernels need them. For the dry run, which has no GPU."""
     if model.config.model_type == "gptj":
         for block in model.transformer.h:
             block.attn._attn = types.MethodType(_gptj_attention, block.attn)
@@ -61,9 +59,7 @@ def _tree_attention(
     attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention.
-
-    Without a mask (the model's own forward) attention is causal.
-    """
+    Without a mask (the model's own forward) attention is causal."""
     if isinstance(mask, Tensor) and query.device.type == "cpu":
         # Where several query heads read one key head (GQA), Hugging Face's function copies keys and values for each, as
         # a GPU's kernels want them. A CPU's kernel needs no copies, and the backward pass would keep them.

@@ -48,18 +48,11 @@ def hidden_states(
     cache: Cache | None = None,
 ) -> Tensor:
     """Last hidden states (R, T, D), after the final norm: what the head reads.
-
-    mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it. S counts cached positions too.
-    """
+    mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it. S counts cached positions too."""
     if isinstance(mask, Tensor):  # made additive here, once: each block would make and keep its own
         mask = torch.zeros(mask.shape, dtype=embeddings_RTD.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    output = model.base_model(
-        inputs_embeds=embeddings_RTD,
-        attention_mask=mask,
-        position_ids=positions_RT,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
+    caching = {"past_key_values": cache, "use_cache": cache is not None}
+    output = model.base_model(inputs_embeds=embeddings_RTD, attention_mask=mask, position_ids=positions_RT, **caching)
     return output.last_hidden_state
 
 

@@ -67,9 +67,7 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
 
 def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The causal LM of a config, with parameters in config.dtype that have shapes but no values (on meta).
-
-    Buffers, such as rotary frequencies, are real. No weights are read: a named model's config.json is enough.
-    """
+    Buffers, such as rotary frequencies, are real. No weights are read: a named model's config.json is enough."""
     if config.name is None:
         with parameters_on_meta(torch.float32):
             return use_tree_attention(random_backbone(config, len(tokenizer), 0))
@@ -125,9 +123,7 @@ def weights_folder(name: str | Path) -> Path:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files in `folder` that from_pretrained reads: model.safetensors, else those in its index; empty without both.
-
-    Other safetensors in the folder (of another type, say) are not the model's.
-    """
+    Other safetensors in the folder (of another type, say) are not the model's."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]

@@ -47,9 +47,7 @@ class LoRALinear(nn.Module):
 
 def add_lora(model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], seed: int) -> list[str]:
     """Freeze `model` and adapt every linear layer named in `targets`; returns their paths. A is drawn from `seed`.
-
-    UserError where a name fits no linear layer of the model.
-    """
+    UserError where a name fits no linear layer of the model."""
     linear = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     names = {path.rsplit(".", 1)[-1] for path in linear}
     for target in targets:
@@ -97,9 +95,7 @@ def save_lora(
     model: nn.Module, config: LoRAConfig, base_name: str | None, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json; `PeftModel.from_pretrained` reads them too.
-
-    state: the adapters' whole weights (`lora_state`) where the model's are sharded.
-    """
+    state: the adapters' whole weights (`lora_state`) where the model's are sharded."""
     state = lora_state(model) if state is None else state
     state = {name: tensor.to("cpu").contiguous() for name, tensor in state.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -122,7 +118,6 @@ def load_lora(model: nn.Module, folder: Path) -> None:
     path = folder / "adapter_model.safetensors"
     state, own = load_file(path), lora_state(model)
     if state.keys() != own.keys():
-        odd = sorted(state.keys() ^ own.keys())
-        raise UserError(f"{path}: does not fit the model's adapters (e.g. {odd[0]})")
+        raise UserError(f"{path}: does not fit the model's adapters (e.g. {min(state.keys() ^ own.keys())})")
     for name, tensor in own.items():
         tensor.copy_(state[name])

@@ -1,9 +1,9 @@
 """What the backward pass recomputes in place of keeping it (`model.recompute`), and torch.compile of each block."""
 
-import contextlib
 import functools
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,24 +24,14 @@ from prlhf.config.keys import ModelConfig
 aten = torch.ops.aten
 # Matrix products, and which argument is the left factor.
 PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
-ATTENTION = frozenset(
-    (
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_efficient_attention.default,
-        aten._scaled_dot_product_cudnn_attention.default,
-    )
-)
+SDPA_KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+ATTENTION = frozenset(getattr(aten, f"_scaled_dot_product_{kernel}").default for kernel in SDPA_KERNELS)
 
 
-def elementwise_recomputed(
-    narrow: int, attention: frozenset[OpOverload]
-) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """Contexts for torch.utils.checkpoint: keep matrix products and the operations `attention`, recompute all else.
-
+def elementwise_recomputed(narrow: int, attention: frozenset[OpOverload]) -> tuple[AbstractContextManager, ...]:
+    """Two contexts for torch.utils.checkpoint: keep matrix products and the operations `attention`, recompute all else.
     A product over at most `narrow` columns (LoRA's B) is recomputed too: that is cheaper than keeping it. Selective
-    activation checkpointing: Korthikanti et al. 2022, arXiv 2205.05198, section 5.
-    """
+    activation checkpointing: Korthikanti et al. 2022, arXiv 2205.05198, section 5."""
 
     def policy(_: SelectiveCheckpointContext, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         kept = op in attention or (op in PRODUCTS and args[PRODUCTS[op]].shape[-1] > narrow)
@@ -53,9 +43,7 @@ def elementwise_recomputed(
 def keep_less(block: nn.Module) -> None:
     """Let a block keep the outputs of its matrix products and of its attention for the backward pass, and recompute there
     what is elementwise in its norms and MLP (as Liger does: Hsu et al. 2024, arXiv 2410.10989, section 3.2).
-
-    The forwards of its norms, gated MLPs and GPT-J's MLP are replaced; any other module stays as it is.
-    """
+    The forwards of its norms, gated MLPs and GPT-J's MLP are replaced; any other module stays as it is."""
     for module in block.modules():
         if [(name, p.ndim) for name, p in module.named_parameters()] == [("weight", 1)]:  # RMSNorm
             module.forward = functools.partial(_computed_again, module.forward)
@@ -100,10 +88,8 @@ def _gptj_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) -> None:
-    """Do to each block what `model.recompute` and `model.compile` ask for.
-
-    `keep_less` is for the other blocks: a checkpointed block keeps less already, and a compiler decides for its own blocks.
-    """
+    """Do to each block what `model.recompute` and `model.compile` ask for. `keep_less` is for the other blocks: a
+    checkpointed block keeps less already, and a compiler decides for its own blocks."""
     _, _, n = config.recompute.partition("every:")
     every = int(n) if n else int(config.recompute in ("elementwise", "blocks"))  # 0: no block is checkpointed
     if every:

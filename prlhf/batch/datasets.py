@@ -35,11 +35,11 @@ class TrainingData(NamedTuple):
 def encode_file(file: ComparisonFile, encoder: Encoder, users: UserIndex) -> Dataset:
     """All comparisons of a file as tokens. UserError where none fits."""
     report = EncodingReport(equal_responses_dropped=file.equal_responses)
-    encoded = [encoder.encode(c, users, report) for c in file.comparisons]
-    kept = [(tokens, c) for tokens, c in zip(encoded, file.comparisons) if tokens is not None]
+    kept = [(tokens, c) for c in file.comparisons if (tokens := encoder.encode(c, users, report)) is not None]
     if not kept:
         raise UserError(
-            f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(encoded)} comparisons fits; expected more"
+            f"data.max_tokens: found {encoder.config.max_tokens}, but none of {len(file.comparisons)} comparisons fits; "
+            "expected more"
         )
     return Dataset([tokens for tokens, _ in kept], [c for _, c in kept], report)
 

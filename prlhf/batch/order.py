@@ -71,10 +71,8 @@ def updates_of_epoch(
 
 
 def micro_batches(trees: Sequence[Hashable], lengths: Sequence[int], size: int) -> list[list[int]]:
-    """The indices of `trees` in groups of similar length, each with at most `size` different trees.
-
-    The longest come first, so memory peaks at once. Equal trees stay together, up to READERS_PER_TREE * size a group.
-    """
+    """The indices of `trees` in groups of similar length, each with at most `size` different trees. The longest
+    come first, so memory peaks at once. Equal trees stay together, up to READERS_PER_TREE * size a group."""
     first = {tree: i for i, tree in reversed(list(enumerate(trees)))}
     groups: list[list[int]] = []
     inside: set[Hashable] = set()  # the trees of the last group

@@ -2,10 +2,9 @@
 
     prefix = [BOS] u_t x,   responses = y EOS
 
-BOS comes first, once, where the tokenizer itself begins a text with it. Responses are never cut, so each ends in EOS.
-A prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end.
-
-For a pairwise preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
+BOS comes first, once, where the tokenizer itself begins a text with it. Responses are never cut, so each ends in EOS. A
+prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end. For a pairwise
+preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
 """
 
 from dataclasses import asdict, dataclass
@@ -96,9 +95,7 @@ class PairQuestion(NamedTuple):
 
 def pair_question(tokenizer: PreTrainedTokenizerBase) -> PairQuestion:
     """QUESTION and ANSWERS as tokens. UserError where the answers do not differ in their last token alone."""
-    before_a, before_b, end, a, b = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (*QUESTION, *ANSWERS)
-    )
+    before_a, before_b, end, a, b = tokenizer([*QUESTION, *ANSWERS], add_special_tokens=False)["input_ids"]
     if a[:-1] != b[:-1] or a[-1] == b[-1]:
         raise UserError(f"method pairwise: the tokenizer does not tell {ANSWERS[0]!r} from {ANSWERS[1]!r} by one token")
     return PairQuestion(before_a, before_b, end + a[:-1], a[-1], b[-1])

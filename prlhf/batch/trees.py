@@ -48,11 +48,8 @@ class Layout(NamedTuple):
 
 @dataclass
 class ReadingBatch:
-    """M readings as rows of trees, and where their response tokens are predicted.
-
-    A response's first token is predicted at the last prefix position, the others at the token before them. Flat
-    positions count row by row (row * T + t).
-    """
+    """M readings as rows of trees, and where their response tokens are predicted: a response's first token at the last
+    prefix position, the others at the token before them. Flat positions count row by row (row * T + t)."""
 
     input_ids_RT: Tensor
     trees_RT: Tensor  # which tree of its row a position belongs to, from 1; 0 is padding
@@ -90,9 +87,7 @@ def collate(
     comparisons: Sequence[EncodedComparison], users: Sequence[int] | None, layout: Layout = Layout()
 ) -> PreferenceBatch:
     """Comparisons as a batch. users: who reads each of them; None takes the reference's prefix and no user.
-
-    Unshared, each comparison is a group of its own, and nothing is shared between groups.
-    """
+    Unshared, each comparison is a group of its own, and nothing is shared between groups."""
     numbers: dict[tuple[Reading, int], int] = {}  # (reading, group) -> its number m
     chosen_rejected = []
     for b, comparison in enumerate(comparisons):
@@ -101,8 +96,7 @@ def collate(
         both = [(Reading(user, tuple(prefix), tuple(y)), 0 if layout.share else b) for y in responses]
         chosen_rejected.append([numbers.setdefault(reading, len(numbers)) for reading in both])
     readings, groups = zip(*numbers)
-    longest = max(comparison.length for comparison in comparisons)
-    batch = lay_out(readings, layout, max(TREE_TOKENS, longest), groups)
+    batch = lay_out(readings, layout, max(TREE_TOKENS, *(comparison.length for comparison in comparisons)), groups)
     margins = torch.tensor([comparison.margin for comparison in comparisons])
     return PreferenceBatch(**vars(batch), chosen_rejected_B2=torch.tensor(chosen_rejected), margin_B=margins)
 
@@ -121,10 +115,8 @@ class Tree(NamedTuple):
 
 
 def grow_trees(readings: Sequence[Reading], groups: Sequence[int], layout: Layout, tree_tokens: int) -> list[Tree]:
-    """Readings as trees of at most `tree_tokens` tokens, or of one response where that alone is longer.
-
-    Readings of different groups share nothing. Where the backbone does not read the user, one response serves all users.
-    """
+    """Readings as trees of at most `tree_tokens` tokens, or of one response where that alone is longer. Readings
+    of different groups share nothing. Where the backbone does not read the user, one response serves all users."""
     trees: list[Tree] = []
     growing: dict[Hashable, Tree] = {}  # root -> the tree that takes its next responses
     served: dict[Hashable, list[int]] = {}  # (root, response) -> the readings that it serves
@@ -192,9 +184,7 @@ def lay_out(
 
 def sees(trees_RT: Tensor, segments_RT: Tensor, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Whether position `query` of a row sees position `key`: an earlier one of its tree, in the prefix or its own response.
-
-    row, query and key are indices whose shapes broadcast. Padding is a tree of its own, so that no softmax is empty.
-    """
+    row, query and key are indices whose shapes broadcast. Padding is a tree of its own, so that no softmax is empty."""
     key_segment = segments_RT[row, key]
     in_path = (key_segment == PREFIX) | (key_segment == segments_RT[row, query])
     return (key <= query) & (trees_RT[row, key] == trees_RT[row, query]) & in_path

@@ -33,8 +33,7 @@ def chunked_pass(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ta
         sums.append(sum_C)
         if slope:
             slopes.append(wide_VD[targets_C] - (exponentials_CV @ wide_VD).div_(sum_C[:, None]))
-    softmax = Softmax(torch.cat(maxima), torch.cat(sums))
-    return Pass(torch.cat(log_p), softmax, torch.cat(slopes) if slope else None)
+    return Pass(torch.cat(log_p), Softmax(torch.cat(maxima), torch.cat(sums)), torch.cat(slopes) if slope else None)
 
 
 def chunked_head_gradients(

@@ -47,7 +47,8 @@ def log_probs(
     real_N = targets_N != IGNORED
     targets_N = torch.where(real_N, targets_N, 0)
     if impl == "torch":
-        log_p_N = _readable(hidden_ND, weight_VD, bias_V, targets_N)
+        logits_NV = logits(hidden_ND, weight_VD.to(accumulation_type(hidden_ND.dtype)), bias_V)
+        log_p_N = logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]
     else:
         slope = torch.is_grad_enabled() and hidden_ND.requires_grad
         log_p_N = _LogProbs.apply(hidden_ND, weight_VD, bias_V, targets_N, slope, _passes(impl, hidden_ND.is_cuda))
@@ -67,11 +68,6 @@ def _passes(impl: str | Passes, on_gpu: bool) -> Passes:
     return importlib.import_module("prlhf.kernels.triton").TRITON  # here: only torch for GPUs comes with Triton
 
 
-def _readable(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
-    logits_NV = logits(hidden_ND, weight_VD.to(accumulation_type(hidden_ND.dtype)), bias_V)
-    return logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]
-
-
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, slope: bool, passes: Passes) -> Tensor:
@@ -88,7 +84,7 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N: Tensor):
-        hidden_ND, weight_VD, bias_V, targets_N, max_N, sum_N, slope_KD = ctx.saved_tensors
+        hidden_ND, weight_VD, bias_V, targets_N, *softmax, slope_KD = ctx.saved_tensors
         hidden_grad_ND, head_grad = None, HeadGradients(None, None)
         if ctx.needs_input_grad[0]:
             hidden_grad_ND, K = torch.empty_like(hidden_ND), 0 if slope_KD is None else len(slope_KD)
@@ -99,7 +95,5 @@ class _LogProbs(torch.autograd.Function):
                 slope_CD = ctx.passes.one_pass(hidden_ND[part], weight_VD, bias_V, targets_N[part], True).slope_ND
                 hidden_grad_ND[part] = slope_CD.mul_(grad_N[part, None])
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            head_grad = ctx.passes.head_gradients(
-                grad_N, hidden_ND, weight_VD, bias_V, targets_N, Softmax(max_N, sum_N)
-            )
+            head_grad = ctx.passes.head_gradients(grad_N, hidden_ND, weight_VD, bias_V, targets_N, Softmax(*softmax))
         return hidden_grad_ND, head_grad.weight_VD, head_grad.bias_V, None, None, None

@@ -56,10 +56,8 @@ def started_rank() -> int:
 
 def check_started_alone(script: str) -> None:
     """UserError where torchrun has started several copies of a script: all would write the same files."""
-    if started_processes() > 1:
-        raise UserError(
-            f"{script}: found {started_processes()} processes, expected one: python {script}, without torchrun"
-        )
+    if (found := started_processes()) > 1:
+        raise UserError(f"{script}: found {found} processes, expected one: python {script}, without torchrun")
 
 
 def check_processes(config: Config, processes: int) -> None:
@@ -76,10 +74,8 @@ def sharded(config: Config) -> bool:
 @contextlib.contextmanager
 def process_group(config: Config, device: str) -> Iterator[None]:
     """Within the context torchrun's processes form a group. On `device` cuda each has a GPU of its own.
-
     An existing group stays. A single process gets a group where the model is `sharded`. UserError where W does not fit
-    fsdp.replicas or the GPUs. OtherRankFailed where the connection to another rank is lost.
-    """
+    fsdp.replicas or the GPUs. OtherRankFailed where the connection to another rank is lost."""
     size = started_processes()
     check_processes(config, size)
     if dist.is_initialized() or (size == 1 and not sharded(config)):
@@ -111,9 +107,7 @@ def process_group(config: Config, device: str) -> Iterator[None]:
 
 def share(parts: Sequence[T]) -> list[tuple[T, bool]]:
     """This rank's part of an update's micro-batches; False marks a repeated one whose results must not count.
-
-    Each forward and backward pass is a collective operation, so every rank gets equally many.
-    """
+    Each forward and backward pass is a collective operation, so every rank gets equally many."""
     rounds = -(-len(parts) // world_size())
     mine = [r * world_size() + rank() for r in range(rounds)]
     return [(parts[min(i, len(parts) - 1)], i < len(parts)) for i in mine]

@@ -23,11 +23,8 @@ from prlhf.parallel.tensors import load_weights_into
 
 
 def training_model(config: Config, tokenizer: PreTrainedTokenizerBase, users: int, device: str) -> PersonalizedModel:
-    """The model of a config for `users` known users on `device`, sharded over the ranks where `sharded` says so.
-
-    No rank ever holds all weights of a sharded model that has a name: the model is built empty, sharded, and then each
-    rank reads its own rows.
-    """
+    """The model of a config for `users` known users on `device`, sharded over the ranks where `sharded` says so. No rank
+    ever holds all weights of a sharded model that has a name: it is built empty, sharded, and each rank reads its rows."""
     if not sharded(config):
         return build_model(config, tokenizer, users).to(device)
     if config.model.name is None:

@@ -23,10 +23,8 @@ FILE_BYTES = 2**28  # about the size of a checkpoint's files: the writer holds a
 
 def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weights_on: str) -> None:
     """Fill the parameters on meta of a sharded model from the safetensors in `folder`; each rank reads its own rows.
-
     weights_on: the device that the weights wait on; buffers go to `device`, which computes. What has values already
-    (buffers, LoRA, user model) keeps them. UserError where a weight is missing in the files.
-    """
+    (buffers, LoRA, user model) keeps them. UserError where a weight is missing in the files."""
     backbone = model.backbone
     kept = {name: t.detach().clone() for name, t in _tensors(backbone).items() if not t.is_meta}
     backbone.to_empty(device=weights_on)
@@ -46,9 +44,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def read_tensors(values: dict[str, Tensor], folder: Path, files: Sequence[Path] | None = None) -> None:
     """Fill tensors, sharded or not, by their names from safetensors in a folder; each rank reads its own rows.
-
-    files: the ones to read, by default all. UserError where a tensor is missing or has another shape.
-    """
+    files: the ones to read, by default all. UserError where a tensor is missing or has another shape."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     if files is not None:
         reader.fs.ls = lambda _: [str(file) for file in files]  # torch reads every file that this lists
@@ -60,9 +56,7 @@ def read_tensors(values: dict[str, Tensor], folder: Path, files: Sequence[Path] 
 
 def write_tensors(values: dict[str, Tensor], folder: Path) -> None:
     """Write tensors, sharded or not, as safetensors of about FILE_BYTES into a folder; each rank writes its own rows.
-
-    OSError where that fails on any rank.
-    """
+    OSError where that fails on any rank."""
     file, size, file_of = 1, 0.0, {}
     for name, tensor in values.items():  # the same names in the same order on every rank
         held = tensor.numel() * tensor.element_size() / (world_size() if isinstance(tensor, DTensor) else 1)
