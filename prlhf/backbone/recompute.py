@@ -24,8 +24,14 @@ from prlhf.config.keys import ModelConfig
 aten = torch.ops.aten
 # Matrix products, and which argument is the left factor.
 PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
-SDPA_KERNELS = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
-ATTENTION = frozenset(getattr(aten, f"_scaled_dot_product_{kernel}").default for kernel in SDPA_KERNELS)
+ATTENTION = frozenset(
+    (
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+    )
+)
 
 
 def elementwise_recomputed(narrow: int, attention: frozenset[OpOverload]) -> tuple[AbstractContextManager, ...]:
