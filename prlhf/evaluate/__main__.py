@@ -90,9 +90,8 @@ def fit_rules(config: Config, users: UserIndex) -> FittedRules:
     if config.data.train is None or not Path(config.data.train).expanduser().is_file():
         print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
         return fit([])
-    return fit(
-        read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed).comparisons, users
-    )
+    file = read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed)
+    return fit(file.comparisons, users)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,9 @@ import torch
 
 from prlhf.config.keys import EvaluateConfig
 from prlhf.errors import UserError
+from prlhf.evaluate.stats import metrics
 from prlhf.evaluate.stats.intervals import std_interval, worst_user_interval
-from prlhf.evaluate.stats.metrics import (
-    UserCounts,
-    accuracies,
-    by_user,
-    correct,
-    expected_calibration_error,
-    mean_interval,
-    pooled,
-    pooled_difference_interval,
-    pooled_interval,
-    user_labels,
-)
+from prlhf.evaluate.stats.metrics import UserCounts, by_user, correct, pooled, pooled_difference_interval
 from prlhf.method.losses import Outputs, branch_weights, preference_loss, reward_margin
 from prlhf.method.users import is_personal
 from prlhf.score.score import score_readers
@@ -72,16 +62,11 @@ def mixed_loss(task: Task, scores: Scores) -> float:
 
 
 def reward_margins(task: Task, scores: Scores) -> np.ndarray:
-    """(3, B): every comparison's reward margin, chosen less rejected, under the true, generic and shuffled users.
-
-    UserError where one is not finite.
-    """
+    """(3, B): reward margins, chosen less rejected, under true, generic and shuffled users. UserError if not finite."""
     margins = np.stack([reward_margin(task.config.loss, branch, task.reference).numpy() for branch in scores])
     bad = ~np.isfinite(margins).all(axis=0)
     if bad.any():
-        raise UserError(
-            f"{bad.sum()} of {margins.shape[1]} comparisons have reward margins that are not finite: a broken model?"
-        )
+        raise UserError(f"{bad.sum()} of {len(bad)} comparisons' reward margins are not finite: a broken model?")
     return margins
 
 
@@ -95,28 +80,27 @@ def summarize(
 ) -> dict[str, Any]:
     """The numbers of report.json: accuracies, intervals, calibration, controls, rules, and a row for each known user.
 
-    margins: (3, B), as `reward_margins`; users: numbers, 0 unknown; names: who chose, by which unknown users are
-    resampled; rules: what each trivial rule gets right of every comparison (1, 0, or 0.5), with which the report also says
-    what the rule own_record explains; others: whether the model knows more than one user. Without that there is nobody to
-    shuffle with, and what needs it is None.
+    margins: (3, B), as `reward_margins`; users: numbers, 0 unknown; names: who chose, to resample unknown users by;
+    rules: what each trivial rule gets right of every comparison (1, 0, or 0.5), and own_record what it explains;
+    others: whether the model knows more than one user. Without them nobody is shuffled, and what needs that is None.
     """
     samples, rng = config.bootstrap, np.random.default_rng(config.seed)
-    known, labels = np.asarray(users) > 0, np.asarray(user_labels(names), dtype=object)
+    known, labels = np.asarray(users) > 0, np.asarray(metrics.user_labels(names), dtype=object)
     true, generic, other = (by_user(labels[known], values[known]) for values in margins)
     strangers = by_user(labels[~known], margins[1][~known])
     report: dict[str, Any] = {
         "comparisons": {"known_users": int(known.sum()), "unknown_users": int((~known).sum())},
-        "accuracy": accuracies(true, strangers),
+        "accuracy": metrics.accuracies(true, strangers),
         "interval": {
-            "top": pooled_interval(true, samples, rng),
-            "average_mean": mean_interval(true, samples, rng),
+            "top": metrics.pooled_interval(true, samples, rng),
+            "average_mean": metrics.mean_interval(true, samples, rng),
             "average_std": std_interval(true.accuracy()),
-            "generic": pooled_interval(strangers, samples, rng),
+            "generic": metrics.pooled_interval(strangers, samples, rng),
             "worst_user": worst_user_interval(true.correct, true.n),
         },
         "calibration": {
-            "top": expected_calibration_error(margins[0][known]),
-            "generic": expected_calibration_error(margins[1][~known]),
+            "top": metrics.expected_calibration_error(margins[0][known]),
+            "generic": metrics.expected_calibration_error(margins[1][~known]),
         },
         "controls": _controls(true, generic, other, samples, rng),
         "per_user": _per_user(true, generic, other),
@@ -174,7 +158,7 @@ def _controls(
     """
     found: dict[str, Any] = {}
     for name, control in (("generic_user", generic), ("shuffled_users", other)):
-        found[name] = {"accuracy": pooled(control), "interval": pooled_interval(control, samples, rng)}
+        found[name] = {"accuracy": pooled(control), "interval": metrics.pooled_interval(control, samples, rng)}
     gains = {
         "gain_over_generic": (true, generic), "placebo_gain": (other, generic), "personalisation_gain": (true, other)
     }  # fmt: skip
@@ -190,10 +174,7 @@ def _rules(rules: Mapping[str, Sequence[float]], known: np.ndarray) -> dict[str,
     def share(right: Sequence[float], rows: np.ndarray) -> float | None:
         return float(np.asarray(right)[rows].mean()) if rows.any() else None
 
-    return {
-        name: {"known_users": share(right, known), "unknown_users": share(right, ~known)}
-        for name, right in rules.items()
-    }
+    return {k: {"known_users": share(v, known), "unknown_users": share(v, ~known)} for k, v in rules.items()}
 
 
 def _per_user(true: UserCounts, generic: UserCounts, other: UserCounts) -> dict[str, Any]:

@@ -15,8 +15,7 @@ from prlhf.evaluate.stats.metrics import correct
 from prlhf.evaluate.stats.paired import Comparisons, Model
 
 JSON_KINDS = {str: "a string", str | None: "a string or null", bool: "true or false", float: "a finite number"}
-# The kinds of the fields of margins.jsonl.
-FIELDS = {"id": str, "user": str | None, "text": str, "known": bool, **dict.fromkeys(BRANCHES, float)}
+FIELDS = {"id": str, "user": str | None, "text": str, "known": bool, **dict.fromkeys(BRANCHES, float)}  # of MARGINS
 
 
 class ReportedNumber(NamedTuple):
@@ -45,7 +44,7 @@ def evaluation_folder(folder: str) -> Path:
 
 
 def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
-    """The comparisons of an evaluation and, (B,), what the model got right of them (`correct`), a known user as themselves.
+    """An evaluation's comparisons and, (B,), what the model got right (`correct`), known users as themselves.
 
     UserError, with file, line and field, where margins.jsonl is missing or damaged.
     """
@@ -70,10 +69,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def read_models(named: dict[str, list[str]]) -> tuple[Comparisons, list[Model]]:
-    """The models by name, from the folders of their seeds.
-
-    UserError where two folders do not hold the same comparisons, and where two seeds of a model are one folder.
-    """
+    """The models, of the seeds' folders by name. UserError where comparisons differ or two seeds are one folder."""
     first, models = None, []
     for name, folders in named.items():
         seeds: dict[Path, str] = {}
@@ -93,10 +89,7 @@ def read_models(named: dict[str, list[str]]) -> tuple[Comparisons, list[Model]]:
 
 
 def read_reported(folder: str) -> tuple[dict[str, float | None], bool | None]:
-    """The REPORTED numbers of an evaluation, by name, and whether own_record explains the model's gain.
-
-    None for what its report.json lacks. UserError where that is damaged.
-    """
+    """The REPORTED numbers; whether own_record explains the gain. None for what is lacking; UserError if damaged."""
     path = evaluation_folder(folder) / "report.json"
     try:
         report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

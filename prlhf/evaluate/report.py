@@ -48,8 +48,7 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def write_margins(folder: Path, comparisons: Sequence[Comparison], known: Sequence[bool], margins: np.ndarray) -> None:
-    """Write margins.jsonl, which `prlhf.compare` reads: for each comparison its id, its user, a hash of its prompt and
-    responses, whether the model knows the user, and its margins.
+    """Write margins.jsonl for `prlhf.compare`: ids, users, hashes of the texts, whether users are known, and margins.
 
     margins: (3, B) reward margins, chosen minus rejected, as the true, generic and shuffled user (BRANCHES).
     """
@@ -64,10 +63,8 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as text, in the order of the paper's tables."""
     accuracy, calibration = report["accuracy"], report["calibration"]
     headlines = [(title, percent(accuracy[k]), interval_text(report["interval"][k])) for k, title in HEADLINES.items()]
-    controls = [
-        (CONTROLS[name], percent(control["accuracy"]), interval_text(control["interval"]))
-        for name, control in report["controls"].items()
-    ]
+    found = report["controls"].items()
+    controls = [(CONTROLS[k], percent(row["accuracy"]), interval_text(row["interval"])) for k, row in found]
     users = [
         (user, str(row["n"]), *(percent(row[k]) for k in ("accuracy", "generic_user", "shuffled_users")))
         for user, row in report["per_user"].items()

@@ -42,17 +42,14 @@ class TextModel:
     ) -> list[str]:
         """One response to each prompt, as its user prefers it. For models of `method: pdpo`.
 
-        prompts: a list whose items are text, taken as it is, or lists of {"role", "content"} messages, which go through
-        the chat template. user_texts: text about the user, put before the prompt; one for all, or a list.
-        decoding: max_new_tokens (128), temperature (0: greedy), top_p (1) and seed (0). Responses do not depend on
-        batch_size. They are those of generate.py for the same prompts without ids.
-        UserError for a model that does not generate, an unknown user, a setting out of range, and a prompt that is none or
-        too long.
+        prompts: texts, taken as they are, or lists of {"role", "content"} messages, which go through the chat template.
+        user_texts: text about the user, put before the prompt; one for all, or a list. decoding: max_new_tokens (128),
+        temperature (0: greedy), top_p (1) and seed (0). Responses do not depend on batch_size, and are generate.py's
+        for the same prompts without ids. UserError: a model that does not generate, an unknown user, a setting out of
+        range, a prompt that is none or too long.
         """
         if not isinstance(self.loaded.model, PersonalizedLM):
-            raise UserError(
-                f"{self.loaded.path}: a model of method {self.config.method} does not generate, expected pdpo"
-            )
+            raise UserError(f"{self.loaded.path}: method {self.config.method} does not generate, expected pdpo")
         names, texts = _one_each(users, prompts, "users"), _one_each(user_texts, prompts, "user_texts")
         requests = []
         for i, (prompt, name, text) in enumerate(zip(prompts, names, texts)):
@@ -64,8 +61,7 @@ class TextModel:
         check_range("temperature", settings.temperature, low=0)
         check_range("top_p", settings.top_p, low=1e-6, high=1)
         for start in range(0, len(requests), batch_size):
-            batch = requests[start : start + batch_size]
-            responses += generate(self.loaded.model, batch, self.encoder.eos, settings)
+            responses += generate(self.loaded.model, requests[start : start + batch_size], self.encoder.eos, settings)
         return self.loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
 
     def score(
@@ -74,11 +70,9 @@ class TextModel:
         """One number for each response, given its prompt and user:
 
         `method: prm`: the reward r_P(x, y, u). Rewards to one prompt can be compared; their zero is arbitrary.
-        `method: pdpo`: log pi_P(y | x, u) in nats, the sum over the response's tokens, EOS included. Not the implicit
-        reward, which takes a reference: `margins` gives beta h.
-        Prompts, users and user texts as for `generate`; responses to one prompt all see the prompt cut as the longest
-        of them demands. UserError for a model of `method: pairwise`, which reads two responses, an unknown user, lists of
-        different lengths, and a prompt or response that is none or too long.
+        `method: pdpo`: log pi_P(y | x, u) in nats, over all tokens with EOS. The implicit reward beta h: see `margins`.
+        Prompts, users and user texts as for `generate`; a prompt is cut as its longest response demands. UserError for
+        `method: pairwise`, an unknown user, lists of different lengths, a prompt or response that is none or too long.
         """
         if self.encoder.question is not None:
             raise UserError(f"{self.loaded.path}: method pairwise compares two responses, expected prm or pdpo")
@@ -102,15 +96,14 @@ class TextModel:
         log-probs a token); `prm`: r_P(x, y1, u) - r_P(x, y2, u); `pairwise`: logit P(y1 over y2).
         sigmoid(margin) is the probability that the user prefers the chosen one, for the sigmoid losses.
 
-        comparisons: records as in a data file, {"prompt", "chosen", "rejected", "user"?, "user_text"?}; the user may also stand
-        in the column of `data.user_column`. By default each is read by the user that it names, the generic user where it names none or an unknown one, as evaluate.py does;
-        `users` puts others in their place. After full fine-tuning the first call loads the base model, the reference.
-        UserError, with the comparison's position: no comparison, or one that leaves too little room for its prompt.
+        comparisons: records as in a data file, {"prompt", "chosen", "rejected", "user"?, "user_text"?}; the user may
+        also stand in `data.user_column`. By default each is read by the user that it names, the generic user where that
+        is none or unknown, as in evaluate.py; `users` puts others in their place. After full fine-tuning the first call
+        loads the base, the reference. UserError, with the position: no comparison, or too little room for its prompt.
         """
         _require_list(comparisons)
         data = self.config.data
-        records = [dict(record) for record in comparisons]
-        records = [named_user(r, data.user_column) if data.user_column in r else r for r in records]
+        records = [named_user(r, data.user_column) if data.user_column in r else r for r in map(dict, comparisons)]
         parsed = [parse_comparison(r, f"comparisons[{i}]", str(i), data.attributes) for i, r in enumerate(records)]
         if users == OWN:
             numbers = [self.loaded.number(c.user) for c in parsed]
@@ -133,8 +126,7 @@ class TextModel:
         return reward_margin(self.config.loss, self._outputs(pairs), reference).tolist()
 
     def _outputs(self, pairs: list[EncodedComparison]) -> Outputs:
-        users = [c.user for c in pairs]
-        return score(self.loaded.model, pairs, users, self.config.evaluate.batch_size)
+        return score(self.loaded.model, pairs, [c.user for c in pairs], self.config.evaluate.batch_size)
 
     @cached_property
     def _reference(self) -> PersonalizedLM:

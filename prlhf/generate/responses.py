@@ -11,10 +11,7 @@ OTHERWISE = "expected another --out or --overwrite"
 
 
 class ResponseFile:
-    """Appends records to `path`, and knows which responses, made with the same settings, are there already.
-
-    UserError where the file was not written by this command, or with other settings.
-    """
+    """Appends records to `path`, and knows which are there. UserError where another command or settings made it."""
 
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False):
         self.path = path

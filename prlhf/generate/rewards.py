@@ -1,10 +1,9 @@
 """Rewards of single responses: a file of (prompt, response, user) lines, scored in batches by a reward model.
 
-A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, so what
-generate.py wrote can be scored. The output has {"id", "user", "known", "reward"} for each line, in the same order. The user
-may also stand in the column of `data.user_column`. A user whom the model does not know is scored as the generic user, and
-"known" says so. Rewards of responses to one prompt can be compared, as all are read after the same prompt, cut as the
-longest of them demands. Their zero means nothing: Bradley-Terry leaves it open.
+A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, as
+generate.py writes; the user may also stand in `data.user_column`. The output has {"id", "user", "known", "reward"} for
+each line, in order. An unknown user is scored as the generic one, and "known" says so. Rewards of responses to one
+prompt can be compared: all follow it as cut for the longest. Their zero means nothing: Bradley-Terry leaves it open.
 """
 
 from collections import defaultdict
@@ -51,8 +50,7 @@ def read_lines(path: str | Path, config: DataConfig = CANONICAL) -> list[ScoredL
                 raise UserError(f"{where}: no field {name!r}{did_you_mean(name, record)}")
         prompt = parse.parse_prompt(record["prompt"], where)
         response = parse.parse_response(record["response"], f"{where}, response")
-        named = None if record.get("user") == GENERIC else record.get("user")
-        user = parse.parse_user(named, f"{where}, user")
+        user = parse.parse_user(None if record.get("user") == GENERIC else record.get("user"), f"{where}, user")
         user_text = parse.parse_user_text(record, where, config.attributes)
         lines.append(ScoredLine(prompt, response, user, user_text, parse.id_of(record, number), where))
     return lines

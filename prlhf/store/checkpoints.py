@@ -35,10 +35,7 @@ def training_tensors(model: nn.Module, state: OptimizerState) -> dict[str, torch
 def save_step(
     folder: Path, model: nn.Module, optimizer: OptimizerState, users: UserIndex, state: dict[str, Any]
 ) -> Path:
-    """Write folder/step_N with all that exact resumption needs: weights, optimiser, `state`. Each rank writes its shards.
-
-    TrainingError where it cannot be written; checkpoints before it stay good.
-    """
+    """Write folder/step_N, for exact resumption: weights, optimiser, `state`. TrainingError if it cannot be written."""
 
     def write_plain() -> None:
         users.save(aside / "users.json")
@@ -83,10 +80,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_step(path: Path, model: nn.Module, optimizer: OptimizerState | None = None) -> None:
-    """Load a step's weights and, where given, the optimiser's state; any number of ranks may have saved them.
-
-    UserError where it is of another model. `read_state` says whether it is damaged.
-    """
+    """Load a step, saved by any number of ranks. UserError for another model's; `read_state` tells if it is damaged."""
     read_tensors(training_tensors(model, optimizer or {}), path)
 
 

@@ -15,10 +15,7 @@ from prlhf.parallel.ranks import barrier, on_main, rank, reason
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A fresh directory for all ranks to write into. On success it replaces `path`; on failure it is removed.
-
-    TrainingError where files cannot be written (a full disk, say).
-    """
+    """A new directory for all ranks; it replaces `path` once written, or is removed. TrainingError if writing fails."""
     aside = path.parent / f".{path.name}.partial"
 
     def begin() -> None:

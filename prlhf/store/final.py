@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from prlhf.backbone.loading import load_backbone, load_tokenizer, load_weights
 from prlhf.backbone.lora import load_lora, lora_state, save_lora
@@ -32,17 +33,11 @@ from prlhf.store.files import checksum, written_aside
 
 
 def save_final(
-    path: Path,
-    model: PersonalizedModel,
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    users: UserIndex,
-    base: str,
+    path: Path, model: PersonalizedModel, config: Config, tokenizer: Tokenizer, users: UserIndex, base: str
 ) -> None:
     """Write the model for use: a plain Hugging Face folder or PEFT adapter, for any number of ranks.
 
-    base: the fingerprint of the weights that training started from. Rank 0 holds all weights while it writes them.
-    TrainingError where they cannot be written.
+    base: the initial weights' fingerprint. Rank 0 holds all weights while it writes. TrainingError where that fails.
     """
     named_parameters(model)  # puts a sharded model into its sharded state, from which `whole` gathers
     adapters = whole(lora_state(model.backbone))
@@ -66,8 +61,7 @@ def save_final(
         on_main(write)
 
 
-# The keys that decide which model the saved weights make, and those among them that may still change: where the base
-# model lies, and how it computes.
+# Keys that decide which model the weights make, and those of them that may change: the base's path, how it computes.
 FIXED = ("method", "model.", "user_model.", "lora.")
 FREE_KEYS = (
     "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.recompute",
@@ -80,14 +74,13 @@ class Loaded(NamedTuple):
 
     path: Path
     config: Config
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     users: UserIndex
     model: PersonalizedModel
 
     def number(self, name: str | None) -> int:
         """The number of the user `name`; 0 for an unknown user, and for all users where nothing personal was trained."""
-        personal = is_personal(self.model.user_model, self.config.loss.alpha)
-        return self.users.number(name) if personal else 0
+        return self.users.number(name) if is_personal(self.model.user_model, self.config.loss.alpha) else 0
 
     def required_number(self, name: str) -> int:
         """As `number`, but UserError for a name that is neither known nor 'generic'."""
@@ -112,8 +105,7 @@ def find_final(checkpoint: str | Path) -> Path:
 def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loaded:
     """Load what `save_final` wrote, in eval mode, in the type that it computed in.
 
-    overrides: key=value, of the keys that leave it the same model. UserError where it is damaged, or the base model has
-    changed.
+    overrides: key=value, of keys that leave it the same model. UserError where it is damaged or the base model changed.
     """
     path = find_final(checkpoint)
     config = load_resolved(path / "config.yaml", overrides)
@@ -123,10 +115,8 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
         raise UserError(f"{path}: --set would make it another model than was trained: {', '.join(fixed)}")
     users = UserIndex.load(path / "users.json")
     tokenizer = load_tokenizer(config.model, path)
-    if config.lora.rank or config.model.frozen:
-        backbone = _load_base(path, config, tokenizer)
-    else:
-        backbone = load_weights(path, config.model.dtype)
+    from_base = config.lora.rank or config.model.frozen
+    backbone = _load_base(path, config, tokenizer) if from_base else load_weights(path, config.model.dtype)
     model = build_model(config, tokenizer, len(users), backbone)
     try:
         if config.lora.rank:
@@ -146,8 +136,7 @@ def _to_compute_type(backbone: nn.Module, config: Config) -> None:
 
 
 def reference_model(loaded: Loaded) -> PersonalizedLM:
-    """pi_SFT of a loaded model: the model itself where its backbone has the base's weights (adapters off); after full
-    fine-tuning the base model, loaded again on the CPU."""
+    """pi_SFT: the model itself where its backbone has the base's weights (adapters off), else the base, on the CPU."""
     if loaded.config.lora.rank or loaded.config.model.frozen:
         return loaded.model
     backbone = _load_base(loaded.path, loaded.config, loaded.tokenizer)
@@ -174,7 +163,7 @@ def _base(path: Path) -> dict[str, str]:
         raise UserError(f"{path / 'base.json'}: cannot be read ({error})") from None
 
 
-def _load_base(path: Path, config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _load_base(path: Path, config: Config, tokenizer: Tokenizer) -> PreTrainedModel:
     """The base model. UserError where its weights are not those that training started from."""
     backbone, base = load_backbone(config.model, tokenizer, config.seed), _base(path)
     if base["dtype"] == config.model.dtype and base["fingerprint"] != weights_fingerprint(backbone):

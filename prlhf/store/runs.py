@@ -1,7 +1,4 @@
-"""A run's directory: opened once, refused to another config, and its metrics.jsonl.
-
-It holds config.yaml, metrics.jsonl, checkpoints/ and, once the run is finished, final/.
-"""
+"""A run's directory, opened once, with one config: config.yaml, metrics.jsonl, checkpoints/ and, at last, final/."""
 
 import contextlib
 import errno
@@ -84,8 +81,7 @@ class Run(NamedTuple):
 def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
     """Open and lock config.run_dir, by default runs/`name`; nothing in it is changed until `begin`.
 
-    UserError where it belongs to another config (with the keys that differ, unless `overwrite`), holds other files, or
-    is in use by another process.
+    UserError where it has another config (with the keys that differ; not if `overwrite`), other files, or is in use.
     """
     run = Run(Path(config.run_dir or Path("runs") / name).expanduser(), None)
 
