@@ -94,8 +94,8 @@ def run_prepare(args: Namespace) -> None:
     given = {name: getattr(args, name) for name in OWNERS if getattr(args, name) is not None}
     for name in given:
         if args.name not in OWNERS[name]:
-            option, owners = name.replace("_", "-"), " and ".join(OWNERS[name])
-            raise UserError(f"--{option}: an option of {owners}, not of {args.name}")
+            owners = " and ".join(OWNERS[name])
+            raise UserError(f"--{name.replace('_', '-')}: an option of {owners}, not of {args.name}")
     check_range("--known-users", given.get("known_users", 1), low=1)
     prepare.prepare(args.name, args.raw, args.out, _options(args, **given), args.overwrite)
 

@@ -88,9 +88,7 @@ def named_user(record: Record, column: str) -> Record:
     return {**record, "user": str(user) if type(user) is int else user}
 
 
-def parse_comparison(
-    record: Record, where: str, default_id: str, attributes: Sequence[str] | None = None
-) -> Comparison:
+def parse_comparison(record: Record, where: str, default: str, attributes: Sequence[str] | None = None) -> Comparison:
     """One canonical record; other fields are ignored. UserError names `where`, the field and what was expected.
 
     attributes: which of the record's attributes make up the user text; None: the record's user_text.
@@ -107,7 +105,7 @@ def parse_comparison(
         rejected=parse_response(record["rejected"], f"{where}, rejected"),
         user=parse_user(record.get("user"), f"{where}, user"),
         user_text=parse_user_text(record, where, attributes),
-        id=id_of(record, default_id),
+        id=id_of(record, default),
         first=first,
         margin=_parse_margin(record.get("margin"), f"{where}, margin"),
     )
@@ -128,8 +126,7 @@ def id_of(record: Record, default: str | int) -> str:
 def split_conversations(record: Record) -> Record:
     """Split responses that are whole conversations (TRL's other forms) into the prompt and the last messages.
 
-    The conversations must agree in all but the last message, and with the prompt where the record has one; any other record
-    is returned as it is.
+    They must agree in all but the last message, and with the record's prompt if any; other records stay as they are.
     """
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if not (_are_messages(chosen) and _are_messages(rejected) and len(chosen) > 1 and chosen[:-1] == rejected[:-1]):
@@ -159,10 +156,7 @@ def parse_response(response: Any, where: str) -> str:
 
 
 def parse_user(user: Any, where: str) -> str | None:
-    """The user's name; the digits of a whole number; None for the unknown user (null or "").
-
-    UserError for anything else, and for the reserved name `generic`.
-    """
+    """The user's name, or a whole number's digits; None for null or "". UserError for all else, and for `generic`."""
     if user is None or user == "":
         return None
     if type(user) is int:
@@ -177,8 +171,7 @@ def parse_user(user: Any, where: str) -> str | None:
 def parse_user_text(record: Record, where: str, attributes: Sequence[str] | None = None) -> str | None:
     """The optional text about the user, None where there is none.
 
-    attributes: make it of these, a line for each that the record has. UserError where the user_text is not text, or the
-    record's attributes are not texts by name.
+    attributes: make it of these, a line for each that is there. UserError: not text, or attributes that are not texts.
     """
     if attributes is not None:
         by_name = record.get("attributes") or {}
@@ -208,9 +201,8 @@ def _parse_margin(margin: Any, where: str) -> float:
 
 def _are_messages(value: Any) -> bool:
     """Whether it is a list of {"role", "content"} messages that is not empty."""
-    names = ("role", "content")
     is_list = isinstance(value, list) and len(value) > 0 and all(isinstance(message, dict) for message in value)
-    return is_list and all(isinstance(message.get(name), str) for message in value for name in names)
+    return is_list and all(isinstance(message.get(name), str) for message in value for name in ("role", "content"))
 
 
 class Prompt(NamedTuple):
@@ -225,8 +217,7 @@ class Prompt(NamedTuple):
 def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Prompt]:
     """The prompts of a JSON Lines file: {"prompt", "id"?, "user"?, "user_text"?}. The default id is the line's number.
 
-    config: user_column, for lines that have it, and attributes.
-    UserError, with file and line: a line without a prompt, or an id that an earlier line has.
+    config: user_column (where a line has it) and attributes. UserError, with file and line: no prompt, a repeated id.
     """
     prompts: list[Prompt] = []
     lines: dict[str, int] = {}

@@ -21,12 +21,10 @@ Record = dict[str, Any]
 def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[str, int, Record]]:
     """("FILE, line 3", 3, record) for each record of a file; in parquet files "row 3".
 
-    format: "jsonl", "csv", "parquet", or "auto": by the name (without .gz), JSON Lines where it says neither of the
-    others. UserError, with file and place, where a record cannot be read.
+    format: "jsonl", "csv", "parquet", or "auto": by the name without .gz, else "jsonl". UserError, with file and place.
     """
     if format == "auto":
-        suffix = Path(path).with_suffix("").suffix if Path(path).suffix == ".gz" else Path(path).suffix
-        format = suffix.removeprefix(".").lower()
+        format = Path(Path(path).name.removesuffix(".gz")).suffix.removeprefix(".").lower()
     read = {"csv": read_csv, "parquet": read_parquet}.get(format, read_json_lines)
     unit = "row" if format == "parquet" else "line"
     for number, record in read(path):
@@ -60,10 +58,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """Line number and object of each line of a JSON Lines file, plain or .gz.
-
-    UserError, with file and line: missing, empty, truncated, not UTF-8, not JSON, not an object.
-    """
+    """Number and object of each line, plain or .gz. UserError by line: missing, empty, damaged, no object."""
     path = require_file(path)
     found = False
     for number, line in read_lines(path):
@@ -79,10 +74,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
 
 
 def parse_json(text: str, where: str, lines: bool = False) -> Any:
-    """A JSON value. UserError with `where`: invalid, too deep, too long a number, half of a surrogate pair.
-
-    lines: name the line of the text too.
-    """
+    """A JSON value. UserError with `where`, and line if `lines`: invalid, too deep or large, half a surrogate pair."""
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():
@@ -100,8 +92,7 @@ def parse_json(text: str, where: str, lines: bool = False) -> Any:
 def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Line number (the last of its lines) and record of each row of a CSV file with a header, plain or .gz.
 
-    Empty cells are left out of the record. UserError, with file and line: missing, empty, not UTF-8, or a row with more or
-    fewer cells than the header.
+    Empty cells are left out. UserError, with file and line: missing, empty, not UTF-8, not as many cells as the header.
     """
     path = require_file(path)
     csv.field_size_limit(2**31 - 1)

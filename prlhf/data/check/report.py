@@ -129,17 +129,15 @@ def activity_section(splits: Sequence[CheckedFile], users: UserIndex, warnings: 
     if few:
         share = f"{len(few):,} of {len(users):,}"
         warnings.append(f"{splits[0].path}: known users with fewer than {FEW} comparisons: {share}, e.g. {few[0]!r}")
-    header = ["comparisons per user", "least", "median", "most", "the most active"]
-    return f"\n{markdown_table(header, rows)}"
+    return "\n" + markdown_table(["comparisons per user", "least", "median", "most", "the most active"], rows)
 
 
 def votes_section(splits: Sequence[CheckedFile], warnings: list[str]) -> str:
     """Repeated and contradicted votes, and the accuracy that they leave to a user-blind model."""
     rows: list[list[Cell]] = []
     for split in splits:
-        found, majority = conflicts(split.read), majority_share(split.read)
-        share = percent_text(majority.share)
-        rows.append([split.label, *found[:3], majority.repeated_pairs, majority.contradicted_pairs, share])
+        found, (share, *pairs) = conflicts(split.read), majority_share(split.read)
+        rows.append([split.label, *found[:3], *pairs, percent_text(share)])
         if found.example:
             warnings.append(
                 f"{split.path}: a user's votes for both responses of the same pair: {found.contradictions:,}, "
@@ -209,10 +207,7 @@ def lengths_section(splits: Sequence[CheckedFile]) -> str:
 
 
 def tokens_section(splits: Sequence[CheckedFile], users: UserIndex, encode: Encode, warnings: list[str]) -> str:
-    """What a config makes of the files; a warning where it costs more than MUCH of the comparisons something.
-
-    UserError where no comparison of a file fits data.max_tokens.
-    """
+    """What a config makes of the files; warns of losses above MUCH. UserError where nothing fits data.max_tokens."""
     rows: list[list[Cell]] = []
     for split in splits:
         found = encode(split.file, users)

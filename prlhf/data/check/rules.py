@@ -33,12 +33,8 @@ def as_read(comparison: Comparison) -> Comparison:
 
     prompt = comparison.prompt
     messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    return replace(
-        comparison,
-        prompt=tuple({**m, "content": read(m["content"])} for m in messages),
-        chosen=read(comparison.chosen),
-        rejected=read(comparison.rejected),
-    )
+    prompt = tuple({**m, "content": read(m["content"])} for m in messages)
+    return replace(comparison, prompt=prompt, chosen=read(comparison.chosen), rejected=read(comparison.rejected))
 
 
 def prompt_key(prompt: str | Messages) -> Hashable:
@@ -120,12 +116,8 @@ class FittedRules:
     votes: Counter[tuple[Hashable, Hashable]] = field(default_factory=Counter)  # (chosen, rejected)
     wins: Counter[Hashable] = field(default_factory=Counter)
     losses: Counter[Hashable] = field(default_factory=Counter)
-    longer_chosen: Counter[str | None] = field(
-        default_factory=Counter
-    )  # by user, None for all: longer wins - longer losses
-    own: Counter[tuple[str, Hashable]] = field(
-        default_factory=Counter
-    )  # (user, response): wins - losses, if ever judged
+    longer_chosen: Counter[str | None] = field(default_factory=Counter)  # by user, None for all: longer's wins - losses
+    own: Counter[tuple[str, Hashable]] = field(default_factory=Counter)  # (user, response): wins - losses, if judged
 
     def right(self, comparisons: Sequence[Comparison]) -> dict[str, list[float]]:
         """For each rule that applies, by its name in RULES: 1, 0 or 0.5 for each comparison.
@@ -162,10 +154,7 @@ class FittedRules:
 
 
 def fit(train: Iterable[Comparison], users: UserIndex | None = None) -> FittedRules:
-    """The rules, with the votes of these training comparisons (may be none).
-
-    users: the users whose own length preference is learned; by default all.
-    """
+    """The rules, with the votes of `train` (may be none). users: whose own length preference is learned; None: all."""
     rules = FittedRules()
     for c in map(as_read, train):
         chosen, rejected = response_keys(c)

@@ -211,8 +211,7 @@ def hub_error(folder: RawFolder, files: list[str], error: Exception) -> UserErro
         needs = f"needed: {source.needs}" if source.needs else f"expected a public data set; see {source.page}"
         refused = f"the Hub refused {source.repository} with status {status}"
         return UserError(f"{folder.name}: {refused}, and {found}; {needs}")
-    said = " ".join(str(error).split())
-    reason = f"{source.repository} did not arrive from the Hub ({type(error).__name__}: {said})"
+    reason = f"{source.repository} did not arrive from the Hub ({type(error).__name__}: {' '.join(str(error).split())})"
     if is_offline_mode():
         reason = "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, which forbids the download; unset it"
     return folder.no_network(files, reason.replace(token, "<token>") if token else reason)

@@ -42,9 +42,6 @@ def read(folder: Path, options: Options) -> RawSet:
                     dropped["ties" if VOTES[said] is None else "votes on equal completions"] += 1
                     continue
                 chosen, rejected = (a, b) if VOTES[said] else (b, a)
-                name = f"{pair}:{evaluator}"
-                group = text_key(prompt)
-                records.append(
-                    dict(prompt=prompt, chosen=chosen, rejected=rejected, user=evaluator, id=name, split_group=group)
-                )
+                place = dict(user=evaluator, id=f"{pair}:{evaluator}", split_group=text_key(prompt))
+                records.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, **place))
     return RawSet(records, None, [Count("rows", rows, ROWS)], dropped)

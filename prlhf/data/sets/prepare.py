@@ -26,7 +26,6 @@ OUTPUTS = ("train.jsonl", "valid.jsonl", "few_shot.jsonl", "prompts.jsonl")
 GROUPS_BY_RESPONSE = 0.7  # default share: about half of the pairs are trained on, 0.3^2 held out
 INSTEAD = "expected another --out or --overwrite"
 
-
 READERS = {  # the function that reads a data set, and its raw files
     "tldr": (tldr.read, tldr.FILES),
     "tldr_length": (tldr.read_length, tldr.FILES),
@@ -51,8 +50,7 @@ def prepare(name: str, raw: str | None, out: str | None, options: Options, overw
     if found.official is not None:
         made = with_few_shot(*found.official, options.few_shot, options.seed)
     else:
-        shares = Shares(users=found.known_users)
-        made = split(found.records, shares, options.seed, options.few_shot, found.dialogues)
+        made = split(found.records, Shares(found.known_users), options.seed, options.few_shot, found.dialogues)
     if name in SAMPLE_SIZES:
         sizes = len(made.train), len(made.valid) + len(made.few_shot)
         found.counts.extend(map(Count, ("comparisons trained on", "held out"), sizes, SAMPLE_SIZES[name]))
@@ -146,10 +144,7 @@ def is_there(target: Path, settings: dict[str, Any], overwrite: bool) -> bool:
 
 
 def write(target: Path, made: Split, settings: dict[str, Any], raw: RawSet) -> None:
-    """Write the files of a split, split.json last, and print the counts beside the published ones.
-
-    UserError, before anything is written, where a record is no comparison.
-    """
+    """Write a split, split.json last; print counts. UserError, before any is written, where one is no comparison."""
     parts = {"train.jsonl": made.train, "valid.jsonl": made.valid, "few_shot.jsonl": made.few_shot}
     for record in (record for records in parts.values() for record in records):
         parse_comparison(record, f"{settings['data']}, {record['id']}", record["id"])
@@ -157,17 +152,14 @@ def write(target: Path, made: Split, settings: dict[str, Any], raw: RawSet) -> N
     for name in ("split.json", *OUTPUTS):
         (target / name).unlink(missing_ok=True)
     files: dict[str, dict[str, Any]] = {}
-    for name, records in parts.items():
-        if not records:
-            continue
+    for name, records in ((name, records) for name, records in parts.items() if records):
         write_json_lines(target / name, records)
         users = len({r["user"] for r in records if r.get("user") is not None})
         files[name] = {"records": len(records), "users": users, "sha256": sha256(target / name)}
         print(f"{target / name}: {len(records):,} {'prompts' if 'prompts' in name else 'comparisons'}, {users:,} users")
     dropped = {**raw.dropped, "of unknown users, on what is trained on or in few_shot.jsonl": made.left_out}
     if made.straddling is not None:
-        reason = "one response trained on (or in few_shot.jsonl) by its user, the other held out"
-        dropped[reason] = made.straddling
+        dropped["one response trained on (or in few_shot.jsonl) by its user, the other held out"] = made.straddling
     for reason, number in dropped.items():
         if number:
             print(f"left out, {reason}: {number:,}")

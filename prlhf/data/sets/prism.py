@@ -31,10 +31,7 @@ SURVEY, WITH_DIALOGUES, DIALOGUES = 1_500, 1_396, 8_011  # published
 
 
 def read(folder: Path, options: Options) -> RawSet:
-    """The comparisons of the raw files in `folder`, in the survey's order of users.
-
-    UserError, with file, line and field, for bad raw data.
-    """
+    """The comparisons, users in the survey's order. UserError, with file, line and field, for bad raw data."""
     survey_file, conversations_file = raw_files(folder, "prism", *FILES)
     about = {}
     for number, raw in read_json_lines(survey_file):
@@ -66,8 +63,7 @@ def attributes(raw: Record, where: str) -> dict[str, str]:
     given = {name: field(raw, name, str, where, optional=True) for name in ATTRIBUTES}
     ratings = field(raw, "stated_prefs", dict, where, optional=True) or {}
     rated = {n: r for n, r in ratings.items() if type(r) in (int, float) and not n.startswith("other")}
-    top = sorted(rated, key=lambda name: (-rated[name], name))[:TOP_PREFERENCES]
-    given["stated_prefs"] = ", ".join(top)
+    given["stated_prefs"] = ", ".join(sorted(rated, key=lambda name: (-rated[name], name))[:TOP_PREFERENCES])
     return {name: text for name, text in given.items() if text and text != EMPTY}
 
 

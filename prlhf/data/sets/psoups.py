@@ -78,10 +78,7 @@ def read_list(path: Path) -> list[Record]:
 
 
 def without_sentence(asked: str, sentence: str) -> str | None:
-    """The prompt without the sentence at its end; None where there is no such sentence, or no prompt before it.
-
-    Only letters are compared: commas and spaces may differ.
-    """
+    """The prompt without the sentence at its end, compared by letters alone; None where either is missing."""
     starts = [match.start() for match in re.finditer(BEGINS, asked, re.IGNORECASE)]
     if not starts or _letters(asked[starts[-1] :]) != _letters(sentence):
         return None

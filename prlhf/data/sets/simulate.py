@@ -65,10 +65,9 @@ def simulate(
         if labelled is None:
             ties += 1
             continue
-        chosen, rejected = labelled
-        changed = {"chosen": chosen, "rejected": rejected}
+        changed = {"chosen": labelled[0], "rejected": labelled[1]}
         if c.first is not None:  # the response that was shown first stays the same one
-            changed["first"] = c.first if chosen == c.chosen else OTHER[c.first]
+            changed["first"] = c.first if labelled[0] == c.chosen else OTHER[c.first]
         kept.append({**record, **changed, "user": name})
     return kept, prefers_shorter, ties
 

@@ -73,8 +73,7 @@ def split(records: Sequence[Record], shares: Shares, seed: int, k: int = 0, dial
 
     records: with "user" and "split_group"; users and groups are drawn in the order in which they occur. dialogues: each
     group is one user's. Each known user's groups are divided, and at least one is held out; a user with one group is unknown.
-    Otherwise users share groups (prompts), and all groups are divided.
-    UserError where nothing would be left to train on or to hold out, or a dialogue has two users.
+    Otherwise all groups (prompts) are divided. UserError: nothing to train on or to hold out, a dialogue of two users.
     """
     random = np.random.RandomState(seed)
     owners, groups_of = related(records, "split_group", "user"), related(records, "user", "split_group")
@@ -130,8 +129,9 @@ def with_few_shot(train: list[Record], valid: list[Record], pool: Sequence[Recor
 
 def _require_some(train: Sequence, valid: Sequence) -> None:
     if not train or not valid:
-        found = f"{len(train)} comparisons would be trained on and {len(valid)} held out"
-        raise UserError(f"{found}; expected some of each")
+        raise UserError(
+            f"{len(train)} comparisons would be trained on and {len(valid)} held out; expected some of each"
+        )
 
 
 def judged(comparison: Comparison) -> Judged:
@@ -155,9 +155,8 @@ def split_by_response(
 ) -> Split:
     """Divide each known user's responses. A pair of two training responses is trained on, a pair of two others is held out.
 
-    comparisons: one for each record. A user whose division leaves no training pair is unknown. Unknown users' comparisons are
-    all held out, or with k divided by response too, see `_few`.
-    UserError where nothing would be left to train on or to hold out.
+    comparisons: one a record. A user whose division leaves no training pair is unknown. Unknown users' are all held
+    out, or with k divided by response too, see `_few`. UserError where nothing is left to train on or to hold out.
     """
     random = np.random.RandomState(seed)
     rows_of: dict[str | None, Rows] = {}

@@ -35,14 +35,11 @@ PREFER_LONGER = {  # shares of the validation comparisons, ties included
 
 
 class Filtered(NamedTuple):
-    """The comparisons that pass the filter of policies, and how many passed for training and for validation.
-
-    counts: those without a post included, which are in neither list.
-    """
+    """The comparisons that pass the filter of policies, and how many passed."""
 
     train: list[Record]
     valid: list[Record]
-    counts: tuple[int, int]
+    counts: tuple[int, int]  # for training and validation, with those without a post, which are in neither list
     dropped: dict[str, int]
 
 
@@ -67,8 +64,7 @@ def read_length(folder: Path, options: Options) -> RawSet:
         return [{**r, "chosen": choice[0], "rejected": choice[1]} for r, choice in zip(records, choices) if choice]
 
     train, valid = relabelled(filtered.train), relabelled(filtered.valid)
-    ties = len(filtered.train) + len(filtered.valid) - len(train) - len(valid)
-    filtered.dropped["as long as each other"] = ties
+    filtered.dropped["as long as each other"] = len(filtered.train) + len(filtered.valid) - len(train) - len(valid)
     known = set(workers[: options.known_users])
     counts = []
     for (what, published), is_known in zip(PREFER_LONGER.items(), (True, False)):
@@ -89,12 +85,8 @@ def _raw_set(filtered: Filtered, train: list[Record], valid: list[Record], optio
     counts = [Count(what, n, said.get(options.known_users)) for (what, said), n in zip(PUBLISHED.items(), found)]
     kept, kept_valid = ([r for r in part if r["chosen"] != r["rejected"]] for part in (train, valid))
     equal = len(train) + len(valid) - len(kept) - len(kept_valid)
-    official = Official(
-        train=[r for r in kept if r["user"] in known],
-        valid=kept_valid,
-        pool=[r for r in kept if r["user"] not in known],
-    )
-    return RawSet([], official, counts, {**filtered.dropped, "with equal summaries": equal})
+    trained, pool = ([r for r in kept if (r["user"] in known) == is_known] for is_known in (True, False))
+    return RawSet([], Official(trained, kept_valid, pool), counts, {**filtered.dropped, "with equal summaries": equal})
 
 
 def _filtered(folder: Path) -> Filtered:
@@ -129,6 +121,5 @@ def _filtered(folder: Path) -> Filtered:
             prompt = f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {post}\nTL;DR:"
             user = parse_user(field(raw, "worker", str, where), f"{where}, worker")
             place = dict(user=user, id=f"{path.stem}:{number}", split_group=text_key(prompt), split=split)
-            chosen, rejected = texts[choice], texts[1 - choice]
-            parts[split in VALID].append(dict(prompt=prompt, chosen=chosen, rejected=rejected, **place))
+            parts[split in VALID].append(dict(prompt=prompt, chosen=texts[choice], rejected=texts[1 - choice], **place))
     return Filtered(*parts, (counts[0], counts[1]), dropped)
