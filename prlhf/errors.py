@@ -58,16 +58,10 @@ def run_command(main: Callable[[], None]) -> None:
             time.sleep(3)  # torchrun ends this process where rank 0 had the same to say
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except TrainingError as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(1)
-    except Stopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(143)
-    except OtherRankFailed as error:
+    except (TrainingError, Stopped, OtherRankFailed) as error:
         if str(error):
             print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(143 if isinstance(error, Stopped) else 1)
     except OSError as error:
         print(f"error: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)

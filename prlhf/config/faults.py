@@ -40,10 +40,9 @@ def _method_faults(config: Config) -> Iterator[Fault]:
     method, loss = config.method, config.loss
     if loss.label_smoothing and loss.kind not in ("sigmoid", "robust"):
         yield "loss.label_smoothing", f"not part of loss.kind {loss.kind!r}, expected 0"
-    if method == "pdpo" and loss.margin:
-        yield "loss.margin", f"found {loss.margin:g}, expected 0: it is part of reward models"
-    if method == "pdpo" and loss.center:
-        yield "loss.center", f"found {loss.center:g}, expected 0: it is part of reward models"
+    for name, value in (("margin", loss.margin), ("center", loss.center)):
+        if method == "pdpo" and value:
+            yield f"loss.{name}", f"found {value:g}, expected 0: it is part of reward models"
     if method != "pdpo" and loss.kind != "sigmoid":
         yield "loss.kind", f"found {loss.kind!r}, expected 'sigmoid' (Bradley-Terry) for method {method}"
     if method != "pdpo" and loss.nll:

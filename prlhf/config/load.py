@@ -16,9 +16,7 @@ from prlhf.config.keys import BOUNDS, GROUPS, KEYS, Config, choices_of, type_nam
 from prlhf.errors import UserError, did_you_mean
 
 BESIDE = Path(__file__).resolve().parent.parent.parent / "configs"
-CONFIGS = (
-    BESIDE if BESIDE.is_dir() else Path("configs")
-)  # an installed package has none beside it: those where one works
+CONFIGS = BESIDE if BESIDE.is_dir() else Path("configs")  # an installed package has none beside it: where one works
 REPLACED = ("model.gradient_checkpointing", "model.checkpoint_every")  # by model.recompute
 
 Given = dict[str, tuple[Any, str]]  # dotted key -> (value, where it was given)

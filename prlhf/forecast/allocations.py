@@ -74,9 +74,7 @@ def give_fake_storage(model: nn.Module) -> None:
     """Within `Allocations.fake`: turn parameters on meta into fake ones on the CPU. Tied parameters stay tied."""
     fakes: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter not in fakes:
                 empty = torch.empty_like(parameter.detach(), device="cpu")
                 fakes[parameter] = nn.Parameter(empty, parameter.requires_grad)

@@ -84,18 +84,10 @@ def predict(
         checkpoint = update.gradients + bytes_of(fake.model.user_model.tables) + update.moments
         checkpoints = config.train.keep_checkpoints + 1 + (data.valid is not None)
     memory = predicted_memory(fake, update, processes)
+    parameters, change = count_parameters(fake.model), keys_to_change(config, memory, processes)
+    largest = update.largest if update else None
     return Prediction(
-        device=device,
-        processes=processes,
-        available=available,
-        data=lines,
-        parameters=count_parameters(fake.model),
-        updates=updates,
-        largest=update.largest if update else None,
-        memory=memory,
-        checkpoint=checkpoint,
-        checkpoints=checkpoints,
-        change=keys_to_change(config, memory, processes),
+        device, processes, available, lines, parameters, updates, largest, memory, checkpoint, checkpoints, change
     )
 
 

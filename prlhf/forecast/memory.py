@@ -92,19 +92,8 @@ def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes
     process = CUDA_CONTEXT + CUBLAS_WORKSPACE if gpu else resident_bytes()
     heap = {phase: 0 if gpu else size // HEAP_SHARE for phase, size in phases.items()}
     peaks = {phase: process + size + heap[phase] for phase, size in phases.items()}
-    return Memory(
-        process=process,
-        weights=weights,
-        gradients=gradients,
-        optimizer=moments,
-        whole_blocks=gathered,
-        activations=activations,
-        temporaries=temporaries,
-        states=states,
-        host=host,
-        heap=max(heap.values()),
-        peaks=peaks,
-    )
+    waste = max(heap.values())
+    return Memory(process, weights, gradients, moments, gathered, activations, temporaries, states, host, waste, peaks)
 
 
 def kept_by_each(fake: FakeTraining, update: CountedUpdate | None, share: float) -> tuple[int, int, int, int]:

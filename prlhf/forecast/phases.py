@@ -184,13 +184,11 @@ def scoring_peak(fake: FakeTraining) -> int:
     return max(peaks)
 
 
-def first_batch(
-    fake: FakeTraining, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None
-) -> PreferenceBatch:
+def first_batch(fake: FakeTraining, data: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
     """The first batch that is scored, which has the longest comparisons. users: None for the reference."""
-    trees = tree_keys(fake.model, comparisons, users)
-    first = micro_batches(trees, [c.length for c in comparisons], fake.config.evaluate.batch_size)[0]
-    return fake.model.collate([comparisons[i] for i in first], users and [users[i] for i in first])
+    trees = tree_keys(fake.model, data, users)
+    first = micro_batches(trees, [c.length for c in data], fake.config.evaluate.batch_size)[0]
+    return fake.model.collate([data[i] for i in first], users and [users[i] for i in first])
 
 
 def states_bytes(fake: FakeTraining) -> int:

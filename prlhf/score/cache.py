@@ -16,10 +16,7 @@ from prlhf.parallel.ranks import from_main, on_any, on_main
 
 
 def from_cache(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
-    """The tensor (_, count) of a cache file whose name is its fingerprint. Without a valid file, compute and write it.
-
-    Rank 0 reads and writes. All ranks receive the tensor.
-    """
+    """The tensor (_, count) of a file named by its fingerprint. If it is not valid, compute and write it."""
     cached = on_main(lambda: _read(path, path.stem, count))
     if not on_any(cached is not None):
         values = compute()
@@ -59,6 +56,4 @@ def _read(path: Path, fingerprint: str, count: int) -> Tensor | None:
             values, checksum = file.get_tensor("values"), (file.metadata() or {}).get("checksum")
     except (SafetensorError, OSError):
         return None
-    if values.shape[1:] != (count,) or checksum != _checksum(fingerprint, values):
-        return None
-    return values
+    return values if values.shape[1:] == (count,) and checksum == _checksum(fingerprint, values) else None

@@ -66,10 +66,8 @@ def score_readers(
     states: States | None = None,
 ) -> dict[str, Outputs]:
     """`score` for several assignments of users to the comparisons, by name. Each pair (comparison, user) is computed once."""
-    row: dict[tuple[int, int], int] = {}
-    for users in readers.values():
-        for place in enumerate(users):
-            row.setdefault(place, len(row))
+    places = dict.fromkeys(place for users in readers.values() for place in enumerate(users))
+    row = {place: n for n, place in enumerate(places)}
     indices, as_users = zip(*row)
     scored = score(model, [comparisons[i] for i in indices], as_users, batch_size, "evaluation", states)
     rows = {name: [row[place] for place in enumerate(users)] for name, users in readers.items()}

@@ -1,7 +1,6 @@
 """Hidden states of a frozen backbone, computed once for all responses and cached on disk.
 
-With a linear reward head (r = e_u . h) the hidden state h does not depend on the user. With a frozen backbone training
-does not change it either.
+With a linear reward head (r = e_u . h) no user changes the hidden state h; with a frozen backbone no training does.
 """
 
 from collections.abc import Sequence
@@ -60,8 +59,7 @@ def response_states(
 ) -> tuple[list[Reading], Tensor]:
     """All M responses, each once, and their pooled hidden states (M, W) on the CPU. Taken from the cache where it has them.
 
-    The backbone must not read the user. batch_size: responses per forward pass. weights: the backbone's
-    `weights_fingerprint`.
+    The backbone must not read the user. batch_size: responses per pass. weights: the backbone's `weights_fingerprint`.
     """
     readings = readings_of(comparisons)
     pooling = model.config.pooling
@@ -78,9 +76,8 @@ def _compute(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_
     bar = tqdm(total=len(readings), desc="hidden states", leave=False, disable=None if rank() == 0 else True)
     for start, is_mine in share(range(0, len(readings), batch_size)):
         some = readings[start : start + batch_size]
-        states = model.states_of(some)
         count = len(some) if is_mine else 0
-        parts.append(states[:count])
+        parts.append(model.states_of(some)[:count])
         rows += range(start, start + count)
         bar.update(len(some) * world_size())
     bar.close()

@@ -96,9 +96,7 @@ def linear_problem(
     """
     readings, states_SW = responses
     if not states_SW.isfinite().all():
-        raise TrainingError(
-            "user_model.prior: a response's hidden state is not finite; expected finite ones (model.dtype)"
-        )
+        raise TrainingError("user_model.prior: a response's hidden state is not finite, expected finite (model.dtype)")
     row_of = {(reading.prefix, reading.response): s for s, reading in enumerate(readings)}
     device, states_SW = states_SW.device, states_SW.double()
     chosen_N = torch.tensor([row_of[tuple(c.prefix), tuple(c.chosen)] for c in comparisons], device=device)
@@ -209,19 +207,9 @@ def start_along_gradient(problem: LinearProblem, user_model: LowRankUsers, s: fl
 
 
 def minimise(problem: LinearProblem, user_model: nn.Module, strength: Strength) -> Optimum:
-    """Search by L-BFGS, with strong Wolfe line searches, from the user model as it is.
-
-    TrainingError if the objective is not finite where the search ends.
-    """
-    optimizer = torch.optim.LBFGS(
-        user_model.parameters(),
-        max_iter=ITERATIONS,
-        max_eval=2 * ITERATIONS,
-        tolerance_grad=TOLERANCE,
-        tolerance_change=0.0,
-        history_size=MEMORY,
-        line_search_fn="strong_wolfe",
-    )
+    """Search by L-BFGS from the user model as it is. TrainingError if the objective is not finite where it ends."""
+    end = {"max_iter": ITERATIONS, "max_eval": 2 * ITERATIONS, "tolerance_grad": TOLERANCE, "tolerance_change": 0.0}
+    optimizer = torch.optim.LBFGS(user_model.parameters(), **end, history_size=MEMORY, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()

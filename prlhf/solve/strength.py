@@ -137,8 +137,7 @@ def held_out_losses(
             held_out = problem.of(fold.held_out_N)
             with torch.no_grad():
                 losses_N = held_out.losses(held_out.vectors(fit))
-            zeros_M = torch.zeros_like(losses[candidate])
-            losses[candidate] += zeros_M.index_add(0, held_out.users_N, losses_N) / count
+            losses[candidate] += torch.zeros_like(losses[candidate]).index_add(0, held_out.users_N, losses_N) / count
         of_candidates = list(means(losses).values())
         if len(losses) > 2 and min(of_candidates[-2:]) > min(of_candidates):
             break

@@ -79,14 +79,11 @@ def _per(total: float, count: float) -> float | None:
 
 
 def peak_memory_gb() -> float:
-    """The peak of memory so far, in 1e9 bytes: what torch allocated on the GPU; without a GPU, what this process held.
-
-    On Linux the latter is VmHWM: getrusage's peak includes that of the program that started this one.
-    """
+    """The peak of memory so far, in 1e9 bytes: what torch allocated on the GPU; without one, what this process held."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status")
-    if status.exists():
+    if status.exists():  # on Linux getrusage's peak includes that of the program that started this one
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024 / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -100,9 +97,8 @@ class TrainingLog:
         self.run = run
         self.speaks = rank() == 0
         self.writer = _tensorboard(run, first) if config.train.tensorboard and self.speaks else None
-        self.bar = tqdm(
-            total=total, initial=first, desc="training", unit="update", disable=None if self.speaks else True
-        )
+        hidden = None if self.speaks else True  # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=first, desc="training", unit="update", disable=hidden)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a record. It must have "step". A number that is not finite becomes text, because JSON has none."""

@@ -58,9 +58,8 @@ def train(
 ) -> None:
     """Train the model of `training` in place, from the run's newest checkpoint or from the start.
 
-    base: the fingerprint of the weights that training starts from. prior: the prior's numbers, for the log.
-    An update whose loss or gradient is not finite is not applied. TrainingError after config.optim.max_skipped_steps of
-    them in a row. Stopped after SIGTERM, once the current update is saved.
+    base: fingerprint of the weights to start from. prior: its numbers, for the log. TrainingError as for `refuse`.
+    Stopped after SIGTERM, once the current update is saved.
     """
     config, model, comparisons = training.config, training.model, training.comparisons
     total = schedule(config.optim, len(comparisons)).total
@@ -153,10 +152,7 @@ def finish(job: Job) -> None:
 
 
 def resume(run: Run, model: PersonalizedModel, optimizer: Optimizers, started_from: str) -> Progress:
-    """Load the newest checkpoint, if any, and drop the metrics of later updates.
-
-    UserError where that training started from other base weights, users or data.
-    """
+    """Load the newest checkpoint, if any; drop later metrics. UserError if its base weights, users or data differ."""
     newest = int(text_from_main(lambda: str(max(steps(run.checkpoints), default=0))))
     if not newest:
         on_main(lambda: run.forget_after(-1))
@@ -196,7 +192,7 @@ def forget_best_if_gone(run: Run, progress: Progress) -> None:
 
 
 def refuse(job: Job, loss: float, norm: float) -> None:
-    """Log an update that was not applied. TrainingError after optim.max_skipped_steps of them in a row."""
+    """Log an update that was not applied (see `Step`). TrainingError after optim.max_skipped_steps of them in a row."""
     progress = job.progress
     progress.skipped += 1
     job.log.write({"step": progress.step, "skipped": True, "loss": loss, "grad_norm": norm})
@@ -209,10 +205,7 @@ def refuse(job: Job, loss: float, norm: float) -> None:
 
 
 def evaluate_and_save(job: Job) -> bool:
-    """After an update: evaluate if it is time; save if it is time, at a new best, and at the end.
-
-    Returns whether a checkpoint was written.
-    """
+    """Evaluate if it is time; save if it is time, at a new best, and at the end. Returns whether it saved."""
     keys, step, last = job.config.train, job.progress.step, job.progress.step == job.total
 
     def due(every: int | None, at_last: bool = True) -> bool:

@@ -17,8 +17,7 @@ class Optimizers:
     """AdamW for the dense parameters, which every update changes, and RowAdamW for the user tables, if there are any."""
 
     def __init__(self, dense: torch.optim.Optimizer, tables: RowAdamW | None):
-        self.dense = dense
-        self.tables = tables
+        self.dense, self.tables = dense, tables
         self.keeps_gradients = False
 
     @property
@@ -59,10 +58,8 @@ class Optimizers:
             self.tables.step()
 
     def keep_gradients(self) -> None:
-        """Allocate the dense gradients now. From here on `zero_grad` sets them to 0 and does not free them.
-
-        On a CPU, gradients allocated anew in each update lie between its activations and fragment the memory.
-        """
+        """Allocate the dense gradients now. From here on `zero_grad` sets them to 0 and does not free them."""
+        # On a CPU, gradients allocated anew in each update lie between its activations and fragment the memory.
         self.keeps_gradients = True
         for p in self.dense_parameters:
             p.grad = torch.zeros_like(p)
@@ -93,25 +90,19 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
 
 
 def learning_rate_factor(step: int, total: int, config: OptimConfig) -> float:
-    """The factor of all learning rates at update `step` (from 0).
-
-    Linear warm-up, then linear or cosine decay to 0 at `total`, or constant.
-    """
+    """The learning rates' factor at update `step` (from 0): linear warm-up, then constant or decay to 0 at `total`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
     if config.schedule == "linear":
         return 1 - done
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1.0
+    return 0.5 * (1 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0
 
 
 def make_optimizer(config: Config, model: PersonalizedModel, total_steps: int) -> Optimizers:
-    """The optimisers of a model. total_steps: the most steps that will be taken.
+    """The optimisers of a model, for at most `total_steps` steps, with up to three groups.
 
-    There are up to three groups: the backbone or its LoRA at optim.lr; at user_model.lr the parameters that all users
-    share; and at user_model.lr the user tables, by rows.
+    At optim.lr the backbone or its LoRA; at user_model.lr the parameters that all users share and, by rows, the tables.
     """
     parameters = named_parameters(model).values()
     user_ids = {id(p) for p in model.user_parameters()}

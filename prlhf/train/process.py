@@ -20,8 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory, so that a step on a CPU does not ask the system for the same pages again.
 
-    By default glibc maps and unmaps each large tensor. In a small model's step that takes a quarter of the time. Without
-    glibc this does nothing.
+    By default glibc maps and unmaps each large tensor: a quarter of a small model's step. Does nothing without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -27,10 +27,8 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """From the content of state.json. KeyError or TypeError where a field is missing or unknown.
-
-        Checkpoints from before early stopping have fewer fields. Their training accuracy starts anew.
-        """
+        """From the content of state.json. KeyError or TypeError where a field is missing or unknown."""
+        # Checkpoints from before early stopping have fewer fields. Their training accuracy starts anew.
         sums, since = Sums(**state["sums"]), Sums(**state.get("since_evaluation", {}))
         return cls(**{**state, "sums": sums, "since_evaluation": since})
 
@@ -69,12 +67,9 @@ class Progress:
         return {"training_accuracy": training, "overfitting": gap}
 
     def overfitting_warning(self, record: dict[str, Any]) -> str | None:
-        """A warning if overfitting has grown since the last evaluation and held-out accuracy has not; else None.
-
-        Keeps this evaluation to compare the next one with.
-        """
+        """A warning if overfitting has grown since the last evaluation and held-out accuracy has not; else None."""
         before, now = self.latest, {"accuracy": held_out_accuracy(record), "overfitting": record["overfitting"]}
-        self.latest = now
+        self.latest = now  # to compare the next one with
         if before is None or None in (*before.values(), *now.values()):
             return None
         if not (now["overfitting"] > max(GAP, before["overfitting"]) and now["accuracy"] <= before["accuracy"]):
@@ -95,10 +90,9 @@ def held_out_accuracy(record: dict[str, Any]) -> float | None:
 def is_better(record: dict[str, Any], best: dict[str, Any] | None, best_by: str) -> bool:
     """Whether an eval record is better than the best so far (None: there is none yet).
 
-    best_by "loss": the loss is lower. "accuracy": accuracy_top is higher, or equal and the loss is lower. A record whose
-    loss is not finite is never better.
+    By "loss": a lower loss. By "accuracy": a higher accuracy_top, or an equal one and a lower loss.
     """
-    if not math.isfinite(record["loss"]) or best is None:
+    if not math.isfinite(record["loss"]) or best is None:  # a loss that is not finite is never better
         return math.isfinite(record["loss"])
     if best_by == "accuracy" and record["accuracy_top"] != best["accuracy"]:
         return record["accuracy_top"] > best["accuracy"]

@@ -69,8 +69,7 @@ class RowAdamW(torch.optim.Optimizer):
         """total_steps: the most steps that will be taken. Their learning rates are kept."""
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.beta1, self.beta2 = betas
-        self.eps = eps
-        self.total_steps = total_steps
+        self.eps, self.total_steps = eps, total_steps
         self.momentum_steps = min(momentum_steps(*betas), total_steps)
         exponents = torch.arange(total_steps + 1, dtype=torch.float64)
         self.powers1, self.powers2 = self.beta1**exponents, self.beta2**exponents
@@ -87,10 +86,7 @@ class RowAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take a step. Rows with a gradient catch up and move. Other rows catch up when they are next read.
-
-        ValueError for more than total_steps steps, a dense gradient, or lr wd >= 1.
-        """
+        """Rows with a gradient catch up and move. ValueError after total_steps, for a dense gradient, or lr wd >= 1."""
         for group in self.param_groups:
             for table in group["params"]:
                 if table.grad is not None and not table.grad.is_sparse:
@@ -108,8 +104,7 @@ class RowAdamW(torch.optim.Optimizer):
         state = self.state[table]
         if rows_R is None:
             rows_R = (state["current"] < state["step"]).nonzero()[:, 0]
-        numbers_a_row = max(table[0].numel(), self.momentum_steps)
-        for part in rows_R.cpu().split(max(1, WORKING_SET // numbers_a_row)):
+        for part in rows_R.cpu().split(max(1, WORKING_SET // max(table[0].numel(), self.momentum_steps))):
             self._catch_up(table, part)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -147,8 +142,7 @@ class RowAdamW(torch.optim.Optimizer):
         p_RW = keep * p_MW[at_R] - lr / (1 - float(self.powers1[t])) * m_RW / denominator_RW
         for all_MW, some_RW in ((p_MW, p_RW), (m_MW, m_RW), (v_MW, v_RW)):
             all_MW.index_copy_(0, at_R, some_RW)
-        state["current"][rows_R] = t
-        state["last_gradient"][rows_R] = t
+        state["current"][rows_R] = state["last_gradient"][rows_R] = t
 
     def _catch_up(self, table: Tensor, rows_R: Tensor) -> None:
         """Take the missed steps of some rows: one by one while momentum moves them, then the weight decay of the rest at once."""

@@ -40,10 +40,7 @@ def part_loss(task: Task, part: Part, N: int) -> PartLoss:
 
 
 def accumulate_gradients(task: Task, update: Sequence[int]) -> Sums:
-    """Add the gradient of the mean loss over `update` (indices of comparisons) to the weights' gradients.
-
-    Returns the loss, and the other sums for the log.
-    """
+    """Add the gradient of the mean loss over `update` (indices of comparisons) to the weights'. Returns log sums."""
     model, N = task.model, len(update)
     comparisons = [task.comparisons[i] for i in update]
     done: list[tuple[Part, PartLoss]] = []
@@ -77,10 +74,7 @@ class Step(NamedTuple):
 
 
 def take_step(task: Task, optimizer: Optimizers, update: Sequence[int], number: int, total: int) -> Step:
-    """Update `number` (from 0) of `total`: gradients, clipping, AdamW.
-
-    If the loss or the gradient is not finite, the weights stay as they are.
-    """
+    """Update `number` (from 0) of `total`. If the loss or the gradient is not finite, the weights stay as they are."""
     config, model = task.config, task.model
     started = time.perf_counter()
     optimizer.scale_learning_rates(learning_rate_factor(number, total, config.optim))
