@@ -87,7 +87,17 @@ def predict(
     parameters, change = count_parameters(fake.model), keys_to_change(config, memory, processes)
     largest = update.largest if update else None
     return Prediction(
-        device, processes, available, lines, parameters, updates, largest, memory, checkpoint, checkpoints, change
+        device=device,
+        processes=processes,
+        available=available,
+        data=lines,
+        parameters=parameters,
+        updates=updates,
+        largest=largest,
+        memory=memory,
+        checkpoint=checkpoint,
+        checkpoints=checkpoints,
+        change=change,
     )
 
 

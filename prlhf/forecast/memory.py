@@ -93,7 +93,19 @@ def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes
     heap = {phase: 0 if gpu else size // HEAP_SHARE for phase, size in phases.items()}
     peaks = {phase: process + size + heap[phase] for phase, size in phases.items()}
     waste = max(heap.values())
-    return Memory(process, weights, gradients, moments, gathered, activations, temporaries, states, host, waste, peaks)
+    return Memory(
+        process=process,
+        weights=weights,
+        gradients=gradients,
+        optimizer=moments,
+        whole_blocks=gathered,
+        activations=activations,
+        temporaries=temporaries,
+        states=states,
+        host=host,
+        heap=waste,
+        peaks=peaks,
+    )
 
 
 def kept_by_each(fake: FakeTraining, update: CountedUpdate | None, share: float) -> tuple[int, int, int, int]:
