@@ -190,9 +190,9 @@ def peak_said_and_measured(tmp_path, *overrides):
     return said, float(subprocess.run(counting, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
-def within_bounds(said: float, measured: float) -> bool:
-    """Whether a quarter more than is said on a CPU suffices, as docs/scaling.md advises, and no more than a third is too much."""
-    return measured / 1.25 <= said <= 1.35 * measured
+def within_bounds(said: float, measured: float, missed: float = 0.1) -> bool:
+    """Whether a peak on a CPU is said too low by at most the share `missed`, and too high by at most a third."""
+    return (1 - missed) * measured <= said <= 1.35 * measured
 
 
 def test_the_peak_of_a_real_run(tmp_path):
@@ -227,7 +227,10 @@ def test_the_peak_of_a_run_with_135_million_parameters(tmp_path, overrides):
     )
     sizes = ("optim.batch_size=4", "optim.micro_batch_size=2", "optim.epochs=1")
     said, measured = peak_said_and_measured(tmp_path, *keys, *sizes, *overrides)
-    assert within_bounds(said, measured), (said, measured)
+    missed = (
+        0.2 if overrides else 0.1
+    )  # the heap wastes more with LoRA: have a quarter more than is said (docs/scaling.md)
+    assert within_bounds(said, measured, missed), (said, measured)
 
 
 def test_a_cpu_adds_a_fifth_to_all_but_the_process():

@@ -149,8 +149,13 @@ def write_json_lines(path: str | Path, records: Iterable[Record]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file. Complete or not there."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in place of the one that may be there. Complete or not there."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 
 

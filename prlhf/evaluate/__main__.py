@@ -27,6 +27,7 @@ from prlhf.store.final import base_fingerprint, load_final, reference_model
 
 
 def main() -> None:
+    """Evaluate the model that the command line names, and write its report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run's directory or its final/")
     parser.add_argument("--data", help="comparisons; by default the config's data.valid")

@@ -27,6 +27,7 @@ from prlhf.store.final import Loaded, load_final, weights_checksum
 
 
 def main() -> None:
+    """Check the options, load the model, and answer prompts or score responses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run's directory or its final/")
     task = parser.add_mutually_exclusive_group(required=True)

@@ -60,13 +60,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file in place of the one that may be there."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
-
-
 def checksum(*files: Path) -> str:
     """A hash of the files' bytes, in order."""
     digest = hashlib.blake2b(digest_size=16)

@@ -12,10 +12,10 @@ from typing import IO, Any, NamedTuple
 
 from prlhf.config.keys import Config
 from prlhf.config.load import differing_keys, dump, load_resolved
+from prlhf.data.files import replace_text
 from prlhf.errors import UserError
 from prlhf.parallel.ranks import on_any, on_main, rank
 from prlhf.store.checkpoints import steps
-from prlhf.store.files import replace_text
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without flock says (Lustre, some NFS)
 FREE_GROUP = "fsdp."  # how processes share the work may differ from one start to the next
