@@ -102,6 +102,22 @@ def test_float64_is_exact(name, bias):
         assert torch.allclose(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", ["torch", "chunked"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_capped_logits_in_float64(name, bias):
+    """c tanh(z / c) as Gemma 2 has it, written out: values and the gradients of hidden states, weight and bias."""
+    tensors, targets, grad = inputs(SHAPES[1], torch.float64, bias)
+
+    def capped(hidden, weight, bias, targets):
+        logits = hidden @ weight.T + (0 if bias is None else bias)
+        return (1.5 * torch.tanh(logits / 1.5)).log_softmax(dim=-1)[torch.arange(len(targets)), targets]
+
+    exact = computed(tensors, targets, grad, capped)
+    found = computed(tensors, targets, grad, lambda *arguments: log_probs(*arguments, impl=name, softcap=1.5))
+    for one, expected in zip(found, exact):
+        assert torch.allclose(one, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["torch", *COMPUTED])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_values_without_a_gradient_are_those_with_one(name, dtype):

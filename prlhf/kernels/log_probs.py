@@ -13,6 +13,8 @@ is trained, computes the logits again:
 
     d L / d W = sum_n g_n (onehot(t_n) - s_n)^T h_n,   g_n = dL / d log_p(n)
 
+Some models cap their logits, z = c tanh((h W^T + b) / c). The chunked implementation alone computes that (`chunked`).
+
 Shape suffixes: N positions, K positions with kept slopes, C positions of a chunk, D width, V vocabulary.
 """
 
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prlhf.errors import UserError
-from prlhf.kernels.chunked import CHUNKED, logits
+from prlhf.kernels.chunked import chunked_with, logits
 from prlhf.kernels.passes import HeadGradients, Passes, Softmax, accumulation_type
 
 IGNORED = -100  # a target whose log-prob and gradient are 0
@@ -32,39 +34,48 @@ RECOMPUTED = 1024  # positions whose slopes the backward pass computes at a time
 
 
 def log_probs(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, impl: str | Passes | None = None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    impl: str | Passes | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """log p(target) at each position, (N,), in float32 (float64 for float64 inputs); 0 where a target is IGNORED.
 
     Logits are accumulated in float32 whatever the inputs' type. impl: "torch" computes all logits at once and is the
     readable reference; "chunked" those of some positions at a time; "triton" those of a tile of the vocabulary (on a GPU
-    or with TRITON_INTERPRET=1; not for float64); `Passes` are an implementation themselves. None: triton on a GPU, else
-    chunked. ValueError for any other, UserError for triton where it does not run.
+    or with TRITON_INTERPRET=1; not for float64, nor with a softcap); `Passes` are an implementation themselves. None: triton
+    on a GPU where it can, else chunked. ValueError for any other, UserError for triton where it does not run.
     """
     if impl is None:
-        kernels = hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and importlib.util.find_spec("triton")
+        takes = hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and softcap is None
+        kernels = takes and importlib.util.find_spec("triton")
         impl = "triton" if kernels else "chunked"
     real_N = targets_N != IGNORED
     targets_N = torch.where(real_N, targets_N, 0)
     if impl == "torch":
-        logits_NV = logits(hidden_ND, weight_VD.to(accumulation_type(hidden_ND.dtype)), bias_V)
+        logits_NV = logits(hidden_ND, weight_VD.to(accumulation_type(hidden_ND.dtype)), bias_V, softcap)
         log_p_N = logits_NV.log_softmax(dim=1).gather(1, targets_N[:, None])[:, 0]
     else:
         slope = torch.is_grad_enabled() and hidden_ND.requires_grad
-        log_p_N = _LogProbs.apply(hidden_ND, weight_VD, bias_V, targets_N, slope, _passes(impl, hidden_ND.is_cuda))
+        passes = _passes(impl, hidden_ND.is_cuda, softcap)
+        log_p_N = _LogProbs.apply(hidden_ND, weight_VD, bias_V, targets_N, slope, passes)
     return torch.where(real_N, log_p_N, 0.0)
 
 
-def _passes(impl: str | Passes, on_gpu: bool) -> Passes:
+def _passes(impl: str | Passes, on_gpu: bool, softcap: float | None) -> Passes:
     """An implementation by its name."""
     if isinstance(impl, Passes):
         return impl
     if impl == "chunked":
-        return CHUNKED
+        return chunked_with(softcap)
     if impl != "triton":
         raise ValueError(f"impl {impl!r}: expected one of torch, chunked, triton")
     if not (on_gpu or os.environ.get("TRITON_INTERPRET") == "1"):
         raise UserError("model.log_probs: found 'triton', but the model is not on a GPU; expected null or 'chunked'")
+    if softcap is not None:
+        raise UserError("model.log_probs: found 'triton', but the model caps its logits; expected null or 'chunked'")
     return importlib.import_module("prlhf.kernels.triton").TRITON  # here: only torch for GPUs comes with Triton
 
 
