@@ -1,8 +1,11 @@
-"""Attention that takes the preference tree's mask, for every supported family."""
+"""Attention that takes the preference tree's mask, for every family that takes Hugging Face's attention interface."""
 
+import contextlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, PreTrainedModel
@@ -14,10 +17,13 @@ from prlhf.batch.trees import ReadingBatch, sees, tree_mask
 
 
 def attention_mask(batch: ReadingBatch) -> Tensor | BlockMask:
-    """What each position of the batch's rows sees: FlexAttention's blocks for a packed row on a GPU, else `tree_mask`."""
-    if batch.packed and batch.input_ids_RT.is_cuda:
-        return tree_block_mask(batch)
-    return tree_mask(batch.trees_RT, batch.segments_RT)
+    """What each position of the batch's rows sees: FlexAttention's blocks for a packed row on a GPU, else `dense_mask`."""
+    return tree_block_mask(batch) if batch.kind == "packed" and batch.input_ids_RT.is_cuda else dense_mask(batch)
+
+
+def dense_mask(batch: ReadingBatch) -> Tensor:
+    """`tree_mask`; for single sequences (layout rows) which positions are not padding, (R, T): the model does the rest."""
+    return batch.trees_RT > 0 if batch.kind == "rows" else tree_mask(batch.trees_RT, batch.segments_RT)
 
 
 def tree_block_mask(batch: ReadingBatch) -> BlockMask:
@@ -44,23 +50,51 @@ def takes_flex_attention(model: PreTrainedModel) -> bool:
 
 def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTrainedModel:
     """Let a model's attention take the masks of `attention_mask`, and compute GPT-J's GELU in one operation.
-    as_on_gpu: on a CPU, copy keys as a GPU's kernels need them. For the dry run, which has no GPU."""
+    as_on_gpu: on a CPU, copy keys as a GPU's kernels need them. For the dry run, which has no GPU.
+    `use_own_attention` undoes it. A model without the attention interface stays as it is."""
+    if not hasattr(model, "own_attention"):
+        model.own_attention = model.config._attn_implementation
     if model.config.model_type == "gptj":
         for block in model.transformer.h:
             block.attn._attn = types.MethodType(_gptj_attention, block.attn)
             if isinstance(block.mlp.act, NewGELUActivation):
                 block.mlp.act = nn.GELU(approximate="tanh")
-    else:
+    elif model._can_set_attn_implementation():
         model.set_attn_implementation("trees_as_on_a_gpu" if as_on_gpu else "trees")
     return model
+
+
+def use_own_attention(model: PreTrainedModel) -> None:
+    """Give a model back the attention that Hugging Face chose for it. GPT-J keeps ours, which takes any mask."""
+    if hasattr(model, "own_attention") and model.config._attn_implementation != model.own_attention:
+        model.set_attn_implementation(model.own_attention)
+
+
+@contextlib.contextmanager
+def as_hugging_face_has_it(model: PreTrainedModel, methods: bool = True) -> Iterator[None]:
+    """Within the context a model's attention is its own, and with `methods` nothing of this module or `recompute` stands in
+    the place of a method: its forward pass is its class's."""
+    ours = [(m, name) for m in model.modules() for name in ("forward", "_attn") if methods and name in vars(m)]
+    replaced = [(module, name, vars(module).pop(name)) for module, name in ours]
+    attention = model.config._attn_implementation
+    use_own_attention(model)
+    try:
+        yield
+    finally:
+        for module, name, method in replaced:
+            setattr(module, name, method)
+        if attention != model.config._attn_implementation:
+            model.set_attn_implementation(attention)
 
 
 def _tree_attention(
     attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention.
-    Without a mask (the model's own forward) attention is causal."""
-    if isinstance(mask, Tensor) and query.device.type == "cpu":
+    """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention, or
+    `_explicit_attention` for what that does not compute. Without a mask (the model's own forward) attention is causal."""
+    if isinstance(mask, Tensor) and any(options.get(name) is not None for name in ("softcap", "s_aux")):
+        return _explicit_attention(query, key, value, mask, **options), None
+    if isinstance(mask, Tensor) and query.device.type == "cpu" and options.get("position_bias") is None:
         # Where several query heads read one key head (GQA), Hugging Face's function copies keys and values for each, as
         # a GPU's kernels want them. A CPU's kernel needs no copies, and the backward pass would keep them.
         dropout, scale = options.get("dropout", 0.0), options.get("scaling")
@@ -70,6 +104,36 @@ def _tree_attention(
         return output_RHTd.transpose(1, 2), None
     forward = flex_attention_forward if isinstance(mask, BlockMask) else sdpa_attention_forward
     return forward(attention, query, key, value, mask, **options)
+
+
+def _explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> Tensor:
+    """softmax(cap(scaling Q K^T) + mask) V, cap(a) = c tanh(a / c), in float32 at least; (R, T, H, d).
+
+    s_aux: a sink for each head, a logit that takes part in the softmax and has no value (gpt-oss). softcap: c (Gemma 2).
+    """
+    groups = query.shape[1] // key.shape[1]  # query heads that read one key head
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scores_RHTS = (query @ key.transpose(2, 3)).to(wide) * scaling
+    if softcap is not None:
+        scores_RHTS = torch.tanh(scores_RHTS / softcap) * softcap
+    scores_RHTS = scores_RHTS + mask
+    if s_aux is not None:
+        sinks_RHT1 = s_aux.to(wide).view(1, -1, 1, 1).expand(*scores_RHTS.shape[:3], 1)
+        scores_RHTS = torch.cat([scores_RHTS, sinks_RHT1], dim=-1)
+    weights_RHTS = scores_RHTS.softmax(dim=-1)[..., : key.shape[2]]
+    weights_RHTS = nn.functional.dropout(weights_RHTS, dropout).to(value.dtype)
+    return (weights_RHTS @ value).transpose(1, 2).contiguous()
 
 
 def _gptj_attention(

@@ -9,7 +9,8 @@ places free. A response in several comparisons is computed once per user, or onc
 not read the user (the reference, and linear aggregators).
 
 Layouts: "tree" has one tree a row; "packed" has all trees in one row, without padding; "rows" has one reading a row,
-with the prompt before each, and is the plain and readable reference of both.
+with the prompt before each: the sequences of the model's own forward pass, right for models that no mask can divide
+(recurrent ones, say), and the readable reference of both.
 
 Shape suffixes: B comparisons, M readings (a response as one user reads it), S trees, R rows, T positions in a row,
 N response tokens, U user vectors, D width.
@@ -64,7 +65,7 @@ class ReadingBatch:
     last_at_M: Tensor  # flat position of each reading's last token (EOS)
     users_M: Tensor | None  # who reads; None for the reference, which knows no user
     readings: list[Reading]
-    packed: bool  # all trees in one row
+    kind: str  # the layout's
 
     def to(self: "AnyBatch", device: torch.device | str) -> "AnyBatch":
         """The same batch with its tensors on `device`."""
@@ -178,7 +179,7 @@ def lay_out(
         last_at_M=torch.tensor([at[-1] for at in response_at]),
         users_M=None if None in users else torch.tensor(users),
         readings=list(readings),
-        packed=packed,
+        kind=layout.kind,
     )
 
 
