@@ -1,7 +1,8 @@
 """What differs between Hugging Face families: head, blocks, positions, what LoRA adapts.
 
-The model classes are Hugging Face's own: GPT-J, and Llama-like families (Llama 2/3, Tulu, SmolLM2, Mistral, Qwen), which
-take a mask through the attention interface. `attention` makes either take the preference tree's mask.
+The model classes are Hugging Face's own. Most take a mask through the attention interface, and `attention` makes them
+and GPT-J take the preference tree's. That a model's numbers are those of its own forward pass is not assumed: see
+`score.agreement`, and docs/models.md for the families.
 """
 
 from typing import NamedTuple
@@ -9,35 +10,72 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import Cache, PreTrainedModel
+from torch.nn.functional import linear
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from prlhf.errors import UserError
 
-LLAMA_LIKE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LORA_TARGETS = {"gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")}  # all others: LLAMA_LIKE
+# Configs' names for a softcap of the logits, and for a factor of them, by family where one name means two things.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = {"cohere": "logit_scale", "hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
+DIVISORS = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
 
 
 class Head(NamedTuple):
-    """The language-model head: logits = hidden @ weight.T + bias."""
+    """The language-model head: logits z = cap(scale (h W^T + b)), where cap(a) = c tanh(a / c), or a without a softcap c."""
 
     weight_VD: Tensor
     bias_V: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits (N, V) in float32 at least, of a product in the hidden states' type."""
+        products_NV = linear(hidden_ND, self.weight_VD, self.bias_V)
+        logits_NV = products_NV.to(torch.promote_types(products_NV.dtype, torch.float32)) * self.scale
+        return logits_NV if self.softcap is None else torch.tanh(logits_NV / self.softcap) * self.softcap
+
+    def of_tokens(self, tokens: list[int], dtype: torch.dtype) -> "Head":
+        """The head of these tokens alone, in another type."""
+        bias = None if self.bias_V is None else self.bias_V[tokens].to(dtype)
+        return self._replace(weight_VD=self.weight_VD[tokens].to(dtype), bias_V=bias)
 
 
 def head(model: PreTrainedModel) -> Head:
-    """The head of a causal LM (GPT-J's has a bias)."""
-    layer = model.get_output_embeddings()
-    return Head(layer.weight, layer.bias)
+    """The head of a causal LM (GPT-J's has a bias), and what its family does to the logits behind it."""
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    softcaps = (getattr(config, name, None) for name in SOFTCAPS)
+    return Head(layer.weight, layer.bias, _logit_scale(config), next(filter(None, softcaps), None))
+
+
+def _logit_scale(config: PretrainedConfig) -> float:
+    for table, power in ((FACTORS, 1), (DIVISORS, -1)):
+        for family, name in table.items():
+            if config.model_type.startswith(family):
+                return float(getattr(config, name)) ** power
+    return 1.0
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks, in order."""
-    return list(model.base_model.h if model.config.model_type == "gptj" else model.base_model.layers)
+    """The transformer blocks, in order: the first list of as many modules as the config has hidden layers. UserError where
+    there is none."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    found = next(lists, None)
+    if found is None:
+        raise UserError(
+            f"model.name: no list of {count} blocks in a {model.config.model_type} model; see docs/models.md"
+        )
+    return list(found)
 
 
 def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """`names`, or all linear layers of the blocks for the model's family."""
-    return names or LORA_TARGETS.get(model.config.model_type, LLAMA_LIKE)
+    """`names`, or all linear layers of the blocks, in order of first use. UserError where blocks have none (GPT-2)."""
+    layers = (name for block in blocks(model) for name, m in block.named_modules() if isinstance(m, nn.Linear))
+    found = names or tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
+    if not found:
+        raise UserError(f"lora.rank: a {model.config.model_type} model's blocks have no linear layers; expected 0")
+    return found
 
 
 def hidden_states(
@@ -48,7 +86,10 @@ def hidden_states(
     cache: Cache | None = None,
 ) -> Tensor:
     """Last hidden states (R, T, D), after the final norm: what the head reads.
-    mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it. S counts cached positions too."""
+    mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it. S counts cached positions too. Or (R, T),
+    True where a row is not padding, which is at its end: then the model masks and counts positions by itself."""
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return model.base_model(inputs_embeds=embeddings_RTD, attention_mask=mask.long(), use_cache=False)[0]
     if isinstance(mask, Tensor):  # made additive here, once: each block would make and keep its own
         mask = torch.zeros(mask.shape, dtype=embeddings_RTD.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     caching = {"past_key_values": cache, "use_cache": cache is not None}

@@ -20,6 +20,7 @@ from prlhf.evaluate.accuracy import reward_margins, score_users, summarize
 from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
 from prlhf.method.losses import needs_reference
 from prlhf.parallel.ranks import check_started_alone
+from prlhf.score.agreement import check_agreement
 from prlhf.score.reference import computes_on, reference_log_probs
 from prlhf.score.states import fixed_states
 from prlhf.score.task import Task
@@ -60,6 +61,7 @@ def main() -> None:
             config.evaluate.batch_size, base, computes_on(config.model, device),
         )  # fmt: skip
     model = loaded.model.to(device)
+    check_agreement(model)
     states = fixed_states(model, data.comparisons, config.evaluate.batch_size, base)
     task = Task(config, model, data.comparisons, reference, states, data.names)
     margins = reward_margins(task, score_users(task))

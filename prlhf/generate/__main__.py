@@ -19,10 +19,11 @@ from prlhf.batch.tokens import Encoder
 from prlhf.data.comparisons import GENERIC, read_prompts
 from prlhf.data.files import fingerprint_of
 from prlhf.errors import UserError, check_range, run_command
-from prlhf.generate.decode import Decoding, Request, generate
+from prlhf.generate.decode import Decoding, Request, check_decoding, generate
 from prlhf.generate.responses import ResponseFile
 from prlhf.generate.rewards import score_file
 from prlhf.parallel.ranks import check_started_alone
+from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded, load_final, weights_checksum
 
 
@@ -70,6 +71,8 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")
     users = {} if args.users == "@own" else {name: loaded.required_number(name) for name in names}
     model = loaded.model.to(choose_device(loaded.config.device))
+    check_agreement(model)
+    check_decoding(model)
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)

@@ -12,10 +12,11 @@ from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
 from prlhf.data.comparisons import GENERIC, named_user, parse_comparison, parse_prompt, parse_response, shortened
 from prlhf.errors import UserError, check_range
-from prlhf.generate.decode import Decoding, Request, generate
+from prlhf.generate.decode import Decoding, Request, check_decoding, generate
 from prlhf.generate.rewards import ScoredLine, encode
 from prlhf.method.losses import Answers, Outputs, needs_reference, reward_margin
 from prlhf.method.models import PersonalizedLM
+from prlhf.score.agreement import check_agreement
 from prlhf.score.score import score
 from prlhf.store.final import Loaded, reference_model
 
@@ -30,7 +31,9 @@ class TextModel:
     def __init__(self, loaded: Loaded):
         self.loaded, self.config = loaded, loaded.config
         self.encoder = Encoder(loaded.tokenizer, loaded.config.data, loaded.config.method)
-        loaded.model.to(choose_device(loaded.config.device))
+        check_agreement(loaded.model.to(choose_device(loaded.config.device)))
+        if isinstance(loaded.model, PersonalizedLM):
+            check_decoding(loaded.model)
 
     @property
     def users(self) -> tuple[str, ...]:

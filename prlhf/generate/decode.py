@@ -11,11 +11,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from prlhf.backbone.families import check_positions, head
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedLM
+from prlhf.score.agreement import in_float32
 
 
 @dataclass(frozen=True)
@@ -48,15 +52,7 @@ class Decoder:
 
     def __init__(self, model: PersonalizedLM, requests: Sequence[Request]):
         self.model = model
-        self.user_BUD = model.user_model(torch.tensor([r.user for r in requests], device=model.device))
-        prompt_BUD = model.soft_prompt(self.user_BUD)
-        rows = []
-        for b, request in enumerate(requests):
-            row_TD = self._embed(torch.tensor(request.ids, device=model.device))
-            if prompt_BUD is not None:
-                before, after = row_TD[: model.user_slot], row_TD[model.user_slot :]
-                row_TD = torch.cat([before, prompt_BUD[b].to(row_TD.dtype), after])
-            rows.append(row_TD)
+        self.user_BUD, rows = read_prompts(model, requests)
         self.columns = max(map(len, rows))  # of the batch so far, padding included
         padding = [self.columns - len(row) for row in rows]
         self.embeddings_BTD = torch.stack([pad(row, (0, 0, left, 0)) for row, left in zip(rows, padding)])
@@ -79,22 +75,89 @@ class Decoder:
         positions_B1 = (self.columns - self.padding_B)[:, None]
         self.columns += 1
         real_BT = torch.arange(self.columns, device=token_B.device) >= self.padding_B[:, None]
-        return self._logits(self._embed(token_B[:, None]), real_BT[:, None], positions_B1)
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        return self.model.backbone.get_input_embeddings()(ids)
+        return self._logits(embed(self.model, token_B[:, None]), real_BT[:, None], positions_B1)
 
     def _logits(self, embeddings_BSD: Tensor, mask_BST: Tensor, positions_BS: Tensor) -> Tensor:
         hidden_BD = self.model.states(embeddings_BSD, mask_BST[:, None], positions_BS, self.cache)[:, -1]
-        weight_VD, bias_V = head(self.model.backbone)
-        return linear(self.model.read_out(hidden_BD, self.user_BUD), weight_VD, bias_V).float()
+        return head(self.model.backbone).logits(self.model.read_out(hidden_BD, self.user_BUD))
+
+
+class Rereader:
+    """As `Decoder`, for layout rows: each token reads all before it again, by the model's own forward pass. There is no
+    cache, since families that need this layout have caches of their own, which left padding would spoil."""
+
+    def __init__(self, model: PersonalizedLM, requests: Sequence[Request]):
+        self.model = model
+        self.user_BUD, self.rows = read_prompts(model, requests)
+
+    def prefill(self) -> Tensor:
+        """Logits (B, V) of each row's next token, in float32."""
+        lengths_B = torch.tensor([len(row) for row in self.rows], device=self.model.device)
+        embeddings_BTD = pad_sequence(self.rows, batch_first=True)
+        mask_BT = torch.arange(embeddings_BTD.shape[1], device=self.model.device) < lengths_B[:, None]
+        hidden_BTD = self.model.states(embeddings_BTD, mask_BT, mask_BT.cumsum(dim=1) - 1)
+        hidden_BD = hidden_BTD[torch.arange(len(self.rows)), lengths_B - 1]
+        return head(self.model.backbone).logits(self.model.read_out(hidden_BD, self.user_BUD))
+
+    def decode_one_token(self, token_B: Tensor) -> Tensor:
+        """Append one token to every row; logits (B, V) of the next."""
+        self.rows = [torch.cat([row, token]) for row, token in zip(self.rows, embed(self.model, token_B[:, None]))]
+        return self.prefill()
+
+
+def embed(model: PersonalizedLM, ids: Tensor) -> Tensor:
+    """The word embeddings of token ids."""
+    return model.backbone.get_input_embeddings()(ids)
+
+
+def read_prompts(model: PersonalizedLM, requests: Sequence[Request]) -> tuple[Tensor, list[Tensor]]:
+    """Each request's user vectors, (B, U, D), and what the backbone reads of it, (T, D), user vectors in their place."""
+    user_BUD = model.user_model(torch.tensor([r.user for r in requests], device=model.device))
+    prompt_BUD = model.soft_prompt(user_BUD)
+    rows = []
+    for b, request in enumerate(requests):
+        row_TD = embed(model, torch.tensor(request.ids, device=model.device))
+        if prompt_BUD is not None:
+            before, after = row_TD[: model.user_slot], row_TD[model.user_slot :]
+            row_TD = torch.cat([before, prompt_BUD[b].to(row_TD.dtype), after])
+        rows.append(row_TD)
+    return user_BUD, rows
+
+
+def decoder_of(model: PersonalizedLM) -> type[Decoder] | type[Rereader]:
+    """How this model's layout decodes."""
+    return Rereader if model.layout.kind == "rows" else Decoder
+
+
+@torch.inference_mode()
+def check_decoding(model: PersonalizedLM) -> None:
+    """UserError where decoding, of rows of unequal lengths, gives a response another probability than the model's `forward`.
+    That `forward` is the model's own forward pass is for `check_agreement`."""
+    user, response = min(1, model.users), [11, 7, 5, 3]
+    pairs = [EncodedComparison(ids, ids, response, response, user) for ids in ([2, 4, 6, 8, 10], [9, 12])]
+    training = model.training
+    model.eval()
+    with in_float32(model) as tolerance:
+        expected_B = model(model.collate(pairs, [user, user])).chosen
+        decoder = decoder_of(model)(model, [Request(pair.prefix, user, "") for pair in pairs])
+        logits_BV, found_B = decoder.prefill(), torch.zeros_like(expected_B)
+        for token in response:
+            found_B += logits_BV.log_softmax(dim=-1)[:, token]
+            logits_BV = decoder.decode_one_token(torch.full((2,), token, device=model.device))
+    model.train(training)
+    difference = ((found_B - expected_B).abs() / expected_B.abs().clamp(min=1)).max().item()
+    if not difference <= tolerance:
+        raise UserError(
+            f"model.layout: a {model.backbone.config.model_type} model decodes with other probabilities than it was trained with "
+            f"(they differ by {difference:.1g}); expected --set model.layout=rows, which reads all again for each token"
+        )
 
 
 @torch.inference_mode()
 def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
     """One response to each request, in their order. The model should be in eval mode."""
     check_positions(model.backbone, max(len(r.ids) for r in requests) + model.vectors + decoding.max_new_tokens)
-    decoder = Decoder(model, requests)
+    decoder = decoder_of(model)(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
     responses: list[list[int]] = [[] for _ in requests]
     finished = [False] * len(requests)

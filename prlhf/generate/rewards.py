@@ -25,6 +25,7 @@ from prlhf.data.comparisons import CANONICAL, GENERIC, Messages
 from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.errors import UserError, did_you_mean
 from prlhf.method.models import PersonalizedRewardModel
+from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded
 
 
@@ -101,6 +102,7 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     lines = read_lines(path, loaded.config.data)
     encoded = encode(lines, Encoder(loaded.tokenizer, loaded.config.data), [loaded.number(line.user) for line in lines])
     model = loaded.model.to(choose_device(loaded.config.device))
+    check_agreement(model)
     scored = rewards(model, [line.reading for line in encoded], batch_size)
     if not scored.isfinite().all():
         raise UserError(f"{loaded.path}: {int((~scored.isfinite()).sum())} of {len(lines)} rewards are not finite")

@@ -13,14 +13,14 @@ W pooled width.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedModel
 
-from prlhf.backbone.attention import attention_mask, takes_flex_attention
+from prlhf.backbone.attention import attention_mask, takes_flex_attention, use_own_attention
 from prlhf.backbone.families import check_positions, head, hidden_states
 from prlhf.backbone.lora import adapters_off
 from prlhf.batch.tokens import EncodedComparison
@@ -78,6 +78,8 @@ class PersonalizedModel(nn.Module):
         self.users, self.user_slot = core.users, core.user_slot
         self.backbone, self.user_model = core.backbone, core.user_model
         self.prior: Prior | None = None  # on the user model, in training
+        if core.config.layout == "rows":
+            use_own_attention(self.backbone)
         self._device: torch.device | None = None
 
     @property
@@ -122,15 +124,30 @@ class PersonalizedModel(nn.Module):
         """The backbone's last hidden states (R, T, D)."""
         return hidden_states(self.backbone, embeddings_RTD, mask, positions_RT, cache)
 
-    def states_at(self, batch: ReadingBatch, at_N: Tensor) -> Tensor:
-        """Last hidden states (N, D) at flat positions of the batch's rows, user vectors in their places."""
+    def within_forward(self, compute: Callable[[], Any]) -> Any:
+        """compute(), as part of a forward pass: a sharded model gathers its weights around it."""
+        return compute()
+
+    def states_at(
+        self, batch: ReadingBatch, at_N: Tensor, mask: Callable[[ReadingBatch], Tensor] | None = None
+    ) -> Tensor:
+        """Last hidden states (N, D) at flat positions of the batch's rows, user vectors in their places.
+        mask: what positions see, by default as the device computes it."""
         embeddings_RTD = self.backbone.get_input_embeddings()(batch.input_ids_RT)
         if batch.vectors_at_SU.numel():
             vectors_ND = self.user_model(batch.users_S).to(embeddings_RTD.dtype).flatten(0, 1)
             flat_ND = embeddings_RTD.flatten(0, 1).index_copy(0, batch.vectors_at_SU.flatten(), vectors_ND)
             embeddings_RTD = flat_ND.view_as(embeddings_RTD)
-        hidden_RTD = self.states(embeddings_RTD, self.compute.attention_mask(batch), batch.positions_RT)
+        mask = mask or self.compute.attention_mask
+        hidden_RTD = self.states(embeddings_RTD, mask(batch), batch.positions_RT)
         return hidden_RTD.flatten(0, 1).index_select(0, at_N)
+
+    def token_log_probs(self, read_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """log p of tokens (N,), given what the LM head reads where it predicts them."""
+        weight_VD, bias_V, scale, softcap = head(self.backbone)
+        if scale != 1:
+            read_ND, bias_V = read_ND * scale, None if bias_V is None else bias_V * scale
+        return log_probs(read_ND, weight_VD, bias_V, targets_N, self.compute.log_probs, softcap)
 
 
 class PersonalizedLM(PersonalizedModel):
@@ -156,10 +173,8 @@ class PersonalizedLM(PersonalizedModel):
         user_NUD = None
         if self.aggregator is not None and batch.users_M is not None:
             user_NUD = self.user_model(batch.users_M).index_select(0, batch.reading_N)
-        weight_VD, bias_V = head(self.backbone)
         read_ND = self.read_out(hidden_ND, user_NUD)
-        token_log_probs_N = log_probs(read_ND, weight_VD, bias_V, batch.targets_N, self.compute.log_probs)
-        return sum_by_response(token_log_probs_N, batch)
+        return sum_by_response(self.token_log_probs(read_ND, batch.targets_N), batch)
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[None]:

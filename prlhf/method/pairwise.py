@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from prlhf.backbone.families import head
 from prlhf.batch.tokens import EncodedComparison, PairQuestion
@@ -36,10 +35,8 @@ class PairwisePreferenceModel(PersonalizedModel):
     def forward(self, batch: PreferenceBatch) -> Answers:
         """The logit of y1's letter minus that of y2's, in both orders."""
         hidden_MD = self.states_at(batch, batch.last_at_M)
-        weight_VD, bias_V = head(self.backbone)
         dtype = torch.promote_types(hidden_MD.dtype, torch.float32)
-        bias_2 = None if bias_V is None else bias_V[self.answers].to(dtype)
-        logits_M2 = nn.functional.linear(hidden_MD.to(dtype), weight_VD[self.answers].to(dtype), bias_2)
+        logits_M2 = head(self.backbone).of_tokens(self.answers, dtype).logits(hidden_MD.to(dtype))
         # y1 is A in the first order, B in the second.
         first_B, second_B = of_comparisons(logits_M2[:, 0] - logits_M2[:, 1], batch)
         return Answers(first_B, -second_B, batch.margin_B.to(first_B))

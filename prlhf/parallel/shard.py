@@ -63,6 +63,7 @@ def shard(model: PersonalizedModel, config: Config, device: str) -> None:
         fully_shard(block, **options)
     fully_shard(model, **options, ignored_params=unsharded)
     # FSDP gathers parameters around `forward`; these methods compute with them too.
+    register_fsdp_forward_method(model, "within_forward")
     if isinstance(model, PersonalizedRewardModel):
         register_fsdp_forward_method(model, "states_of")
     if isinstance(model.user_model, FSDPModule):

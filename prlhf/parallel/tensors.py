@@ -85,6 +85,11 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters())
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP shards the model's weights."""
+    return isinstance(model, FSDPModule)
+
+
 def full(tensor: Tensor) -> Tensor:
     """A sharded tensor whole, on every rank; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

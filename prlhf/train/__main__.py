@@ -18,6 +18,7 @@ from prlhf.errors import UserError, check_range, run_command
 from prlhf.forecast.dry_run import available_memory, predict, render
 from prlhf.parallel.ranks import process_group, say, started_processes, started_rank
 from prlhf.parallel.shard import training_model
+from prlhf.score.agreement import check_agreement
 from prlhf.score.reference import weights_fingerprint
 from prlhf.score.task import prepare_task
 from prlhf.solve.run import set_prior
@@ -71,6 +72,7 @@ def run_training(config: Config, run: Run, device: str, files: Files, overwrite:
     reproducible(config, device)
     model = training_model(config, tokenizer, len(users), device)
     base = weights_fingerprint(model.backbone)
+    check_agreement(model)
     training = prepare_task(config, model, train_data, base)
     valid = prepare_task(config, model, valid_data, base) if valid_data is not None else None
 

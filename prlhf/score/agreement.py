@@ -1,0 +1,178 @@
+"""Are a model's numbers those of its own forward pass? A short comparison is computed both ways before anything else is.
+
+Layouts put several responses into one row and divide them by a mask. Most families honour it, but a recurrent layer carries
+what it read of one response into the next, and other families compute what no mask reaches. So each model is asked, not
+its name: hidden states and log-probs in the run's layout, against each sequence alone by the forward pass of the model's
+class, as Hugging Face wrote it.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prlhf.backbone.attention import as_hugging_face_has_it, dense_mask
+from prlhf.backbone.families import blocks
+from prlhf.backbone.toys import DTYPES
+from prlhf.batch.trees import Layout, Reading, lay_out
+from prlhf.errors import UserError
+from prlhf.method.models import PersonalizedModel, PersonalizedRewardModel
+from prlhf.parallel.tensors import is_sharded
+
+AGREEMENT = 1e-3  # in float32: of the length of a hidden state; of a log-prob, or in nats where that is below 1
+HALF_AGREEMENT = 16.0  # where the computation stays in half precision, in units of the type's eps
+LENGTHS = ((7, (5, 3)), (4, (2, 6)))  # tokens of the prefixes, and of their responses
+
+
+class TokenStates(NamedTuple):
+    """Of response tokens: the hidden states that predict them (N, D), and their log-probs (N,), None for a reward model."""
+
+    hidden_ND: Tensor
+    log_probs_N: Tensor | None
+
+
+def check_agreement(model: PersonalizedModel) -> None:
+    """UserError where the model's layout does not compute what its own forward pass does. It names a layout that does.
+
+    In float32; sharded and compiled models in their own type. A collective operation where the model is sharded.
+    """
+    what = _difference(model, model.layout)
+    if what is None:
+        return
+    kind = model.backbone.config.model_type
+    if model.layout.kind == "rows" or _difference(model, model.layout._replace(kind="rows")):
+        raise UserError(
+            f"model.name: a {kind} model cannot be computed right here ({what}); docs/models.md lists the families that can"
+        )
+    raise UserError(
+        f"model.layout: found {model.config.layout!r}, in which a {kind} model does not compute what it computes alone ({what}); "
+        "expected 'rows', where each response is a sequence of the model's own forward pass"
+    )
+
+
+def _difference(model: PersonalizedModel, layout: Layout) -> str | None:
+    """What differs in this layout, for the reference or for a user; None where nothing does."""
+    rng, vocabulary = random.Random(0), model.backbone.get_input_embeddings().weight.shape[0]
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(vocabulary) for _ in range(count))
+
+    pairs = [(prefix, ids(n)) for length, responses in LENGTHS for prefix in [ids(length)] for n in responses]
+    training, found = model.training, None
+    model.eval()
+    for reader in (None, min(1, model.users)):
+        as_read = layout._replace(vectors=0 if reader is None else layout.vectors)
+        if found is None and (reader is None or layout.vectors):
+            found = _differs_for([Reading(reader, *pair) for pair in pairs], model, as_read)
+    model.train(training)
+    return found
+
+
+@torch.no_grad()
+def _differs_for(readings: Sequence[Reading], model: PersonalizedModel, layout: Layout) -> str | None:
+    with in_float32(model) as tolerance:
+        own = _tried(lambda: by_own_forward(model, readings, layout))
+        if isinstance(own, str):
+            return f"its own forward pass on {'embeddings' if layout.vectors else 'tokens'} fails: {own}"
+        ours = _tried(lambda: by_layout(model, readings, layout))
+    if isinstance(ours, str):
+        return f"layout {layout.kind} fails: {ours}"
+    if not own.hidden_ND.isfinite().all():
+        return "its hidden states are not finite; are its weights?"
+    states = ((ours.hidden_ND - own.hidden_ND).norm(dim=1) / own.hidden_ND.norm(dim=1)).max().item()
+    if not states <= tolerance:
+        return f"hidden states differ by {states:.1g} of their length"
+    if own.log_probs_N is not None and ours.log_probs_N is not None:
+        nats_N = (ours.log_probs_N - own.log_probs_N).abs()
+        if not (nats_N / own.log_probs_N.abs().clamp(min=1)).max() <= tolerance:
+            return f"log-probs differ by up to {nats_N.max():.1g} nats from equal hidden states: what follows its head is not known"
+    return None
+
+
+def by_layout(model: PersonalizedModel, readings: Sequence[Reading], layout: Layout) -> TokenStates:
+    """The readings' response tokens as the model's `forward` computes them (without a linear aggregator)."""
+    batch = lay_out(readings, layout).to(model.device)
+
+    def compute() -> TokenStates:
+        hidden_ND = model.states_at(batch, batch.predicted_at_N, dense_mask)
+        return TokenStates(hidden_ND, model.token_log_probs(hidden_ND, batch.targets_N) if _uses_head(model) else None)
+
+    own = layout.kind == "rows"
+    with as_hugging_face_has_it(model.backbone, methods=False) if own else contextlib.nullcontext():
+        return model.within_forward(compute)
+
+
+def by_own_forward(model: PersonalizedModel, readings: Sequence[Reading], layout: Layout) -> TokenStates:
+    """The same, each sequence alone by the forward pass of the model's class: of token ids where it reads no user."""
+    backbone = model.backbone
+
+    def compute() -> TokenStates:
+        hidden, log_probs = [], []
+        for reading in readings:
+            response_N, at_N = torch.tensor(reading.response), slice(-len(reading.response) - 1, -1)
+            inputs = {"input_ids": torch.tensor([[*reading.prefix, *reading.response]], device=model.device)}
+            if layout.vectors:
+                row_TD = backbone.get_input_embeddings()(inputs["input_ids"])[0]
+                e_UD = model.user_model(torch.tensor([reading.user], device=model.device))[0].to(row_TD.dtype)
+                inputs = {"inputs_embeds": torch.cat([row_TD[: layout.slot], e_UD, row_TD[layout.slot :]])[None]}
+            hidden.append(backbone.base_model(**inputs, use_cache=False)[0][0, at_N])
+            if _uses_head(model):
+                logits_NV = backbone(**inputs, use_cache=False).logits[0, at_N]
+                log_probs.append(logits_NV.double().log_softmax(dim=-1)[torch.arange(len(response_N)), response_N])
+        return TokenStates(torch.cat(hidden), torch.cat(log_probs) if log_probs else None)
+
+    with as_hugging_face_has_it(backbone):
+        return model.within_forward(compute)
+
+
+def _uses_head(model: PersonalizedModel) -> bool:
+    return not isinstance(model, PersonalizedRewardModel)
+
+
+def _tried(compute: Callable[[], TokenStates]) -> TokenStates | str:
+    """The result, or the first line of any error: a model that does not fit may raise all kinds of them."""
+    try:
+        return compute()
+    except (torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def in_float32(model: PersonalizedModel) -> Iterator[float]:
+    """Within the context a half-precision backbone computes in float32, of which one block at a time is in memory; a sharded
+    or compiled one stays as it is. Yields the tolerance that belongs to the type."""
+    dtype = model.backbone.get_input_embeddings().weight.dtype
+    if is_sharded(model) or model.config.compile:
+        dtype = DTYPES[model.config.compute_dtype] if model.config.compute_dtype else dtype
+        yield AGREEMENT if dtype.itemsize > 2 else HALF_AGREEMENT * torch.finfo(dtype).eps
+        return
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(parameters: Sequence[nn.Parameter]) -> None:
+        for p in parameters:
+            if p.dtype.itemsize == 2:
+                narrow[p], p.data = p.data, p.data.float()
+
+    def restore(parameters: Sequence[nn.Parameter]) -> None:
+        for p in parameters:
+            if p in narrow:
+                p.data = narrow.pop(p)
+
+    hooks, inside = [], set()
+    for block in blocks(model.backbone) if dtype.itemsize == 2 else ():
+        own = list(block.parameters())
+        inside.update(own)
+        hooks.append(block.register_forward_pre_hook(lambda *_, own=own: widen(own)))
+        hooks.append(block.register_forward_hook(lambda *_, own=own: restore(own), always_call=True))
+    widen([p for p in model.backbone.parameters() if p not in inside])
+    try:
+        yield AGREEMENT
+    finally:
+        for hook in hooks:
+            hook.remove()
+        restore(list(narrow))
