@@ -5,7 +5,6 @@ import torch
 from helpers import TOKENIZER, tiny_config
 from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Mamba2Config, PreTrainedModel
 
-from prlhf import train
 from prlhf.backbone import families
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.errors import UserError
@@ -13,6 +12,7 @@ from prlhf.generate.decode import Decoding, Request, check_decoding, generate
 from prlhf.method.build import build_model
 from prlhf.score.agreement import check_agreement
 from prlhf.score.score import score
+from prlhf.train import __main__ as train
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
 LLAMA = {**SMALL, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -75,7 +75,9 @@ def test_training_ends_before_it_begins(tmp_path, call):
     model, run = tmp_path / "mamba", tmp_path / "run"
     random_model(MAMBA).save_pretrained(model)
     TOKENIZER.save_pretrained(model)
-    code, _, said = call(train.__main__.main, "--config", "tiny", "--set", f"run_dir={run}", f"model.name={model}")
+    code, _, said = call(
+        train.main, "--config", "tiny", "--set", f"run_dir={run}", f"model.name={model}", "model.family=null"
+    )
     assert code == 2 and "expected 'rows'" in said
     assert not (run / "metrics.jsonl").exists()
 
