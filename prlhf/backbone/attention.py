@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
 
 from prlhf.batch.trees import ReadingBatch, sees, tree_mask
 
@@ -51,9 +52,7 @@ def takes_flex_attention(model: PreTrainedModel) -> bool:
 def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTrainedModel:
     """Let a model's attention take the masks of `attention_mask`, and compute GPT-J's GELU in one operation.
     as_on_gpu: on a CPU, copy keys as a GPU's kernels need them. For the dry run, which has no GPU.
-    `use_own_attention` undoes it. A model without the attention interface stays as it is."""
-    if not hasattr(model, "own_attention"):
-        model.own_attention = model.config._attn_implementation
+    A model without the attention interface keeps its own."""
     if model.config.model_type == "gptj":
         for block in model.transformer.h:
             block.attn._attn = types.MethodType(_gptj_attention, block.attn)
@@ -64,46 +63,46 @@ def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTr
     return model
 
 
-def use_own_attention(model: PreTrainedModel) -> None:
-    """Give a model back the attention that Hugging Face chose for it. GPT-J keeps ours, which takes any mask."""
-    if hasattr(model, "own_attention") and model.config._attn_implementation != model.own_attention:
-        model.set_attn_implementation(model.own_attention)
-
-
 @contextlib.contextmanager
-def as_hugging_face_has_it(model: PreTrainedModel, methods: bool = True) -> Iterator[None]:
-    """Within the context a model's attention is its own, and with `methods` nothing of this module or `recompute` stands in
-    the place of a method: its forward pass is its class's."""
-    ours = [(m, name) for m in model.modules() for name in ("forward", "_attn") if methods and name in vars(m)]
+def as_hugging_face_has_it(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context a model's forward pass is its class's: nothing of this module or `recompute` stands in the place of
+    a method, and attention is `eager`. That alone computes all that a family passes to it: SDPA drops Gemma 2's softcap."""
+    ours = [(module, name) for module in model.modules() for name in ("forward", "_attn") if name in vars(module)]
     replaced = [(module, name, vars(module).pop(name)) for module, name in ours]
-    attention = model.config._attn_implementation
-    use_own_attention(model)
+    attention, takes_interface = model.config._attn_implementation, model._can_set_attn_implementation()
+    if takes_interface:
+        model.set_attn_implementation("eager")
     try:
         yield
     finally:
         for module, name, method in replaced:
             setattr(module, name, method)
-        if attention != model.config._attn_implementation:
+        if takes_interface:
             model.set_attn_implementation(attention)
 
 
 def _tree_attention(
-    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None, **options: Any
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Hugging Face's attention interface: FlexAttention for a BlockMask, else scaled_dot_product_attention, or
-    `_explicit_attention` for what that does not compute. Without a mask (the model's own forward) attention is causal."""
-    if isinstance(mask, Tensor) and any(options.get(name) is not None for name in ("softcap", "s_aux")):
-        return _explicit_attention(query, key, value, mask, **options), None
-    if isinstance(mask, Tensor) and query.device.type == "cpu" and options.get("position_bias") is None:
+    `_explicit_attention` for what that does not compute. Families name the mask, or do not. Without one attention is causal."""
+    if isinstance(attention_mask, Tensor) and any(options.get(name) is not None for name in ("softcap", "s_aux")):
+        return _explicit_attention(query, key, value, attention_mask, **options), None
+    if isinstance(attention_mask, Tensor) and query.device.type == "cpu" and options.get("position_bias") is None:
         # Where several query heads read one key head (GQA), Hugging Face's function copies keys and values for each, as
         # a GPU's kernels want them. A CPU's kernel needs no copies, and the backward pass would keep them.
         dropout, scale = options.get("dropout", 0.0), options.get("scaling")
         output_RHTd = nn.functional.scaled_dot_product_attention(
-            query, key, value, mask, dropout, scale=scale, enable_gqa=True
+            query, key, value, attention_mask, dropout, scale=scale, enable_gqa=True
         )
         return output_RHTd.transpose(1, 2), None
-    forward = flex_attention_forward if isinstance(mask, BlockMask) else sdpa_attention_forward
-    return forward(attention, query, key, value, mask, **options)
+    forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
+    return forward(attention, query, key, value, attention_mask, **options)
 
 
 def _explicit_attention(
@@ -148,3 +147,5 @@ def _gptj_attention(
 
 AttentionInterface.register("trees", _tree_attention)
 AttentionInterface.register("trees_as_on_a_gpu", sdpa_attention_forward)
+for name in ("trees", "trees_as_on_a_gpu"):  # of layout rows, where the model makes the mask
+    AttentionMaskInterface.register(name, eager_mask)

@@ -20,6 +20,9 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 FACTORS = {"cohere": "logit_scale", "hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
 DIVISORS = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
 
+# Routers of experts, and layers whose weight a family reads without a call (Mamba, DeepSeek's indexer).
+NOT_ADAPTED = frozenset(("router", "gate", "wg", "dt_proj", "weights_proj"))
+
 
 class Head(NamedTuple):
     """The language-model head: logits z = cap(scale (h W^T + b)), where cap(a) = c tanh(a / c), or a without a softcap c."""
@@ -56,12 +59,24 @@ def _logit_scale(config: PretrainedConfig) -> float:
     return 1.0
 
 
+def base(model: PreTrainedModel) -> nn.Module:
+    """The causal LM without its head. (Llama 4 names none.)"""
+    return model.model if model.base_model is model else model.base_model
+
+
+def embeddings(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The word embeddings of token ids, as the model reads them in the place of ids: Falcon-H1 scales only those of ids."""
+    words = model.get_input_embeddings()(ids)
+    return words * model.config.embedding_multiplier if model.config.model_type == "falcon_h1" else words
+
+
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks, in order: the first list of as many modules as the config has hidden layers. UserError where
-    there is none."""
+    """The transformer blocks, in order: `layers`, or the first list of as many modules as the config has hidden layers.
+    UserError where there is none."""
+    inner = base(model)
     count = model.config.get_text_config().num_hidden_layers
-    lists = (m for m in model.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    found = next(lists, None)
+    lists = (m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    found = getattr(inner, "layers", None) or next(lists, None)
     if found is None:
         raise UserError(
             f"model.name: no list of {count} blocks in a {model.config.model_type} model; see docs/models.md"
@@ -70,9 +85,11 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """`names`, or all linear layers of the blocks, in order of first use. UserError where blocks have none (GPT-2)."""
-    layers = (name for block in blocks(model) for name, m in block.named_modules() if isinstance(m, nn.Linear))
-    found = names or tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
+    """`names`, or all linear layers of the blocks but NOT_ADAPTED. UserError where blocks have none (GPT-2)."""
+    layers = (name for block in blocks(model) for name, module in block.named_modules() if type(module) is nn.Linear)
+    found = names or tuple(
+        dict.fromkeys(last for name in layers if (last := name.rsplit(".", 1)[-1]) not in NOT_ADAPTED)
+    )
     if not found:
         raise UserError(f"lora.rank: a {model.config.model_type} model's blocks have no linear layers; expected 0")
     return found
@@ -89,11 +106,11 @@ def hidden_states(
     mask: boolean (R, 1, T, S), True where a query sees a key, or blocks of it. S counts cached positions too. Or (R, T),
     True where a row is not padding, which is at its end: then the model masks and counts positions by itself."""
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        return model.base_model(inputs_embeds=embeddings_RTD, attention_mask=mask.long(), use_cache=False)[0]
+        return base(model)(inputs_embeds=embeddings_RTD, attention_mask=mask.long(), use_cache=False)[0]
     if isinstance(mask, Tensor):  # made additive here, once: each block would make and keep its own
         mask = torch.zeros(mask.shape, dtype=embeddings_RTD.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     caching = {"past_key_values": cache, "use_cache": cache is not None}
-    output = model.base_model(inputs_embeds=embeddings_RTD, attention_mask=mask, position_ids=positions_RT, **caching)
+    output = base(model)(inputs_embeds=embeddings_RTD, attention_mask=mask, position_ids=positions_RT, **caching)
     return output.last_hidden_state
 
 

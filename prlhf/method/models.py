@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedModel
 
-from prlhf.backbone.attention import attention_mask, takes_flex_attention, use_own_attention
-from prlhf.backbone.families import check_positions, head, hidden_states
+from prlhf.backbone.attention import attention_mask, takes_flex_attention
+from prlhf.backbone.families import check_positions, embeddings, head, hidden_states
 from prlhf.backbone.lora import adapters_off
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import Layout, PreferenceBatch, Reading, ReadingBatch, collate, lay_out
@@ -78,8 +78,6 @@ class PersonalizedModel(nn.Module):
         self.users, self.user_slot = core.users, core.user_slot
         self.backbone, self.user_model = core.backbone, core.user_model
         self.prior: Prior | None = None  # on the user model, in training
-        if core.config.layout == "rows":
-            use_own_attention(self.backbone)
         self._device: torch.device | None = None
 
     @property
@@ -133,7 +131,7 @@ class PersonalizedModel(nn.Module):
     ) -> Tensor:
         """Last hidden states (N, D) at flat positions of the batch's rows, user vectors in their places.
         mask: what positions see, by default as the device computes it."""
-        embeddings_RTD = self.backbone.get_input_embeddings()(batch.input_ids_RT)
+        embeddings_RTD = embeddings(self.backbone, batch.input_ids_RT)
         if batch.vectors_at_SU.numel():
             vectors_ND = self.user_model(batch.users_S).to(embeddings_RTD.dtype).flatten(0, 1)
             flat_ND = embeddings_RTD.flatten(0, 1).index_copy(0, batch.vectors_at_SU.flatten(), vectors_ND)

@@ -9,13 +9,13 @@ class, as Hugging Face wrote it.
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from prlhf.backbone.attention import as_hugging_face_has_it, dense_mask
-from prlhf.backbone.families import blocks
+from prlhf.backbone.families import base, blocks, embeddings
 from prlhf.backbone.toys import DTYPES
 from prlhf.batch.trees import Layout, Reading, lay_out
 from prlhf.errors import UserError
@@ -32,6 +32,9 @@ class TokenStates(NamedTuple):
 
     hidden_ND: Tensor
     log_probs_N: Tensor | None
+
+
+Computed = TypeVar("Computed")
 
 
 def check_agreement(model: PersonalizedModel) -> None:
@@ -74,10 +77,10 @@ def _difference(model: PersonalizedModel, layout: Layout) -> str | None:
 @torch.no_grad()
 def _differs_for(readings: Sequence[Reading], model: PersonalizedModel, layout: Layout) -> str | None:
     with in_float32(model) as tolerance:
-        own = _tried(lambda: by_own_forward(model, readings, layout))
+        own = tried(lambda: by_own_forward(model, readings, layout))
         if isinstance(own, str):
             return f"its own forward pass on {'embeddings' if layout.vectors else 'tokens'} fails: {own}"
-        ours = _tried(lambda: by_layout(model, readings, layout))
+        ours = tried(lambda: by_layout(model, readings, layout))
     if isinstance(ours, str):
         return f"layout {layout.kind} fails: {ours}"
     if not own.hidden_ND.isfinite().all():
@@ -100,9 +103,7 @@ def by_layout(model: PersonalizedModel, readings: Sequence[Reading], layout: Lay
         hidden_ND = model.states_at(batch, batch.predicted_at_N, dense_mask)
         return TokenStates(hidden_ND, model.token_log_probs(hidden_ND, batch.targets_N) if _uses_head(model) else None)
 
-    own = layout.kind == "rows"
-    with as_hugging_face_has_it(model.backbone, methods=False) if own else contextlib.nullcontext():
-        return model.within_forward(compute)
+    return model.within_forward(compute)
 
 
 def by_own_forward(model: PersonalizedModel, readings: Sequence[Reading], layout: Layout) -> TokenStates:
@@ -115,10 +116,10 @@ def by_own_forward(model: PersonalizedModel, readings: Sequence[Reading], layout
             response_N, at_N = torch.tensor(reading.response), slice(-len(reading.response) - 1, -1)
             inputs = {"input_ids": torch.tensor([[*reading.prefix, *reading.response]], device=model.device)}
             if layout.vectors:
-                row_TD = backbone.get_input_embeddings()(inputs["input_ids"])[0]
+                row_TD = embeddings(backbone, inputs["input_ids"])[0]
                 e_UD = model.user_model(torch.tensor([reading.user], device=model.device))[0].to(row_TD.dtype)
                 inputs = {"inputs_embeds": torch.cat([row_TD[: layout.slot], e_UD, row_TD[layout.slot :]])[None]}
-            hidden.append(backbone.base_model(**inputs, use_cache=False)[0][0, at_N])
+            hidden.append(base(backbone)(**inputs, use_cache=False)[0][0, at_N])
             if _uses_head(model):
                 logits_NV = backbone(**inputs, use_cache=False).logits[0, at_N]
                 log_probs.append(logits_NV.double().log_softmax(dim=-1)[torch.arange(len(response_N)), response_N])
@@ -132,7 +133,7 @@ def _uses_head(model: PersonalizedModel) -> bool:
     return not isinstance(model, PersonalizedRewardModel)
 
 
-def _tried(compute: Callable[[], TokenStates]) -> TokenStates | str:
+def tried(compute: Callable[[], Computed]) -> Computed | str:
     """The result, or the first line of any error: a model that does not fit may raise all kinds of them."""
     try:
         return compute()
