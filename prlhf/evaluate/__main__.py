@@ -57,7 +57,7 @@ def main() -> None:
     reference = None
     if needs_reference(config):  # before the model is on the GPU, which need not have room for both
         reference = reference_log_probs(
-            lambda: reference_model(loaded).to(device), data.comparisons,
+            lambda: check_agreement(reference_model(loaded).to(device)), data.comparisons,
             config.evaluate.batch_size, base, computes_on(config.model, device),
         )  # fmt: skip
     model = loaded.model.to(device)

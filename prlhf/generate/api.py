@@ -133,7 +133,7 @@ class TextModel:
 
     @cached_property
     def _reference(self) -> PersonalizedLM:
-        return reference_model(self.loaded).to(self.loaded.model.device)
+        return check_agreement(reference_model(self.loaded).to(self.loaded.model.device))
 
     def _number(self, name: str | None) -> int:
         return 0 if name is None else self.loaded.required_number(name)

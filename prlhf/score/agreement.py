@@ -37,14 +37,17 @@ class TokenStates(NamedTuple):
 Computed = TypeVar("Computed")
 
 
-def check_agreement(model: PersonalizedModel) -> None:
-    """UserError where the model's layout does not compute what its own forward pass does. It names a layout that does.
+Model = TypeVar("Model", bound=PersonalizedModel)
+
+
+def check_agreement(model: Model) -> Model:
+    """The model itself. UserError where its layout does not compute what its own forward pass does, with a layout that does.
 
     In float32; sharded and compiled models in their own type. A collective operation where the model is sharded.
     """
     what = _difference(model, model.layout)
     if what is None:
-        return
+        return model
     kind = model.backbone.config.model_type
     if model.layout.kind == "rows" or _difference(model, model.layout._replace(kind="rows")):
         raise UserError(

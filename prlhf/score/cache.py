@@ -14,6 +14,10 @@ from torch import Tensor
 
 from prlhf.parallel.ranks import from_main, on_any, on_main
 
+# Changes where a version computes other numbers from the same fingerprint: what an earlier one cached is not taken. 2: logits'
+# scales and caps, attention's sinks and caps.
+VERSION = 2
+
 
 def from_cache(path: Path, count: int, compute: Callable[[], Tensor]) -> Tensor:
     """The tensor (_, count) of a file named by its fingerprint. If it is not valid, compute and write it."""
@@ -31,7 +35,9 @@ def bytes_of_tensor(tensor: Tensor) -> memoryview:
 
 
 def _checksum(fingerprint: str, values: Tensor) -> str:
-    return hashlib.blake2b(fingerprint.encode() + bytes(bytes_of_tensor(values)), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        f"{VERSION} {fingerprint}".encode() + bytes(bytes_of_tensor(values)), digest_size=16
+    ).hexdigest()
 
 
 def _write(path: Path, fingerprint: str, values: Tensor) -> None:
