@@ -15,7 +15,7 @@ DEMO := runs/length_demo
 CHECKPOINT ?= $(patsubst %/users.json,%,$(firstword $(shell ls -t runs/*/final/users.json 2>/dev/null)))
 WORKERS := worker1,worker2,worker3,worker4,worker5,worker6,worker7,worker8,worker9,worker10
 
-.PHONY: install lint test test-method test-slow demo length-data model experiments table1 eval config-table
+.PHONY: install lint test test-method test-slow demo length-data model experiments table1 eval config-table models-table
 
 install: $(VENV)/.installed
 
@@ -94,3 +94,7 @@ eval: install
 # The configuration reference, from the dataclasses.
 config-table: install
 	$(PY) -m prlhf.config.table docs/config.md
+
+# The table of docs/models.md, from tiny random models of every family: some minutes on one core.
+models-table: install
+	PYTHONPATH=tests $(PY) benchmarks/models.py docs/models.md
