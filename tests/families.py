@@ -95,7 +95,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": GEMMA_3N | {"per_layer_config": {}},
     "gemma4_unified_text": {},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 256},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "inkling_text": {
         "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 64,

@@ -82,6 +82,7 @@ def test_what_is_longer_than_a_window_is_right_or_refused(family, window, tmp_pa
     batch at a length (Phi-3)."""
     tiny_model(family, **window).save_pretrained(tmp_path)
     found = {layout: right_numbers.of_layout(tmp_path, own_model(tmp_path), layout) for layout in LAYOUTS}
+    assert found["rows"].right or family == "phi3"
     assert all(verdict.right or verdict.refused for verdict in found.values()), {k: str(v) for k, v in found.items()}
 
 
