@@ -1,5 +1,6 @@
-"""Evaluations of very many users: the bootstrap does little more for them, and no test is made twice."""
+"""Evaluations of very many users: the bootstrap does little more for them, reports stay a page, and all are in users.csv."""
 
+import csv
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from prlhf.config.keys import EvaluateConfig
 from prlhf.data.comparisons import Comparison
 from prlhf.evaluate import compare
 from prlhf.evaluate.accuracy import summarize
-from prlhf.evaluate.report import write_margins
+from prlhf.evaluate.report import markdown, write_margins, write_report
 from prlhf.evaluate.stats.intervals import DRAWN_SINGLY, _resampled
 from prlhf.evaluate.stats.metrics import UserCounts, exact_sign_flip_test, mean_interval, pooled_interval
 
@@ -99,6 +100,67 @@ def test_an_evaluation_of_many_users_draws_little(monkeypatch):
     report = evaluated(3_000)
     assert report["accuracy"]["top"] == pytest.approx(0.5) and len(report["per_user"]) == 3_000
     assert 0 < sum(rng.entries for rng in made) <= 8 * 200 * 121
+
+
+def rows_of(text):
+    return [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| user ")]
+
+
+def test_the_report_shows_the_worst_and_the_best_and_the_file_has_all(tmp_path):
+    """100 users: i mod 6 = 5 has none right (5, 11, ...: 16 users), then 4 (4, 10, ...); 0 has all (0, 6, ...: 17), then 1."""
+    report = evaluated(100)
+    text = markdown(report)
+    expected = [*range(5, 100, 6), *(4, 10, 16, 22), *(13, 7, 1), *range(96, -1, -6)]
+    assert rows_of(text)[1:] == [f"user {i:05}" for i in expected]  # after the header
+    assert "The 20 worst and the 20 best of 100 users; users.csv has the other 60 too." in text
+    report["per_user"] |= {'a "b", c\nd': {"n": 1, "accuracy": 1 / 3, "generic_user": 0.0, "shuffled_users": None}}
+    write_report(report, tmp_path)
+    with open(tmp_path / "users.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 101 and list(rows[0]) == ["user", "n", "accuracy", "generic_user", "shuffled_users"]
+    assert rows[3] == {
+        "user": "user 00003",
+        "n": "5",
+        "accuracy": "0.4",
+        "generic_user": "0.6",
+        "shuffled_users": "0.6",
+    }
+    assert rows[-1]["user"] == 'a "b", c\nd' and float(rows[-1]["accuracy"]) == 1 / 3 and not rows[-1]["shuffled_users"]
+    assert len(json.loads((tmp_path / "report.json").read_text())["per_user"]) == 101
+
+
+def test_of_equal_users_those_with_more_comparisons_are_shown():
+    report = evaluated(60)
+    for row in report["per_user"].values():
+        row["accuracy"] = 0.5
+    report["per_user"]["user 00044"]["n"] = 9
+    assert rows_of(markdown(report))[1] == "user 00044"
+
+
+def test_forty_users_are_all_shown_in_order():
+    text = markdown(evaluated(40))
+    assert rows_of(text)[1:] == [f"user {i:05}" for i in range(40)] and "users.csv" not in text
+
+
+def test_a_comparison_shows_the_worst_and_the_best_and_the_file_has_all(call, tmp_path):
+    """300 users of 4: user i loses i mod 5 comparisons of those that the baseline has right, or wins them if i is odd."""
+    names = [f"user {i:03}" for i in range(300) for _ in range(4)]
+    comparisons = [Comparison("Hi?", f"yes {n}", f"no {n}", name, None, str(n)) for n, name in enumerate(names)]
+    base = np.repeat(np.where(np.arange(300) % 2, -1.0, 1.0), 4)
+    changed = np.concatenate([np.arange(4) < i % 5 for i in range(300)])
+    for folder, margins in (("base", base), ("other", np.where(changed, -base, base))):
+        (tmp_path / folder).mkdir()
+        write_margins(tmp_path / folder, comparisons, [True] * 1200, np.stack([margins] * 3))
+    models = (f"{name}={tmp_path / name}" for name in ("base", "other"))
+    status, out, _ = call(compare.main, *models, "--out", tmp_path / "out")
+    shown = rows_of(out)[1:]
+    assert status == 0 and len(shown) == 40 and "The 20 worst and the 20 best of 300 users" in out
+    assert shown[:20] == [f"user {i:03}" for i in range(4, 200, 10)]  # even, 4 of 5 lost: -1
+    assert shown[20:] == [f"user {i:03}" for i in range(199, 0, -10)]  # odd, 4 won: +1
+    with open(tmp_path / "out" / "users.csv", encoding="utf-8", newline="") as file:
+        rows = {row["user"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 300 and rows["user 003"]["model"] == "other" and float(rows["user 003"]["difference"]) == 0.75
+    assert float(rows["user 003"]["p"]) == pytest.approx(2 * 0.5**3)  # all three differences one way
 
 
 def test_many_users_with_the_same_differences_are_tested_once(call, tmp_path, monkeypatch):
