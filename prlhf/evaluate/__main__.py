@@ -1,6 +1,6 @@
 """Evaluate a model: python evaluate.py --checkpoint DIR [--data PATH] [--out DIR] [--set key.sub=value ...]
 
-Writes report.json, report.md, margins.jsonl and figures to the run's eval/ (or --out), and prints report.md.
+Writes report.json, report.md, users.csv, margins.jsonl and figures to the run's eval/ (or --out), and prints report.md.
 """
 
 import argparse
