@@ -30,6 +30,14 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def expanded(path: str | Path, instead: str = "a path without ~") -> Path:
+    """The path, ~ replaced. UserError where that has no meaning (HOME is not set, no such user), with what else would do."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: no home folder for ~; expected HOME to be set, or {instead}") from None
+
+
 def check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
     """UserError unless low <= value <= high."""
     if not low <= value <= high:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prlhf.data.sources import DATA_SETS
-from prlhf.errors import UserError, did_you_mean
+from prlhf.errors import UserError, did_you_mean, expanded
 
 Record = dict[str, Any]
 
@@ -33,7 +33,7 @@ def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[str, 
 
 def require_file(path: str | Path) -> Path:
     """The path, ~ expanded. UserError, with a near match, where there is no such file."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, near)
@@ -139,7 +139,7 @@ def read_parquet(path: str | Path) -> Iterator[tuple[int, Record]]:
 
 def write_json_lines(path: str | Path, records: Iterable[Record]) -> None:
     """Write a JSON Lines file, and its folder; gzipped where the name ends in .gz. Complete or not there."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.partial")
     with (gzip.open if path.suffix == ".gz" else open)(aside, "wt", encoding="utf-8") as file:

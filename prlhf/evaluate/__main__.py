@@ -15,7 +15,7 @@ from prlhf.config.keys import Config
 from prlhf.data.check.rules import FittedRules, fit
 from prlhf.data.comparisons import read_comparisons
 from prlhf.data.users import UserIndex
-from prlhf.errors import UserError, run_command
+from prlhf.errors import UserError, expanded, run_command
 from prlhf.evaluate.accuracy import reward_margins, score_users, summarize
 from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
 from prlhf.method.losses import needs_reference
@@ -88,7 +88,7 @@ def draw_curve(metrics: Path, path: Path) -> None:
 
 def fit_rules(config: Config, users: UserIndex) -> FittedRules:
     """The trivial rules, fitted to the training comparisons if that file is still there; `users` are known to them."""
-    if config.data.train is None or not Path(config.data.train).expanduser().is_file():
+    if config.data.train is None or not expanded(config.data.train).is_file():
         print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
         return fit([])
     file = read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed)

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 from prlhf.config.keys import Config
 from prlhf.config.load import differing_keys, dump, load_resolved
 from prlhf.data.files import replace_text
-from prlhf.errors import UserError
+from prlhf.errors import UserError, expanded
 from prlhf.parallel.ranks import on_any, on_main, rank
 from prlhf.store.checkpoints import steps
 
@@ -83,7 +83,7 @@ def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
 
     UserError where it has another config (with the keys that differ; not if `overwrite`), other files, or is in use.
     """
-    run = Run(Path(config.run_dir or Path("runs") / name).expanduser(), None)
+    run = Run(expanded(config.run_dir or Path("runs") / name), None)
 
     def lock() -> IO[str]:
         opened = _locked(run.path)

@@ -19,7 +19,7 @@ from prlhf.data.sets import multipref, persona, prism, psoups, tldr
 from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key
 from prlhf.data.sets.splits import Judged, Shares, Split, judged, recurring, split, split_by_response, with_few_shot
 from prlhf.data.sources import raw_folder, source_name
-from prlhf.errors import UserError
+from prlhf.errors import UserError, expanded
 
 PROMPTS = 50  # held-out prompts to generate answers to
 OUTPUTS = ("train.jsonl", "valid.jsonl", "few_shot.jsonl", "prompts.jsonl")
@@ -40,8 +40,8 @@ SAMPLE_SIZES = {"prism": (6_431, 3_982)}  # published: comparisons trained on, a
 def prepare(name: str, raw: str | None, out: str | None, options: Options, overwrite: bool) -> None:
     """Read, split and write a data set. UserError for bad raw files, or where `out` holds another split."""
     source, (read, files) = source_name(name), READERS[name]
-    folder = Path(raw).expanduser() if raw else raw_folder(source)
-    target = Path(out or f"runs/data/{name}").expanduser()
+    folder = expanded(raw) if raw else raw_folder(source)
+    target = expanded(out or f"runs/data/{name}")
     made_of = {path.name: sha256(path) for path in raw_files(folder, source, *files)}
     settings = {"data": name, **asdict(options), "raw": made_of}
     if is_there(target, settings, overwrite):
@@ -71,7 +71,7 @@ class Division(NamedTuple):
 
 def split_file(file: str, out: str, division: Division, form: DataConfig, options: Options, overwrite: bool) -> None:
     """Split a file of comparisons. form: its format and user_column. UserError for a bad file, or as of `prepare`."""
-    path, target, by = Path(file).expanduser(), Path(out).expanduser(), division.by
+    path, target, by = expanded(file), expanded(out), division.by
     records, comparisons = read_for_split(file, None if by in ("prompt", "response") else by, form)
     if by is None:
         by = choose_by(comparisons)

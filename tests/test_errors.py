@@ -1,0 +1,49 @@
+"""What every command does with an error, a terminal or a home folder that is not as expected."""
+
+import pwd
+
+import pytest
+
+from prlhf.config.load import load_config
+from prlhf.data.comparisons import read_comparisons
+from prlhf.data.files import write_json_lines
+from prlhf.data.sources import cache_dir
+from prlhf.errors import UserError
+from prlhf.store.final import find_final
+from prlhf.store.runs import open_run
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        read_comparisons,
+        find_final,
+        lambda path: write_json_lines(path, []),
+        lambda path: open_run(load_config(None, ("model.family=llama", f"run_dir={path}")), "x"),
+    ],
+    ids=["data", "checkpoint", "output", "run_dir"],
+)
+@pytest.mark.parametrize("path", ["~/f.jsonl", "~nobody_of_this_name/f.jsonl"])
+def test_a_home_that_is_not_known_is_one_sentence(monkeypatch, use, path):
+    """As in a container whose user is in no passwd file."""
+
+    def nobody(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(
+        UserError, match=f"^{path}: no home folder for ~; expected HOME to be set, or a path without ~$"
+    ):
+        use(path)
+
+
+def test_without_a_home_the_cache_needs_a_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(pwd, "getpwuid", lambda _: {}[0])
+    monkeypatch.delenv("HOME")
+    assert cache_dir() == tmp_path / "cache"  # PRLHF_CACHE, as the tests set it
+    monkeypatch.delenv("PRLHF_CACHE")
+    with pytest.raises(
+        UserError, match="~/.cache/prlhf: no home folder for ~; expected HOME to be set, or PRLHF_CACHE"
+    ):
+        cache_dir()
