@@ -1,6 +1,10 @@
 """What every command does with an error, a terminal or a home folder that is not as expected."""
 
+import os
 import pwd
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +51,37 @@ def test_without_a_home_the_cache_needs_a_folder(monkeypatch, tmp_path):
         UserError, match="~/.cache/prlhf: no home folder for ~; expected HOME to be set, or PRLHF_CACHE"
     ):
         cache_dir()
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(body, **streams):
+    """Start a command whose `main` is `body`, in a process of its own: pytest's own stdout has no pipe."""
+    code = f"from prlhf.errors import *\nimport sys\ndef main():\n    {body}\nrun_command(main)"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **streams)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "print('a report of a line')",  # still in the buffer when main ends
+        "print('x' * 10**6)",
+        "print('usage: ...'); sys.exit(0)",  # as argparse's --help
+    ],
+    ids=["short", "long", "help"],
+)
+def test_a_reader_that_has_gone_ends_a_command_in_silence(body):
+    read, write = os.pipe()
+    os.close(read)
+    process = command(body, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert process.communicate()[1] == "" and process.returncode == 141  # 128 + SIGPIPE
+
+
+def test_an_error_that_nobody_reads_ends_a_command_in_silence():
+    read, write = os.pipe()
+    os.close(read)
+    process = command("raise UserError('no')", stdout=write, stderr=write)
+    os.close(write)
+    assert process.wait() == 141
