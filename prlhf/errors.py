@@ -1,6 +1,7 @@
 """Errors made for the person at the keyboard: what was found, where, and what was expected."""
 
 import difflib
+import io
 import os
 import sys
 import time
@@ -50,14 +51,17 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`, turning errors for people into a short message and an exit status.
 
-    Where the reader of the output has gone, as `| head` does, the command ends in silence, with status 141, as of a process
-    that SIGPIPE ended.
+    A character that the terminal lacks is shown as its code. Where the reader of the output has gone, as `| head` does, the
+    command ends in silence, with status 141, as of a process that SIGPIPE ended.
     One of several processes ends at once when it is done: gloo's threads now and then abort one that Python takes apart
     ("terminate called without an active exception"), and torchrun would call a finished run failed.
     """
     command = Path(sys.argv[0])
     if command.name == "__main__.py":  # what its help calls it
         sys.argv[0] = f"python -m prlhf.{command.parent.name}"
+    for stream in _streams():
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = _status(main)
     except BrokenPipeError:

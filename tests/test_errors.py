@@ -85,3 +85,11 @@ def test_an_error_that_nobody_reads_ends_a_command_in_silence():
     process = command("raise UserError('no')", stdout=write, stderr=write)
     os.close(write)
     assert process.wait() == 141
+
+
+def test_a_terminal_without_a_character_shows_its_code(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = command(
+        r"print('Zo\xeb \xb1 1'); raise UserError('\xeb')", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.communicate() == ("Zo\\xeb \\xb1 1\n", "error: \\xeb\n") and process.returncode == 2
