@@ -218,6 +218,15 @@ def test_a_missing_file_names_a_near_one(tmp_path):
         read_comparisons(tmp_path / "trian.jsonl")
 
 
+def test_a_folder_is_no_file_and_names_those_in_it(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}: is a folder, expected a file$"):
+        read_comparisons(tmp_path)
+    for name in ("valid.jsonl", "train.jsonl", ".hidden"):
+        (tmp_path / name).write_bytes(lines(GOOD))
+    with pytest.raises(UserError, match="is a folder, expected one of those in it: train.jsonl, valid.jsonl$"):
+        read_comparisons(tmp_path)
+
+
 @pytest.mark.parametrize("cut", [20, 60])
 def test_a_truncated_gzip_file(tmp_path, cut):
     whole = gzip.compress(lines(*[{**GOOD, "id": str(i * 7919)} for i in range(500)]))

@@ -32,8 +32,12 @@ def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[str, 
 
 
 def require_file(path: str | Path) -> Path:
-    """The path, ~ expanded. UserError, with a near match, where there is no such file."""
+    """The path, ~ expanded. UserError for a folder, and, with a near match, where there is no such file."""
     path = expanded(path)
+    if path.is_dir():
+        files = sorted(entry.name for entry in path.iterdir() if entry.is_file() and not entry.name.startswith("."))
+        held = f"one of those in it: {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else "a file"
+        raise UserError(f"{path}: is a folder, expected {held}")
     if not path.is_file():
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = did_you_mean(path.name, near)
