@@ -80,12 +80,37 @@ def test_csv_rows_are_comparisons(tmp_path):
         (CSV + b'p,"a,b,u,1\r\n', "after line 4: not valid CSV"),
         (CSV + b"p,\xe9,b,u,1\r\n", "expected UTF-8, found byte 0xe9"),
         (b"prompt,chosen,rejected\r\n", "empty, expected a header"),
+        (b"user,prompt,chosen,rejected,user\r\nu,p,a,b,v\r\n", "line 1: two columns are named 'user'"),
+        (b"user,prompt,chosen,rejected, user\r\nu,p,a,b,v\r\n", "line 1: two columns are named 'user'"),
         (b"prompt,choosen,rejected\r\np,a,b\r\n", "line 2: no field 'chosen' (did you mean 'choosen'?)"),
     ],
 )
 def test_bad_csv_names_file_and_line(tmp_path, content, message):
     text = fault(tmp_path, content, "f.csv")
     assert str(tmp_path / "f.csv") in text and message in text
+
+
+def test_a_gzipped_csv_file_has_no_two_columns_of_one_name_either(tmp_path):
+    content = gzip.compress(b"prompt,chosen,chosen,user\r\np,a,b,u\r\n")
+    assert "f.csv.gz, line 1: two columns are named 'chosen', expected each name once" in fault(
+        tmp_path, content, "f.csv.gz"
+    )
+
+
+def test_names_of_csv_columns_are_stripped_and_empty_ones_ignored(tmp_path):
+    """As a spreadsheet writes them; ` user` would be an unknown field, and every user unknown."""
+    (c,) = read(tmp_path, b"prompt, chosen, rejected, user,,\r\np,a,b,u,,\r\n", "f.csv").comparisons
+    assert (c.chosen, c.user) == ("a", "u")
+
+
+def test_a_parquet_file_has_no_two_columns_of_one_name(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import parquet
+
+    names = ["prompt", "chosen", "rejected", "user", "user"]
+    parquet.write_table(pyarrow.table([pyarrow.array([name]) for name in names], names=names), tmp_path / "f.parquet")
+    with pytest.raises(UserError, match="f.parquet: two columns are named 'user', expected each name once"):
+        read_comparisons(tmp_path / "f.parquet")
 
 
 def test_parquet_rows_are_comparisons(tmp_path):
@@ -190,6 +215,10 @@ def test_equal_responses_are_counted_not_kept(tmp_path):
         (lines(GOOD) + b"[1]\n", ["line 2", "expected a JSON object"]),
         (lines(GOOD) + b'{"n": ' + b"1" * 5000 + b"}\n", ["line 2", "not readable as JSON"]),
         (lines(GOOD) + b"[" * 100_000, ["line 2", "not"]),
+        (
+            lines(GOOD) + lines(GOOD).replace(b'{"prompt"', b'{"user": "v", "prompt"'),
+            ["line 2", "the field 'user' is given twice"],
+        ),
         (b'{"prompt": "\\uD800", "chosen": "a", "rejected": "b"}\n', ["line 1", "half of a surrogate pair"]),
         (lines(GOOD) + b'{"prompt": "caf\xe9"}\n', ["line 2", "expected UTF-8", "0xe9"]),
         (lines(GOOD, {"prompt": "p", "choosen": "a", "rejected": "b"}), ["line 2", "no field 'chosen'", "'choosen'"]),

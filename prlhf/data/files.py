@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,10 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
 
 
 def parse_json(text: str, where: str, lines: bool = False) -> Any:
-    """A JSON value. UserError with `where`, and line if `lines`: invalid, too deep or large, half a surrogate pair."""
+    """A JSON value. UserError with `where`, and line if `lines`: invalid, too deep or large, a field given twice, half a
+    surrogate pair."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -93,10 +95,20 @@ def parse_json(text: str, where: str, lines: bool = False) -> Any:
     return value
 
 
+def _object(fields: list[tuple[str, Any]]) -> Record:
+    """A JSON object of these fields. ValueError where one is given twice: json.loads would keep the last."""
+    record = dict(fields)
+    if len(record) < len(fields):
+        name = Counter(name for name, _ in fields).most_common(1)[0][0]
+        raise ValueError(f"the field {name!r} is given twice")
+    return record
+
+
 def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Line number (the last of its lines) and record of each row of a CSV file with a header, plain or .gz.
 
-    Empty cells are left out. UserError, with file and line: missing, empty, not UTF-8, not as many cells as the header.
+    Empty cells are left out. UserError, with file and line: missing, empty, not UTF-8, two columns of one name, not as many
+    cells as the header.
     """
     path = require_file(path)
     csv.field_size_limit(2**31 - 1)
@@ -104,7 +116,8 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
     parts = (io.StringIO(line, newline="") for _, line in read_lines(path))  # a "\r" alone ends a line too
     rows = csv.reader(itertools.chain.from_iterable(parts), strict=True)
     try:
-        header = next(rows, [])
+        header = [name.strip() for name in next(rows, [])]
+        _require_once(filter(None, header), f"{path}, line {rows.line_num}")
         for cells in filter(None, rows):
             number = rows.line_num
             if len(cells) != len(header):
@@ -117,10 +130,18 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
         raise UserError(f"{path}: empty, expected a header and one comparison a row")
 
 
+def _require_once(names: Iterable[str], where: str) -> None:
+    """UserError where one of the names occurs twice: one of the two columns would be lost."""
+    counts = Counter(names)
+    twice = [name for name in counts if counts[name] > 1]
+    if twice:
+        raise UserError(f"{where}: two columns are named {twice[0]!r}, expected each name once")
+
+
 def read_parquet(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Row number, from 1, and record of each row of a parquet file (with pyarrow, an extra). Nulls are left out.
 
-    UserError, with the file: missing, damaged, without rows; or pyarrow is not installed.
+    UserError, with the file: missing, damaged, without rows, two columns of one name; or pyarrow is not installed.
     """
     path = require_file(path)
     try:
@@ -131,6 +152,7 @@ def read_parquet(path: str | Path) -> Iterator[tuple[int, Record]]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            _require_once(file.schema_arrow.names, str(path))
             for batch in file.iter_batches():
                 for record in batch.to_pylist():
                     number += 1
