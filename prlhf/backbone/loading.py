@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from prlhf.backbone.attention import use_tree_attention
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
 from prlhf.config.keys import ModelConfig
-from prlhf.errors import UserError
+from prlhf.errors import UserError, expanded
 
 transformers_logging.disable_progress_bar()
 
@@ -152,7 +152,7 @@ def word_embeddings(model: PreTrainedModel, folder: Path) -> Tensor:
 
 def _expanded(name: str | Path) -> str:
     """The name with ~ replaced, where that is a path."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return str(path) if path.exists() else str(name)
 
 

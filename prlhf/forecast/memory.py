@@ -18,6 +18,7 @@ from prlhf.backbone.families import blocks
 from prlhf.backbone.loading import weight_files
 from prlhf.backbone.toys import DTYPES
 from prlhf.config.keys import Config, solves_exactly
+from prlhf.errors import expanded
 from prlhf.forecast.phases import (
     CountedUpdate,
     FakeTraining,
@@ -153,7 +154,7 @@ def file_bytes_beside(config: Config, spread: bool) -> int:
     All files where their type is not config.model.dtype; files of that type are the weights themselves. A model that is
     spread over processes is read into its shards file by file: then the largest file, whatever its type.
     """
-    folder = Path(config.model.name or "").expanduser()
+    folder = expanded(config.model.name or "")
     if config.model.name is None or not folder.is_dir():
         return 0
     sizes = [file.stat().st_size for file in weight_files(folder) if file.is_file()]

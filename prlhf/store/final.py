@@ -21,7 +21,7 @@ from prlhf.backbone.toys import DTYPES
 from prlhf.config.keys import Config
 from prlhf.config.load import differing_keys, dump, load_resolved
 from prlhf.data.users import UserIndex
-from prlhf.errors import UserError, did_you_mean
+from prlhf.errors import UserError, did_you_mean, expanded
 from prlhf.method.build import build_model
 from prlhf.method.models import Core, PersonalizedLM, PersonalizedModel
 from prlhf.method.users import UniformUsers, is_personal
@@ -90,7 +90,7 @@ class Loaded(NamedTuple):
 
 def find_final(checkpoint: str | Path) -> Path:
     """The final/ folder that a path means: itself, or the run's. UserError where there is none."""
-    path = Path(checkpoint).expanduser()
+    path = expanded(checkpoint)
     for candidate in (path, path / "final"):
         if (candidate / "users.json").is_file():
             return candidate
