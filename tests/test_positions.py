@@ -47,6 +47,23 @@ def backbone_of(config):
     return model
 
 
+def test_rows_leave_windows_to_the_model():
+    """A Mistral of window 6 on sequences of 20: its own forward pass alone, eager, which the other layouts do not compute."""
+    model = backbone_of(MistralConfig(**SHAPE, sliding_window=6, attn_implementation="eager"))
+    pairs = random_comparisons(1)
+    pairs = [c._replace(prefix=c.prefix * 6, reference_prefix=c.prefix * 6, user=0) for c in pairs]
+    ids = [[*c.prefix, *c.chosen] for c in pairs]
+    at = slice(len(pairs[0].prefix) - 1, -1)
+    with torch.no_grad():
+        logits = model(torch.tensor(ids)).logits[0, at].double()
+    expected = logits.log_softmax(-1)[range(len(pairs[0].chosen)), pairs[0].chosen].sum().item()
+    uniform = ("user_model.kind=uniform", "user_model.tokens=0")
+    rows = build_model(tiny_config(*uniform, "model.layout=rows"), TOKENIZER, 4, model)
+    assert score(rows, pairs, [0], 4).chosen.item() == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(UserError, match="the model reads 6"):
+        score(build_model(tiny_config(*uniform), TOKENIZER, 4, model), pairs, [0], 4)
+
+
 def logits_of_a_short_row(model, beside):
     """Of 10 tokens, in a right-padded batch with a row of `beside` tokens: by Hugging Face's own forward pass."""
     ids = torch.arange(1, 1 + 2 * beside).view(2, beside) % 97

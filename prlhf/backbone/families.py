@@ -20,6 +20,10 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 FACTORS = {"cohere": "logit_scale", "hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
 DIVISORS = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
 
+# Configs' names for how far back attention reaches, or among how many positions it chooses (DeepSeek 3.2).
+WINDOWS = (
+    "sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "sliding_window_size", "index_topk",
+)  # fmt: skip
 # Routers of experts, and layers whose weight a family reads without a call (Mamba, DeepSeek's indexer).
 NOT_ADAPTED = frozenset(("router", "gate", "wg", "dt_proj", "weights_proj"))
 
@@ -114,15 +118,16 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def check_positions(model: PreTrainedModel, positions: int) -> None:
-    """UserError where a sequence has more positions than the model reads, by its windows too, or than keep it independent.
+def check_positions(model: PreTrainedModel, positions: int, windows: bool = True) -> None:
+    """UserError where a sequence has more positions than the model reads, by its `windows` too, or than keep it independent.
+    Layout rows leaves windows to the model; our masks know none.
 
     LongRoPE (Phi-3) rotates by one set of frequencies up to its original length and by another beyond. Hugging Face chooses by
     the longest sequence of a batch, and would rotate short ones as if they were long. (Dynamic NTK does so too, but only
     beyond max_position_embeddings.)
     """
     config = model.config.get_text_config()
-    names = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+    names = ("max_position_embeddings", *(WINDOWS if windows else ()))
     limit = min((value for name in names if (value := getattr(config, name, None))), default=positions)  # 0: no window
     if limit < positions:
         raise UserError(
@@ -130,10 +135,7 @@ def check_positions(model: PreTrainedModel, positions: int) -> None:
             "expected shorter prompts, responses or --max-new-tokens"
         )
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [
-        rope,
-        *(kind for kind in rope.values() if isinstance(kind, dict)),
-    ]  # one for all layers, or one for each type
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # for all layers, or for each type
     limits = (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope")
     if (limit := min(limits, default=positions)) < positions:
         raise UserError(

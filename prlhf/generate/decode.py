@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from prlhf.backbone.families import check_positions, embeddings, head
+from prlhf.backbone.families import embeddings, head
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedLM
@@ -58,7 +58,7 @@ class Decoder:
         padding = [self.columns - len(row) for row in rows]
         self.embeddings_BTD = torch.stack([pad(row, (0, 0, left, 0)) for row, left in zip(rows, padding)])
         self.padding_B = torch.tensor(padding, device=model.device)
-        # Keeps every position, for models with a sliding window too: check_positions refuses what would leave it.
+        # Keeps every position, for models with a sliding window too: check_length refuses what would leave it.
         self.cache = DynamicCache()
 
     def prefill(self) -> Tensor:
@@ -162,7 +162,7 @@ def check_decoding(model: PersonalizedLM) -> None:
 @torch.inference_mode()
 def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
     """One response to each request, in their order. The model should be in eval mode."""
-    check_positions(model.backbone, max(len(r.ids) for r in requests) + model.vectors + decoding.max_new_tokens)
+    model.check_length(max(len(r.ids) for r in requests) + decoding.max_new_tokens)
     decoder = decoder_of(model)(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
     responses: list[list[int]] = [[] for _ in requests]

@@ -101,7 +101,11 @@ class PersonalizedModel(nn.Module):
     def check_lengths(self, comparisons: Sequence[EncodedComparison]) -> None:
         """UserError where a comparison has more positions than the backbone reads."""
         longest = max(len(c.prefix) + max(len(c.chosen), len(c.rejected)) for c in comparisons)
-        check_positions(self.backbone, longest + self.vectors)
+        self.check_length(longest)
+
+    def check_length(self, tokens: int) -> None:
+        """UserError where a sequence of so many tokens has more positions than the backbone reads."""
+        check_positions(self.backbone, tokens + self.vectors, windows=self.layout.kind != "rows")
 
     @property
     def layout(self) -> Layout:
@@ -248,7 +252,7 @@ class PersonalizedRewardModel(PersonalizedModel):
 
     def rewards(self, readings: Sequence[Reading]) -> Tensor:
         """r_P(x, y, u) of single responses, (M,)."""
-        check_positions(self.backbone, max(len(r.prefix) + len(r.response) for r in readings) + self.vectors)
+        self.check_length(max(len(r.prefix) + len(r.response) for r in readings))
         return self.read_rewards(lay_out(readings, self.layout).to(self.device))
 
 
