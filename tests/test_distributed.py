@@ -268,6 +268,24 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_refuse_a_layout_that_a_model_does_not_honour_and_train_in_one_that_it_does(tmp_path):
+    """Mamba 2 in trees and in rows; the comparison with its own forward pass is a collective operation."""
+    from transformers import AutoModelForCausalLM, Mamba2Config
+
+    shape = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8, "pad_token_id": 0}
+    small = {"vocab_size": len(byte_tokenizer()), "hidden_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Mamba2Config(**small, **shape)).save_pretrained(tmp_path / "mamba")
+    byte_tokenizer().save_pretrained(tmp_path / "mamba")
+    named = (f"model.name={tmp_path / 'mamba'}", "model.family=null", "optim.max_steps=4")
+    refused = start(2, ROOT / "train.py", *arguments(tmp_path / "refused", *named))
+    assert "expected 'rows'" in finished(refused, status=1)  # torchrun's own status
+    for processes in (1, 2):
+        train_all(processes, tmp_path / str(processes), {"rows": (*named, "model.layout=rows")})
+    assert_alike(tmp_path / "1" / "rows", tmp_path / "2" / "rows", 1e-5, updates=1)
+
+
+@pytest.mark.slow
 def test_hybrid_sharding_four_processes_as_two_whole_models(alone, tmp_path):
     train_all(4, tmp_path, {"hybrid": (*CASES["pdpo"], "fsdp.replicas=2")})
     assert_alike(alone("pdpo") / "pdpo", tmp_path / "hybrid", 1e-5)
