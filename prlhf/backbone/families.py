@@ -57,11 +57,29 @@ def hidden_states(
 
 
 def check_positions(model: PreTrainedModel, positions: int) -> None:
-    """UserError where a sequence has more positions than the model reads, by its sliding window too."""
-    limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    limit = min((value for value in limits if value is not None), default=positions)
+    """UserError where a sequence has more positions than the model reads, by its windows too, or than keep it independent.
+
+    LongRoPE (Phi-3) rotates by one set of frequencies up to its original length and by another beyond. Hugging Face chooses by
+    the longest sequence of a batch, and would rotate short ones as if they were long. (Dynamic NTK does so too, but only
+    beyond max_position_embeddings.)
+    """
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+    limit = min((value for name in names if (value := getattr(config, name, None))), default=positions)  # 0: no window
     if limit < positions:
         raise UserError(
             f"data.max_tokens: a sequence takes {positions} positions, user vectors included, and the model reads {limit}; "
             "expected shorter prompts, responses or --max-new-tokens"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [
+        rope,
+        *(kind for kind in rope.values() if isinstance(kind, dict)),
+    ]  # one for all layers, or one for each type
+    limits = (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope")
+    if (limit := min(limits, default=positions)) < positions:
+        raise UserError(
+            f"data.max_tokens: a sequence takes {positions} positions, user vectors included, and beyond {limit} this model "
+            f"(rope_type longrope) reads a batch's other sequences differently too; expected at most {limit}, by shorter "
+            "prompts, responses or --max-new-tokens"
         )
