@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from helpers import TOKENIZER, VOCABULARY, tiny_config, tiny_model
+from helpers import TOKENIZER, USERS, VOCABULARY, tiny_config, tiny_model
 
+from prlhf.backbone.loading import load_backbone
 from prlhf.errors import UserError
 from prlhf.generate.decode import Decoder, Decoding, Request, choose, generate
 from prlhf.method.build import build_model
@@ -108,3 +109,12 @@ def test_generation_for_a_model_with_a_sliding_window_is_right_or_refused():
     assert found.ids == expected[0, 4:].tolist()
     with pytest.raises(UserError, match="takes 24 positions.*reads 20"):
         generate(model, [request], -1, Decoding(max_new_tokens=20))
+
+
+def test_in_half_precision_a_row_alone_is_exact():
+    """Batches of one say the same in any order; in float32 larger batches do too (above)."""
+    config = tiny_config("model.dtype=bfloat16", "lora.rank=2", "model.width=64")
+    model = build_model(config, TOKENIZER, USERS, load_backbone(config.model, TOKENIZER, 0)).eval()
+    decoding = Decoding(max_new_tokens=12, temperature=1.0, seed=1)
+    forth, back = ([generate(model, [r], -1, decoding)[0] for r in rows] for rows in (requests(), requests()[::-1]))
+    assert forth == back[::-1] and model.backbone.dtype == torch.bfloat16

@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="1: no row's rounding depends on another's")
     parser.add_argument("--limit", type=int, help="with --prompts: the first so many")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")

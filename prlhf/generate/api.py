@@ -44,9 +44,10 @@ class TextModel:
 
         prompts: texts, taken as they are, or lists of {"role", "content"} messages, which go through the chat template.
         user_texts: text about the user, put before the prompt; one for all, or a list. decoding: max_new_tokens (128),
-        temperature (0: greedy), top_p (1) and seed (0). Responses do not depend on batch_size, and are generate.py's
-        for the same prompts without ids. UserError: a model that does not generate, an unknown user, a setting out of
-        range, a prompt that is none or too long.
+        temperature (0: greedy), top_p (1) and seed (0). Responses are generate.py's for the same prompts without ids. In
+        float32 they do not depend on batch_size, but for near ties; in a half type rounding makes them, and batch_size=1
+        is exact. UserError: a model that does not generate, an unknown user, a setting out of range, a prompt that is none
+        or too long.
         """
         if not isinstance(self.loaded.model, PersonalizedLM):
             raise UserError(f"{self.loaded.path}: method {self.config.method} does not generate, expected pdpo")

@@ -1,7 +1,8 @@
 """Generation with user vectors: many users in one left-padded batch, with a KV cache, greedy or sampled.
 
 What a row says does not depend on who else is in the batch: padding is masked, positions count from each row's own first
-token, and each row draws from its own random generator, seeded by its name.
+token, and each row draws from its own random generator, seeded by its name. That leaves rounding: kernels add in another order
+for another number of rows. In float32 it decides between near ties alone, in half types many an answer; a row alone is exact.
 """
 
 import hashlib
