@@ -104,6 +104,18 @@ def test_noise_and_prior_are_in_units_of_the_words(name):
     assert model.prior.scale_W.item() == pytest.approx(1 / spread, rel=1e-5)
 
 
+def test_a_linear_reward_head_starts_from_rows_of_the_weight():
+    """r = e_u . h: a tied LM head multiplies hidden states by rows of the weight, which Gemma's does not scale."""
+    backbone = backbone_of("gemma3_text")
+    head = ("method=prm", "user_model.aggregator=linear", "user_model.kind=uniform", "user_model.tokens=1")
+    e_UD = build_model(tiny_config(*head), TOKENIZER, 0, backbone).user_model.e_UD.detach()
+    word = next(i for i, row in enumerate(backbone.get_input_embeddings().weight) if torch.equal(row, e_UD[0]))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        h, logits = backbone.model(ids).last_hidden_state, backbone(ids).logits
+    assert torch.allclose(h @ e_UD[0], logits[..., word], atol=1e-5)
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gemma3_text", "llama"])
 def test_a_sharded_model_starts_from_the_same_words(name, stored, tmp_path):

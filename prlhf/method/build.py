@@ -37,7 +37,8 @@ class InitialValues:
 
     embedding: the backbone's input embedding, which some families scale (Gemma 3: by sqrt(D)), with the weight weight_VD:
     words are drawn as the blocks read them. What a family does to these later (Granite), it does to user vectors too.
-    reward_head: how many hidden states side by side a linear reward head reads; 0: there is no such head.
+    reward_head: how many hidden states side by side a linear reward head reads; 0: there is no such head. With one, e_u meets
+    hidden states, e_u . h, as the rows of a tied LM head do: words are then the weight's rows.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class InitialValues:
         """Gaussian noise of the word embeddings' standard deviation, (*shape, W)."""
         V, D = self.weight_VD.shape
         values = torch.randn(*shape, self.width * D, generator=self.generator, dtype=self.dtype)
-        return values * read_words(self.embedding, self.weight_VD, torch.arange(V)).std().cpu()
+        return values * self._words(torch.arange(V)).std().cpu()
 
     def vectors(self, *shape: int) -> Tensor:
         """Word embeddings, noise, or zero where rewards start at 0, (*shape, W)."""
@@ -62,8 +63,12 @@ class InitialValues:
         if self.from_zero and self.reward_head:
             return torch.zeros(*shape, self.width * D, dtype=self.dtype)
         drawn = torch.randint(V, (*shape, self.width), generator=self.generator)
-        words = read_words(self.embedding, self.weight_VD, drawn)
-        return words.to("cpu", self.dtype).flatten(-2)
+        return self._words(drawn).to("cpu", self.dtype).flatten(-2)
+
+    def _words(self, ids: Tensor) -> Tensor:
+        if self.reward_head:
+            return self.weight_VD[ids.to(self.weight_VD.device)]
+        return read_words(self.embedding, self.weight_VD, ids)
 
     def weights(self, rows: int, K: int, mean: float) -> Tensor:
         """Coordinates around `mean` (rows, K), with noise of size 1/K where users differ or archetypes are zero."""
