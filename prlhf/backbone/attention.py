@@ -58,9 +58,14 @@ def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTr
             block.attn._attn = types.MethodType(_gptj_attention, block.attn)
             if isinstance(block.mlp.act, NewGELUActivation):
                 block.mlp.act = nn.GELU(approximate="tanh")
-    elif model._can_set_attn_implementation():
+    elif _takes_interface(model):
         model.set_attn_implementation("trees_as_on_a_gpu" if as_on_gpu else "trees")
     return model
+
+
+def _takes_interface(model: PreTrainedModel) -> bool:
+    """Whether the attention can be chosen. Falcon's could, but whatever is not SDPA adds its ALiBi twice."""
+    return model._can_set_attn_implementation() and model.config.model_type != "falcon"
 
 
 @contextlib.contextmanager
@@ -69,15 +74,15 @@ def as_hugging_face_has_it(model: PreTrainedModel) -> Iterator[None]:
     a method, and attention is `eager`. That alone computes all that a family passes to it: SDPA drops Gemma 2's softcap."""
     ours = [(module, name) for module in model.modules() for name in ("forward", "_attn") if name in vars(module)]
     replaced = [(module, name, vars(module).pop(name)) for module, name in ours]
-    attention, takes_interface = model.config._attn_implementation, model._can_set_attn_implementation()
-    if takes_interface:
+    attention = model.config._attn_implementation
+    if _takes_interface(model):
         model.set_attn_implementation("eager")
     try:
         yield
     finally:
         for module, name, method in replaced:
             setattr(module, name, method)
-        if takes_interface:
+        if _takes_interface(model):
             model.set_attn_implementation(attention)
 
 

@@ -24,8 +24,8 @@ DIVISORS = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
 WINDOWS = (
     "sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "sliding_window_size", "index_topk",
 )  # fmt: skip
-# Routers of experts, and layers whose weight a family reads without a call (Mamba, DeepSeek's indexer).
-NOT_ADAPTED = frozenset(("router", "gate", "wg", "dt_proj", "weights_proj"))
+# Routers of experts (LongCat's is a classifier), and layers whose weight a family reads without a call (Mamba, DeepSeek's indexer).
+NOT_ADAPTED = frozenset(("router", "gate", "wg", "classifier", "dt_proj", "weights_proj"))
 
 
 class Head(NamedTuple):
@@ -90,7 +90,9 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
     """`names`, or all linear layers of the blocks but NOT_ADAPTED. UserError where blocks have none (GPT-2)."""
-    layers = (name for block in blocks(model) for name, module in block.named_modules() if type(module) is nn.Linear)
+    layers = (
+        name for block in blocks(model) for name, module in block.named_modules() if isinstance(module, nn.Linear)
+    )
     found = names or tuple(
         dict.fromkeys(last for name in layers if (last := name.rsplit(".", 1)[-1]) not in NOT_ADAPTED)
     )
