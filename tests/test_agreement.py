@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import TOKENIZER, tiny_config
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Mamba2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GraniteConfig, LlamaConfig, Mamba2Config, PreTrainedModel
 
 from prlhf.backbone import families
 from prlhf.batch.tokens import EncodedComparison
@@ -40,6 +40,16 @@ def test_a_recurrent_model_is_refused_where_one_response_reads_another():
         with pytest.raises(UserError, match="mamba2 model does not compute what it computes alone .*expected 'rows'"):
             check_agreement(built(MAMBA, f"model.layout={layout}"))
     check_agreement(built(MAMBA, "model.layout=rows"))
+
+
+def test_local_attention_that_counts_by_the_row_is_refused_in_trees():
+    """GPT-Neo's window of 256 is not reached by a short comparison."""
+    config = GPTNeoConfig(
+        vocab_size=300, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+    )
+    with pytest.raises(UserError, match="it counts positions by the row.*expected 'rows'"):
+        check_agreement(built(config))
+    check_agreement(built(config, "model.layout=rows"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -43,10 +43,12 @@ def attention_dropout(model: PreTrainedModel) -> float:
 
 
 def takes_flex_attention(model: PreTrainedModel) -> bool:
-    """Whether FlexAttention can compute this model's attention: heads of width 16 or more, without dropout."""
-    config = model.config
+    """Whether FlexAttention can compute this model's attention: heads of width 16 or more, without dropout, in a family that
+    passes the mask on."""
+    config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width >= 16 and attention_dropout(model) == 0.0
+    passes_mask = config.model_type == "gptj" or (model._supports_flex_attn and _takes_interface(model))
+    return passes_mask and width >= 16 and attention_dropout(model) == 0.0
 
 
 def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTrainedModel:

@@ -23,7 +23,10 @@ DIVISORS = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
 # Configs' names for how far back attention reaches, or among how many positions it chooses (DeepSeek 3.2).
 WINDOWS = (
     "sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "sliding_window_size", "index_topk",
+    "indexer_budget",
 )  # fmt: skip
+# Families whose attention counts from the start of the row, as it does not for short rows: right in layout rows alone.
+COUNT_BY_ROW = ("gpt_neo", "llama4")
 # Routers of experts (LongCat's is a classifier), and layers whose weight a family reads without a call (Mamba, DeepSeek's indexer).
 NOT_ADAPTED = frozenset(("router", "gate", "wg", "classifier", "dt_proj", "weights_proj"))
 
@@ -132,9 +135,11 @@ def check_positions(model: PreTrainedModel, positions: int, windows: bool = True
     names = ("max_position_embeddings", *(WINDOWS if windows else ()))
     limit = min((value for name in names if (value := getattr(config, name, None))), default=positions)  # 0: no window
     if limit < positions:
+        whole = getattr(config, "max_position_embeddings", None) or limit
+        rows = f"; model.layout=rows reads up to {whole}, as the model's windows do" if whole > limit else ""
         raise UserError(
             f"data.max_tokens: a sequence takes {positions} positions, user vectors included, and the model reads {limit}; "
-            "expected shorter prompts, responses or --max-new-tokens"
+            f"expected shorter prompts, responses or --max-new-tokens{rows}"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # for all layers, or for each type
