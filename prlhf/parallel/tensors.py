@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 
 from prlhf.backbone.loading import weight_files
+from prlhf.backbone.weights import stored_tensors
 from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedModel
 from prlhf.parallel.ranks import rank, reason, world_size
@@ -22,11 +23,13 @@ FILE_BYTES = 2**28  # about the size of a checkpoint's files: the writer holds a
 
 
 def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weights_on: str) -> None:
-    """Fill the parameters on meta of a sharded model from the safetensors in `folder`; each rank reads its own rows.
-    weights_on: the device that the weights wait on; buffers go to `device`, which computes. What has values already
-    (buffers, LoRA, user model) keeps them. UserError where a weight is missing in the files."""
+    """Fill a sharded model, whose parameters are on meta, from the safetensors in `folder`; each rank reads its own rows.
+    weights_on: the device that the weights wait on; buffers go to `device`, which computes. What the files do not hold
+    (rotary tables, LoRA, user model) keeps its values. UserError where a weight is missing in the files."""
     backbone = model.backbone
-    kept = {name: t.detach().clone() for name, t in _tensors(backbone).items() if not t.is_meta}
+    buffers = dict(backbone.named_buffers()).keys() & stored_tensors(backbone).keys()
+    has_values = {name: t for name, t in _tensors(backbone).items() if not t.is_meta and name not in buffers}
+    kept = {name: t.detach().clone() for name, t in has_values.items()}
     backbone.to_empty(device=weights_on)
     for module in backbone.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -83,6 +86,12 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         if isinstance(module, FSDPModule):
             module.reshard()
     return dict(model.named_parameters())
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All that a model's files hold, by name: `named_parameters`, and the persistent buffers."""
+    named_parameters(model)  # puts a sharded model into its sharded state
+    return stored_tensors(model)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -1,0 +1,107 @@
+"""A model is what its files hold: whole, unchanged, and saved as it was read. What cannot be that is refused in a sentence."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from helpers import TOKENIZER, VOCABULARY, random_comparisons, tiny_config
+from safetensors.torch import load_file, save_file
+from tiny_families import made, saved
+
+from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer
+from prlhf.backbone.toys import random_backbone
+from prlhf.config.load import load_config
+from prlhf.method.build import build_model
+from prlhf.parallel.ranks import process_group
+from prlhf.parallel.shard import training_model
+from prlhf.parallel.tensors import full
+from prlhf.score.reference import NOT_ARCHITECTURE, reference_log_probs, weights_fingerprint
+
+
+@pytest.fixture
+def base(tmp_path):
+    """The folder of a tiny Llama, whose head is not tied."""
+    return saved(random_backbone(tiny_config().model, VOCABULARY, 0), tmp_path / "base")
+
+
+def changed(folder, weights=None, **keys):
+    """The folder with other weights (a function of those that it has), and with other keys in its config.json."""
+    if weights is not None:
+        save_file(
+            weights(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"}
+        )
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    return folder
+
+
+def named(folder, *overrides):
+    return load_config(None, [f"model.name={folder}", *overrides])
+
+
+def read_whole(folder, *overrides):
+    return load_backbone(named(folder, *overrides).model, TOKENIZER, 0)
+
+
+def read_sharded(folder, *overrides):
+    """As one process of FSDP reads it; its state and its fingerprint."""
+    config = named(folder, "fsdp.offload=true", *overrides)
+    try:
+        with process_group(config, "cpu"):
+            backbone = training_model(config, TOKENIZER, 2, "cpu").backbone
+            return {n: full(t).clone() for n, t in backbone.state_dict().items()}, weights_fingerprint(backbone)
+    finally:
+        if torch.distributed.is_initialized():  # left by an error, with which a command ends
+            torch.distributed.destroy_process_group()
+
+
+def read_empty(folder, *overrides):
+    return empty_backbone(named(folder, *overrides).model, TOKENIZER)
+
+
+def read_tokenizer(folder, *overrides):
+    return load_tokenizer(named(folder, *overrides).model)
+
+
+# Persistent buffers.
+
+BUFFERS = {
+    "glm4_moe": ["model.layers.1.mlp.gate.e_score_correction_bias"],
+    "deepseek_v3": ["model.layers.1.mlp.gate.e_score_correction_bias"],
+    "gemma4_text": ["model.layers.0.layer_scalar"],
+}
+
+
+def test_another_correction_bias_takes_no_log_probs_from_the_cache(tmp_path):
+    """They differ, as the router chooses other experts."""
+    comparisons, found = random_comparisons(4), []
+    for shift in (0.0, 3.0):
+        model = made("glm4_moe")
+        model.get_buffer(BUFFERS["glm4_moe"][0])[0] += shift
+        config = named(saved(model, tmp_path / str(shift)))
+        lm = build_model(config, TOKENIZER, 2)
+        found.append(
+            reference_log_probs(lambda lm=lm: lm, comparisons, 4, weights_fingerprint(lm.backbone), "cpu", tmp_path)
+        )
+    assert (found[0].chosen - found[1].chosen).abs().max() > 1e-3
+
+
+def test_the_fingerprint_of_a_model_without_persistent_buffers_is_what_it_was():
+    """Caches and runs depend on it: a hash of the config, then of each weight's name, type, shape and bytes, by name."""
+    model = random_backbone(tiny_config().model, VOCABULARY, 0)
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_ARCHITECTURE}
+    expected = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
+    for name, p in sorted(model.named_parameters()):
+        digest = hashlib.blake2b(p.detach().numpy().tobytes(), digest_size=16).digest()
+        expected.update(f"{name} torch.float32 {tuple(p.shape)}".encode() + digest)
+    assert weights_fingerprint(model) == expected.hexdigest()
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "gemma4_text", "deepseek_v3"])
+def test_no_buffer_changes_in_training(family):
+    """So a checkpoint, which holds what training changes, needs none of them."""
+    model = made(family).train()
+    before = {name: tensor.clone() for name, tensor in model.named_buffers()}
+    model(torch.arange(12).view(2, 6)).logits.square().sum().backward()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_buffers())
