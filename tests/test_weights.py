@@ -12,11 +12,13 @@ from tiny_families import made, saved
 from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer
 from prlhf.backbone.toys import random_backbone
 from prlhf.config.load import load_config
+from prlhf.data.users import UserIndex
 from prlhf.method.build import build_model
 from prlhf.parallel.ranks import process_group
 from prlhf.parallel.shard import training_model
 from prlhf.parallel.tensors import full
 from prlhf.score.reference import NOT_ARCHITECTURE, reference_log_probs, weights_fingerprint
+from prlhf.store.final import load_final, save_final
 
 
 @pytest.fixture
@@ -73,6 +75,31 @@ BUFFERS = {
 }
 
 
+@pytest.mark.parametrize("family", BUFFERS)
+def test_persistent_buffers_are_read_fingerprinted_saved_and_read_again(tmp_path, family):
+    """Against the state that Hugging Face's own model had when it was saved; reading by shards too."""
+    model = made(family)
+    saved(model, tmp_path / "base")
+    expected = model.state_dict()
+    assert set(BUFFERS[family]) == {n for n, _ in model.named_buffers()} & expected.keys()
+    whole, (sharded, fingerprint) = read_whole(tmp_path / "base"), read_sharded(tmp_path / "base")
+    assert fingerprint == weights_fingerprint(whole)
+
+    config = named(tmp_path / "base")
+    save_final(
+        tmp_path / "final", build_model(config, TOKENIZER, 2, whole), config, TOKENIZER, UserIndex(("a", "b")), ""
+    )
+    stored = load_file(tmp_path / "final" / "model.safetensors")
+    assert stored.keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
+    for state in (sharded, load_final(tmp_path / "final").model.backbone.state_dict()):
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+    for name in BUFFERS[family]:  # other weights, so another reference
+        whole.get_buffer(name).add_(0.25)
+    assert fingerprint != weights_fingerprint(whole)
+
+
 def test_another_correction_bias_takes_no_log_probs_from_the_cache(tmp_path):
     """They differ, as the router chooses other experts."""
     comparisons, found = random_comparisons(4), []
@@ -85,6 +112,23 @@ def test_another_correction_bias_takes_no_log_probs_from_the_cache(tmp_path):
             reference_log_probs(lambda lm=lm: lm, comparisons, 4, weights_fingerprint(lm.backbone), "cpu", tmp_path)
         )
     assert (found[0].chosen - found[1].chosen).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "gemma4_text", "qwen3_moe", "gpt_neox"])
+def test_shards_have_the_types_that_reading_whole_gives(tmp_path, family):
+    """In bfloat16: some weights stay in float32, and which is the family's choice."""
+    saved(made(family), tmp_path)
+    keys = (
+        "model.dtype=bfloat16",
+        "model.frozen=true",
+        "method=prm",
+        "user_model.aggregator=linear",
+        "user_model.tokens=1",
+    )
+    whole, (sharded, fingerprint) = read_whole(tmp_path, *keys), read_sharded(tmp_path, *keys)
+    for name, tensor in whole.state_dict().items():
+        assert sharded[name].dtype == tensor.dtype and torch.equal(sharded[name], tensor), name
+    assert fingerprint == weights_fingerprint(whole)
 
 
 def test_the_fingerprint_of_a_model_without_persistent_buffers_is_what_it_was():

@@ -136,6 +136,15 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: cannot be read ({error})") from None
 
 
+def weight_names(folder: Path) -> set[str]:
+    """The names of all weights in a folder's `weight_files`, from the files' headers."""
+    names: set[str] = set()
+    for file in weight_files(folder):
+        with _explained(folder), safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    return names
+
+
 def word_embeddings(model: PreTrainedModel, folder: Path) -> Tensor:
     """The input embeddings (V, D) of an empty model, from its `weight_files`; nothing else is read into memory."""
     wanted = model.get_input_embeddings().weight

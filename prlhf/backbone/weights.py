@@ -3,10 +3,49 @@
 A weight is what a file must hold: a parameter, or a persistent buffer (a router's correction bias, a layer's scale).
 """
 
+import re
+from collections.abc import Collection, Iterable
+
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+# Masks and rotary tables, which earlier versions of transformers wrote. The model computes its own.
+TABLES = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias|causal_mask)$|rotary|inv_freq|position_ids$")
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by name: its parameters, tied ones once, and its persistent buffers."""
     stored = model.state_dict().keys()
     return {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in stored}}
+
+
+def left_out(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Of a file's `names` that no weight of the model has, those of a layer that it has. It would compute something else
+    than the file's model. Parts of their own, such as a vision tower, a value head or heads for later tokens, are no loss."""
+    modules = {path for path, _ in model.named_modules()}
+
+    def owner(name: str) -> str:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    return sorted(n for n in names if owner(n) not in ("", model.base_model_prefix) and not TABLES.search(n))
+
+
+def stored_as_named(model: PreTrainedModel, names: Collection[str] | None, dtype: torch.dtype) -> bool:
+    """Whether files with these `names` hold exactly the model's weights, each under its own name and in `dtype`, so that a
+    process may read parts of them. Otherwise from_pretrained alone knows how they are read: it merges experts, renames,
+    unties a head that is stored too, and keeps some weights in float32. names: None where the files are not at hand."""
+    weights = stored_tensors(model)
+    in_float32 = any(getattr(model, f"_keep_in_fp32_modules{end}", None) for end in ("", "_strict"))
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return False
+    if dtype != torch.float32 and (in_float32 or any(not isinstance(w, nn.Parameter) for w in weights.values())):
+        return False
+    if names is None:
+        return True
+    others = set(names) - weights.keys()
+    tied = others & model.state_dict().keys()
+    return weights.keys() <= set(names) and not tied and not left_out(model, others)
