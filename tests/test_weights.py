@@ -13,6 +13,7 @@ from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer
 from prlhf.backbone.toys import random_backbone
 from prlhf.config.load import load_config
 from prlhf.data.users import UserIndex
+from prlhf.errors import UserError
 from prlhf.method.build import build_model
 from prlhf.parallel.ranks import process_group
 from prlhf.parallel.shard import training_model
@@ -64,6 +65,98 @@ def read_empty(folder, *overrides):
 
 def read_tokenizer(folder, *overrides):
     return load_tokenizer(named(folder, *overrides).model)
+
+
+# What training would fill in at random.
+
+
+@pytest.mark.parametrize("read", [read_whole, read_sharded])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model."])
+def test_weights_under_other_names_are_named_with_what_to_strip(base, read, prefix):
+    changed(base, lambda weights: {prefix + name: tensor for name, tensor in weights.items()})
+    with pytest.raises(UserError) as refused:
+        read(base)
+    assert "lack lm_head.weight, model.embed_tokens.weight" in str(refused.value)
+    assert f"they have {prefix}lm_head.weight" in str(refused.value)
+    assert f"take {prefix!r} out of every name" in str(refused.value)
+
+
+@pytest.mark.parametrize("read", [read_whole, read_sharded])
+@pytest.mark.parametrize("dropped, count", [("lm_head.", 1), ("layers.1.", 9), ("layers.0.mlp.up_proj", 1)])
+def test_a_weight_that_is_missing_is_never_random(base, read, dropped, count):
+    changed(base, lambda weights: {name: tensor for name, tensor in weights.items() if dropped not in name})
+    with pytest.raises(UserError, match=r"its files lack .*" + dropped.replace(".", r"\.")) as refused:
+        read(base)
+    assert count < 4 or f"and {count - 3} more" in str(refused.value)
+
+
+def test_a_tied_head_is_not_missing(tmp_path):
+    """Nor is one that the file holds in place of the embeddings."""
+    model = random_backbone(tiny_config().model, VOCABULARY, 0)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    saved(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    expected = model.get_input_embeddings().weight
+    assert torch.equal(read_whole(tmp_path).get_output_embeddings().weight, expected)
+    assert torch.equal(read_sharded(tmp_path)[0]["lm_head.weight"], expected)
+    changed(tmp_path, lambda weights: {n.replace("model.embed_tokens", "lm_head"): t for n, t in weights.items()})
+    assert torch.equal(read_whole(tmp_path).get_input_embeddings().weight, expected)
+    assert torch.equal(read_sharded(tmp_path)[0]["model.embed_tokens.weight"], expected)
+
+
+def test_two_matrices_in_the_file_are_not_tied_whatever_the_config_says(base):
+    changed(base, tie_word_embeddings=True)
+    weights = load_file(base / "model.safetensors")
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    for state in (read_whole(base).state_dict(), read_sharded(base)[0]):
+        assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("read", [read_whole, read_sharded])
+@pytest.mark.parametrize(
+    "keys, extra, found",
+    [
+        ({"num_hidden_layers": 1}, (), "model.layers.1.input_layernorm.weight"),
+        ({}, ("lm_head.bias",), "lm_head.bias"),
+        ({}, ("model.layers.0.self_attn.q_proj.bias",), "model.layers.0.self_attn.q_proj.bias"),
+    ],
+)
+def test_a_weight_that_would_be_left_out_is_named(base, read, keys, extra, found):
+    changed(base, lambda weights: weights | {name: torch.ones(4) for name in extra}, **keys)
+    with pytest.raises(
+        UserError, match=r"its files have .* for which the model of its config\.json has no place"
+    ) as refused:
+        read(base)
+    assert found in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_parts_of_their_own_and_old_tables_are_no_loss(tmp_path, family):
+    """A value head, a vision tower; the masks and rotary tables of GPT-J's and Llama's first files."""
+    model = random_backbone(tiny_config(family=family).model, VOCABULARY, 0)
+    saved(model, tmp_path)
+    block = "transformer.h.0.attn." if family == "gptj" else "model.layers.0.self_attn."
+    extra = ["v_head.summary.weight", "vision.layer.weight", f"{model.base_model_prefix}.tower.weight"]
+    extra += [block + name for name in ("bias", "masked_bias", "rotary_emb.inv_freq")]
+    changed(tmp_path, lambda weights: weights | {name: torch.ones(4) for name in extra})
+    expected = model.state_dict()
+    for state in (read_whole(tmp_path).state_dict(), read_sharded(tmp_path)[0]):
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_another_shape_is_named(base):
+    changed(base, vocab_size=VOCABULARY + 1)
+    with pytest.raises(UserError, match=rf"lm_head.weight of shape \({VOCABULARY}, 32\).*\({VOCABULARY + 1}, 32\)"):
+        read_whole(base)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path):
+    saved(made("qwen3_moe"), tmp_path)
+    all_of_it = load_file(tmp_path / "model.safetensors")
+    changed(tmp_path, lambda _: {name: tensor for name, tensor in all_of_it.items() if "0.mlp.experts.3." not in name})
+    with pytest.raises(UserError, match=r"layers.0.mlp.experts.down_proj of shape \(3, 32, 16\).* \(4, 32, 16\)"):
+        read_whole(tmp_path)
 
 
 # Persistent buffers.

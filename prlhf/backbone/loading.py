@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from prlhf.backbone.attention import use_tree_attention
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
+from prlhf.backbone.weights import check_keys
 from prlhf.config.keys import ModelConfig
 from prlhf.errors import UserError
 
@@ -56,11 +57,18 @@ def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
 
 
 def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
-    """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it."""
+    """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it, or not all of its
+    weights."""
     with _explained(name) as source:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_keys` says which
         )
+    check_keys(str(name), model, info)
     make_savable(model)
     return use_tree_attention(model)
 

@@ -4,13 +4,20 @@ A weight is what a file must hold: a parameter, or a persistent buffer (a router
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from prlhf.errors import UserError
+
+# What DDP, torch.compile, FSDP1, checkpointing and PEFT put into a name.
+WRAPPER = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\."
+)
 # Masks and rotary tables, which earlier versions of transformers wrote. The model computes its own.
 TABLES = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias|causal_mask)$|rotary|inv_freq|position_ids$")
 
@@ -19,6 +26,28 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A model's weights by name: its parameters, tied ones once, and its persistent buffers."""
     stored = model.state_dict().keys()
     return {**dict(model.named_parameters()), **{name: b for name, b in model.named_buffers() if name in stored}}
+
+
+def check_keys(name: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """UserError where from_pretrained filled in a weight, or left one out, that makes it another model than the files'.
+
+    info: what from_pretrained found, with output_loading_info=True.
+    """
+    missing, others = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        found = f"; they have {_some(others)}" if others else ""
+        if wrapper := next(filter(None, map(WRAPPER.search, others)), None):
+            found += f": take {wrapper[0]!r} out of every name, and save them anew"
+        raise UserError(f"model {name!r}: its files lack {_some(missing)}, expected every weight of the model{found}")
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"model {name!r}: found {key} of shape {tuple(found)} in its files, expected {tuple(expected)} by its config.json"
+        )
+    if extra := left_out(model, others):
+        raise UserError(
+            f"model {name!r}: its files have {_some(extra)}, for which the model of its config.json has no place; expected "
+            "a config.json that belongs to these files (as many layers, the same biases)"
+        )
 
 
 def left_out(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
@@ -49,3 +78,8 @@ def stored_as_named(model: PreTrainedModel, names: Collection[str] | None, dtype
     others = set(names) - weights.keys()
     tied = others & model.state_dict().keys()
     return weights.keys() <= set(names) and not tied and not left_out(model, others)
+
+
+def _some(names: Sequence[str]) -> str:
+    """'a, b, c and 7 more'."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
