@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_families import made, saved
 
 from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer
+from prlhf.backbone.lora import add_lora, save_lora
 from prlhf.backbone.toys import random_backbone
 from prlhf.config.load import load_config
 from prlhf.data.users import UserIndex
@@ -157,6 +159,55 @@ def test_an_expert_that_is_missing_is_named(tmp_path):
     changed(tmp_path, lambda _: {name: tensor for name, tensor in all_of_it.items() if "0.mlp.experts.3." not in name})
     with pytest.raises(UserError, match=r"layers.0.mlp.experts.down_proj of shape \(3, 32, 16\).* \(4, 32, 16\)"):
         read_whole(tmp_path)
+
+
+# What is no whole model.
+
+
+@pytest.mark.parametrize("read", [read_whole, read_sharded, read_empty, read_tokenizer])
+def test_an_adapter_is_to_be_merged_first(base, tmp_path, read):
+    """PEFT's folder, and the final/ of a run with LoRA, which has the tokenizer too."""
+    config = tiny_config("lora.rank=2")
+    model = random_backbone(config.model, VOCABULARY, 0)
+    add_lora(model, config.lora, ("q_proj",), 0)
+    final = tmp_path / "run" / "final"
+    final.mkdir(parents=True)
+    save_lora(model, config.lora, str(base), final)
+    for folder in (final, saved_beside(final, base)):
+        with pytest.raises(UserError) as refused:
+            read(folder)
+        assert f"found an adapter of {str(base)!r}" in str(refused.value)
+        assert f"{str(folder)!r}).merge_and_unload().save_pretrained(NEW_FOLDER)" in str(refused.value)
+
+
+def saved_beside(adapter, base):
+    """A folder that has both, an adapter and a model: which of them training would start from depends on PEFT."""
+    both = adapter.parent / "both"
+    shutil.copytree(base, both)
+    shutil.copy(adapter / "adapter_config.json", both)
+    return both
+
+
+@pytest.mark.parametrize("read", [read_whole, read_empty, read_tokenizer])
+def test_a_runs_folder_and_user_vectors_alone_are_no_model(base, tmp_path, read):
+    config = named(base, "model.frozen=true", "method=prm", "user_model.aggregator=linear", "user_model.tokens=1")
+    model = build_model(config, TOKENIZER, 2)
+    final = tmp_path / "run" / "final"
+    save_final(final, model, config, TOKENIZER, UserIndex(("a", "b")), "")
+    with pytest.raises(UserError, match="found a run's folder, expected a model .*run/final"):
+        read(final.parent)
+    with pytest.raises(
+        UserError, match=rf"user vectors of a run with a frozen backbone.* such as the run's own, '{base}'"
+    ):
+        read(final)
+
+
+def test_the_final_model_of_full_fine_tuning_is_a_model(base, tmp_path):
+    config = named(base)
+    save_final(tmp_path / "final", build_model(config, TOKENIZER, 2), config, TOKENIZER, UserIndex(("a", "b")), "")
+    expected = load_file(base / "model.safetensors")
+    state = read_whole(tmp_path / "final").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 # Persistent buffers.

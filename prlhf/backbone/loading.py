@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prlhf.backbone.attention import use_tree_attention
+from prlhf.backbone.checks import check_whole_model
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
 from prlhf.backbone.weights import check_keys
 from prlhf.config.keys import ModelConfig
@@ -46,6 +47,8 @@ def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTraine
     if name is None:
         return byte_tokenizer()
     with _explained(name) as source:
+        if folder is None:
+            check_whole_model(source)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -60,6 +63,7 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
     """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it, or not all of its
     weights."""
     with _explained(name) as source:
+        check_whole_model(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -81,6 +85,7 @@ def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
             return use_tree_attention(random_backbone(config, len(tokenizer), 0))
     dtype = DTYPES[config.dtype]
     with parameters_on_meta(dtype), _explained(config.name) as source:
+        check_whole_model(source)
         described = AutoConfig.from_pretrained(source, trust_remote_code=False)
         # In float32, as from_pretrained makes it: rotary frequencies computed in a half type would differ.
         model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, trust_remote_code=False)

@@ -1,0 +1,31 @@
+"""What is refused before a model is loaded, in one sentence: what is no whole model of floats, or has another's tokenizer."""
+
+import json
+from pathlib import Path
+
+from transformers.utils import find_adapter_config_file
+
+from prlhf.errors import UserError
+
+
+def check_whole_model(source: str) -> None:
+    """UserError for a folder that has no whole model: an adapter, a run, or the final/ of a run with a frozen backbone."""
+    folder, adapter = Path(source), find_adapter_config_file(source)
+    if adapter is not None:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise UserError(
+            f"model {source!r}: found an adapter of {base!r} (adapter_config.json), expected a whole model (model.name). "
+            f"Merge the two once: peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), "
+            f"{source!r}).merge_and_unload().save_pretrained(NEW_FOLDER), and transformers.AutoTokenizer.from_pretrained("
+            f"{base!r}).save_pretrained(NEW_FOLDER)"
+        )
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "final" / "users.json").is_file():
+        raise UserError(f"model {source!r}: found a run's folder, expected a model (model.name): {folder / 'final'}?")
+    if (folder / "base.json").is_file():
+        base = json.loads((folder / "base.json").read_text(encoding="utf-8")).get("name")
+        raise UserError(
+            f"model {source!r}: found the user vectors of a run with a frozen backbone, expected a whole model (model.name), "
+            f"such as the run's own, {base!r}"
+        )
