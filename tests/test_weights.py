@@ -210,6 +210,21 @@ def test_the_final_model_of_full_fine_tuning_is_a_model(base, tmp_path):
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("read", [read_whole, read_sharded, read_empty])
+@pytest.mark.parametrize(
+    "quantised, method",
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "fp8"}, "fp8"),
+    ],
+)
+def test_quantised_weights_are_refused_with_how_to_turn_them_back(base, read, quantised, method):
+    changed(base, quantization_config=quantised)
+    with pytest.raises(UserError, match=rf"found quantised weights \({method}\).*model\.dequantize\(\)"):
+        read(base)
+
+
 # Persistent buffers.
 
 BUFFERS = {

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
 from prlhf.errors import UserError
@@ -29,3 +30,20 @@ def check_whole_model(source: str) -> None:
             f"model {source!r}: found the user vectors of a run with a frozen backbone, expected a whole model (model.name), "
             f"such as the run's own, {base!r}"
         )
+
+
+def read_config(source: str) -> PretrainedConfig:
+    """A model's config.json. UserError where it is of quantised weights."""
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    text = config.get_text_config(decoder=True)
+    quantised = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+    if quantised:
+        quantised = quantised if isinstance(quantised, dict) else quantised.to_dict()
+        method = quantised.get("quant_method", "a method without a name")
+        raise UserError(
+            f"model {source!r}: found quantised weights ({method}), which are not trained here; expected float weights: the "
+            "model that they were made from or, where transformers has code for them, these turned back once: model = "
+            f"transformers.AutoModelForCausalLM.from_pretrained({source!r}), model.dequantize(), "
+            "model.save_pretrained(NEW_FOLDER), and the tokenizer likewise"
+        )
+    return config

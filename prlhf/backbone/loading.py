@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -25,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prlhf.backbone.attention import use_tree_attention
-from prlhf.backbone.checks import check_whole_model
+from prlhf.backbone.checks import check_whole_model, read_config
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
 from prlhf.backbone.weights import check_keys
 from prlhf.config.keys import ModelConfig
@@ -64,6 +63,7 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
     weights."""
     with _explained(name) as source:
         check_whole_model(source)
+        read_config(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=DTYPES[dtype],
@@ -86,7 +86,7 @@ def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
     dtype = DTYPES[config.dtype]
     with parameters_on_meta(dtype), _explained(config.name) as source:
         check_whole_model(source)
-        described = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        described = read_config(source)
         # In float32, as from_pretrained makes it: rotary frequencies computed in a half type would differ.
         model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, trust_remote_code=False)
         with contextlib.suppress(OSError):  # not every model has one
