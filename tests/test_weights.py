@@ -159,6 +159,11 @@ def test_an_expert_that_is_missing_is_named(tmp_path):
     changed(tmp_path, lambda _: {name: tensor for name, tensor in all_of_it.items() if "0.mlp.experts.3." not in name})
     with pytest.raises(UserError, match=r"layers.0.mlp.experts.down_proj of shape \(3, 32, 16\).* \(4, 32, 16\)"):
         read_whole(tmp_path)
+    changed(
+        tmp_path, lambda _: {name: tensor for name, tensor in all_of_it.items() if "0.mlp.experts.3.up" not in name}
+    )
+    with pytest.raises(UserError, match="lack a part of a weight .* one expert's"):
+        read_whole(tmp_path)
 
 
 # What is no whole model.
@@ -223,6 +228,28 @@ def test_quantised_weights_are_refused_with_how_to_turn_them_back(base, read, qu
     changed(base, quantization_config=quantised)
     with pytest.raises(UserError, match=rf"found quantised weights \({method}\).*model\.dequantize\(\)"):
         read(base)
+
+
+@pytest.mark.parametrize("read", [read_whole, read_empty, read_tokenizer])
+def test_a_config_of_another_type_is_told_with_its_field(base, read):
+    changed(base, num_hidden_layers="two")
+    with pytest.raises(UserError, match=r"config.json: .*'num_hidden_layers'.*expected int, got str \(value: 'two'\)"):
+        read(base)
+
+
+def test_a_config_that_makes_transformers_stumble_is_a_sentence(base):
+    changed(base, rope_parameters={"rope_type": "spiral"})
+    with pytest.raises(UserError, match="KeyError: 'spiral'"):
+        read_whole(base)
+
+
+def test_a_tokenizer_file_of_a_newer_version_is_said_to_be_one(base):
+    path = base / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["model"]["type"] = "Unheard"
+    path.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read by tokenizers \d.*pip install --upgrade"):
+        read_tokenizer(base)
 
 
 # Persistent buffers.

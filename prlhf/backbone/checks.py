@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import tokenizers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
@@ -47,3 +50,19 @@ def read_config(source: str) -> PretrainedConfig:
             "model.save_pretrained(NEW_FOLDER), and the tokenizer likewise"
         )
     return config
+
+
+def reason_of(error: Exception) -> str:
+    """What a library says of a file that it cannot read, in one line."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    if isinstance(error, StrictDataclassError):  # names the field in one line, and what is wrong in the next
+        return f"config.json: {' '.join(lines)}"
+    if type(error) is Exception:  # of tokenizers, in Rust
+        return (
+            f"tokenizer.json cannot be read by tokenizers {tokenizers.__version__}: {lines[0]}; a newer version may have "
+            "written it: pip install --upgrade transformers"
+        )
+    if "conversion of the weights" in lines[0]:  # refers to a report that is not shown
+        return "its files lack a part of a weight that is put together from several, such as one expert's"
+    known = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
+    return lines[0] if isinstance(error, known) else f"{type(error).__name__}: {lines[0]}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prlhf.backbone.attention import use_tree_attention
-from prlhf.backbone.checks import check_whole_model, read_config
+from prlhf.backbone.checks import check_whole_model, read_config, reason_of
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
 from prlhf.backbone.weights import check_keys
 from prlhf.config.keys import ModelConfig
@@ -186,8 +186,10 @@ def _explained(name: str | Path) -> Iterator[str]:
     logger.setLevel(logging.ERROR)
     try:
         yield _expanded(name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # for a file that they cannot read the libraries raise any kind
+        reason = reason_of(error)
         raise UserError(
             f"model {str(name)!r}: expected a folder or hub name (model.name) of a causal LM with whole safetensors "
             f"and a tokenizer ({reason}){_conversion(name, reason)}"
