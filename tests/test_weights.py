@@ -252,6 +252,40 @@ def test_a_tokenizer_file_of_a_newer_version_is_said_to_be_one(base):
         read_tokenizer(base)
 
 
+@pytest.mark.parametrize("read", [read_whole, read_empty])
+def test_padding_beyond_the_vocabulary_is_said_before_torch_refuses(base, read):
+    changed(base, pad_token_id=VOCABULARY)
+    with pytest.raises(UserError, match=rf"found pad_token_id {VOCABULARY} .* less than its vocab_size, {VOCABULARY}"):
+        read(base)
+
+
+@pytest.mark.parametrize("read", [read_whole, read_empty])
+@pytest.mark.parametrize("short", [1, 200])
+def test_a_tokenizer_larger_than_the_embeddings_is_said_before_an_index_error(tmp_path, read, short):
+    saved(random_backbone(tiny_config().model, VOCABULARY - short, 0), tmp_path)
+    first = next(token for token, i in TOKENIZER.get_vocab().items() if i == VOCABULARY - short)
+    with pytest.raises(UserError) as refused:
+        read(tmp_path)
+    assert f"token {first!r} with the number {VOCABULARY - short}" in str(refused.value)
+    assert f"{VOCABULARY - short} word embeddings" in str(refused.value)
+
+
+@pytest.mark.parametrize("role", ["eos", "template", "none"])
+def test_an_added_token_beyond_the_embeddings_counts_where_texts_have_it(base, role):
+    """As an added end of a turn that nobody trained; an image's token, which no text has, is no fault (Gemma 3)."""
+    tokenizer = load_tokenizer(named(base).model)
+    assert tokenizer.add_tokens(["<|new|>"], special_tokens=True) == 1
+    if role == "eos":
+        tokenizer.eos_token = "<|new|>"
+    if role == "template":
+        tokenizer.chat_template = "{{ messages[0]['content'] + '<|new|>' }}"
+    if role == "none":
+        load_backbone(named(base).model, tokenizer, 0)
+    else:
+        with pytest.raises(UserError, match=rf"'<\|new\|>' with the number {VOCABULARY}"):
+            load_backbone(named(base).model, tokenizer, 0)
+
+
 # Persistent buffers.
 
 BUFFERS = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from prlhf.errors import UserError
@@ -36,7 +36,7 @@ def check_whole_model(source: str) -> None:
 
 
 def read_config(source: str) -> PretrainedConfig:
-    """A model's config.json. UserError where it is of quantised weights."""
+    """A model's config.json. UserError where it is of quantised weights, or pads with a token that has no embedding."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     text = config.get_text_config(decoder=True)
     quantised = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
@@ -49,7 +49,29 @@ def read_config(source: str) -> PretrainedConfig:
             f"transformers.AutoModelForCausalLM.from_pretrained({source!r}), model.dequantize(), "
             "model.save_pretrained(NEW_FOLDER), and the tokenizer likewise"
         )
+    pad, vocabulary = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if pad is not None and vocabulary is not None and pad >= vocabulary:
+        raise UserError(
+            f"model {source!r}: found pad_token_id {pad} in its config.json, expected less than its vocab_size, {vocabulary} "
+            "(null will do: nothing is padded with it here)"
+        )
     return config
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """UserError where the tokenizer gives tokens for which the model has no word embedding. Tokens that were added to it,
+    and that neither ends nor begins a text, nor does the chat template write, may have none: no text has them."""
+    rows, template = model.get_input_embeddings().weight.shape[0], str(tokenizer.chat_template or "")
+    added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= rows}
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    used = sorted(i for i, token in beyond.items() if i not in added or i in ends or token in template)
+    if used:
+        raise UserError(
+            f"model {name!r}: found token {beyond[used[0]]!r} with the number {used[0]} in its tokenizer, and {rows} word "
+            "embeddings, from 0 on; expected one for every token: take the tokenizer that the model was trained with, or "
+            "give the model as many once, with model.resize_token_embeddings(len(tokenizer)) and model.save_pretrained(...)"
+        )
 
 
 def reason_of(error: Exception) -> str:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prlhf.backbone.attention import use_tree_attention
-from prlhf.backbone.checks import check_whole_model, read_config, reason_of
+from prlhf.backbone.checks import check_vocabulary, check_whole_model, read_config, reason_of
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
 from prlhf.backbone.weights import check_keys
 from prlhf.config.keys import ModelConfig
@@ -55,7 +55,9 @@ def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
     """The causal LM in config.dtype: from safetensors, or with weights drawn from `seed` where it has no name."""
     if config.name is None:
         return use_tree_attention(random_backbone(config, len(tokenizer), seed))
-    return load_weights(config.name, config.dtype)
+    model = load_weights(config.name, config.dtype)
+    check_vocabulary(config.name, tokenizer, model)
+    return model
 
 
 def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
@@ -91,6 +93,7 @@ def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
         model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, trust_remote_code=False)
         with contextlib.suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(source)
+    check_vocabulary(config.name, tokenizer, model)
     model.config.dtype = dtype
     make_savable(model)
     return use_tree_attention(model.eval())
