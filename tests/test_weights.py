@@ -286,6 +286,30 @@ def test_an_added_token_beyond_the_embeddings_counts_where_texts_have_it(base, r
             load_backbone(named(base).model, tokenizer, 0)
 
 
+# What is not finite.
+
+
+@pytest.mark.parametrize("read", [read_whole, read_sharded])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_base_that_is_not_finite_is_said_to_be_so(base, read, value):
+    def damaged(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][-1, -1] = value
+        return weights
+
+    changed(base, damaged)
+    with pytest.raises(
+        UserError, match="NaN or infinite values in model.layers.1.mlp.up_proj.weight, as model.dtype reads"
+    ):
+        read(base)
+
+
+def test_values_too_large_for_float16_are_said_to_be_so(base):
+    changed(base, lambda weights: weights | {"lm_head.weight": weights["lm_head.weight"] + 1e5})
+    read_whole(base, "model.dtype=bfloat16", "lora.rank=2")
+    with pytest.raises(UserError, match="NaN or infinite values in lm_head.weight.*too large for float16"):
+        read_whole(base, "model.dtype=float16", "lora.rank=2")
+
+
 # Persistent buffers.
 
 BUFFERS = {

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from prlhf.backbone.attention import use_tree_attention
 from prlhf.backbone.checks import check_vocabulary, check_whole_model, read_config, reason_of
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
-from prlhf.backbone.weights import check_keys
+from prlhf.backbone.weights import check_finite, check_keys, not_finite
 from prlhf.config.keys import ModelConfig
 from prlhf.errors import UserError
 
@@ -62,7 +62,7 @@ def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
 
 def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
     """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it, or not all of its
-    weights."""
+    weights, or weights that are not finite."""
     with _explained(name) as source:
         check_whole_model(source)
         read_config(source)
@@ -75,6 +75,7 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # `check_keys` says which
         )
     check_keys(str(name), model, info)
+    check_finite(str(name), not_finite(dict(model.named_parameters())))
     make_savable(model)
     return use_tree_attention(model)
 

@@ -4,7 +4,7 @@ A weight is what a file must hold: a parameter, or a persistent buffer (a router
 """
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,22 @@ def stored_as_named(model: PreTrainedModel, names: Collection[str] | None, dtype
     others = set(names) - weights.keys()
     tied = others & model.state_dict().keys()
     return weights.keys() <= set(names) and not tied and not left_out(model, others)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors with a value that is NaN or infinite."""
+    with torch.no_grad():
+        extremes = {name: torch.stack(torch.aminmax(t)) for name, t in tensors.items() if t.numel()}
+    return [name for name, ends in extremes.items() if not ends.isfinite().all()]  # with a NaN both ends are NaN
+
+
+def check_finite(name: str, names: Sequence[str]) -> None:
+    """UserError where a model has weights that are `not_finite`."""
+    if names:
+        raise UserError(
+            f"model {name!r}: NaN or infinite values in {_some(names)}, as model.dtype reads them; expected finite "
+            "weights: its files are damaged or from a failed training, or the values are too large for float16"
+        )
 
 
 def _some(names: Sequence[str]) -> str:

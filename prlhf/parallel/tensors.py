@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 
 from prlhf.backbone.loading import weight_files
-from prlhf.backbone.weights import stored_tensors
+from prlhf.backbone.weights import check_finite, not_finite, stored_tensors
 from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedModel
-from prlhf.parallel.ranks import rank, reason, world_size
+from prlhf.parallel.ranks import rank, reason, summed, world_size
 
 FILE_BYTES = 2**28  # about the size of a checkpoint's files: the writer holds a file twice in memory
 
@@ -25,7 +25,7 @@ FILE_BYTES = 2**28  # about the size of a checkpoint's files: the writer holds a
 def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weights_on: str) -> None:
     """Fill a sharded model, whose parameters are on meta, from the safetensors in `folder`; each rank reads its own rows.
     weights_on: the device that the weights wait on; buffers go to `device`, which computes. What the files do not hold
-    (rotary tables, LoRA, user model) keeps its values. UserError where a weight is missing in the files."""
+    (rotary tables, LoRA, user model) keeps its values. UserError where a weight is missing in the files, or not finite."""
     backbone = model.backbone
     buffers = dict(backbone.named_buffers()).keys() & stored_tensors(backbone).keys()
     has_values = {name: t for name, t in _tensors(backbone).items() if not t.is_meta and name not in buffers}
@@ -39,6 +39,10 @@ def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weigh
         tensors[name].detach().copy_(values)
     wanted = {name.replace(".base.", "."): t.detach() for name, t in tensors.items() if name not in kept}
     read_tensors(wanted, folder, weight_files(folder))
+    own = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in wanted.items()}
+    on_this_rank = not_finite(own)
+    bad = summed(torch.tensor([float(name in on_this_rank) for name in wanted]))
+    check_finite(str(folder), [name for name, count in zip(wanted, bad.tolist()) if count])
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
