@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import made, saved
 
 from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer, weight_files, word_embeddings
 from prlhf.backbone.toys import byte_tokenizer, random_backbone
@@ -27,6 +28,7 @@ from prlhf.parallel.ranks import process_group
 from prlhf.parallel.shard import training_model
 from prlhf.parallel.tensors import full, read_tensors, write_tensors
 from prlhf.store import checkpoints as checkpoint
+from prlhf.train import __main__ as train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -265,6 +267,22 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
         for n in "12"
     ]
     assert started_from[0] == started_from[1]  # the fingerprint of base weights, users and data
+
+
+def test_models_whose_files_name_weights_otherwise_train_on_two_processes_as_on_one(tmp_path, monkeypatch, call):
+    """An expert a tensor, a head of another name, a persistent buffer: read whole by every process, which says so."""
+    monkeypatch.chdir(ROOT)
+    cases = {}
+    for family in ("gpt_neox", "glm4_moe"):
+        folder = saved(made(family), tmp_path / "base" / family)
+        cases[family] = (f"model.name={folder}", "model.family=null", "optim.max_steps=3", "train.eval_every=null")
+        assert call(train.main, *arguments(tmp_path / "1" / family, *cases[family]))[0] == 0
+    said = train_all(2, tmp_path / "2", cases)
+    assert said.count("every process holds the whole model once while it loads") == 2  # once for both processes
+    for family, (name, *_) in cases.items():
+        assert_alike(tmp_path / "1" / family, tmp_path / "2" / family, 1e-5, updates=3)
+        base, final = (load_file(Path(f) / "model.safetensors") for f in (name[11:], tmp_path / "2" / family / "final"))
+        assert base.keys() == final.keys() and any(not torch.equal(base[key], final[key]) for key in base)
 
 
 @pytest.mark.slow
