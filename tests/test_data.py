@@ -1,5 +1,7 @@
+import csv
 import datetime
 import gzip
+import io
 import json
 import sys
 from decimal import Decimal
@@ -101,6 +103,47 @@ def test_names_of_csv_columns_are_stripped_and_empty_ones_ignored(tmp_path):
     """As a spreadsheet writes them; ` user` would be an unknown field, and every user unknown."""
     (c,) = read(tmp_path, b"prompt, chosen, rejected, user,,\r\np,a,b,u,,\r\n", "f.csv").comparisons
     assert (c.chosen, c.user) == ("a", "u")
+
+
+def csv_of(**cells):
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerows([cells.keys(), cells.values()])
+    return file.getvalue().encode()
+
+
+def test_a_csv_cell_of_messages_is_read_as_messages(tmp_path):
+    messages = [{"role": "user", "content": 'say "hi",\nnow'}]
+    prompt, chosen = json.dumps(messages), json.dumps([{"role": "assistant", "content": "hi"}], indent=1)
+    (c,) = read(tmp_path, csv_of(prompt=prompt, chosen=chosen, rejected="[no]"), "f.csv").comparisons
+    assert (c.prompt, c.chosen, c.rejected) == (tuple(messages), "hi", "[no]")
+    for text in (
+        '[1] {"role"',
+        "[{x: 'role'}]",
+        'a list: [{"role": "user", "content": "x"}]',
+        "{}",
+    ):  # text, and only that
+        (c,) = read(tmp_path, csv_of(prompt=text, chosen="a", rejected="b"), "f.csv").comparisons
+        assert c.prompt == text
+
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    "cell, message",
+    [
+        (
+            str(MESSAGES),
+            "line 2, prompt: looks like messages, but is no JSON (Expecting property name",
+        ),  # pandas, a list
+        ("\n ".join(map(str, MESSAGES)).join("[]"), "line 3, prompt: looks like messages, but is no JSON"),  # numpy
+        (json.dumps(MESSAGES[0]), "line 2, prompt: expected text or a list of {role, content} messages, found {"),
+        ('[{"role": "user", "role": "user", "content": "x"}]', "no JSON (the field 'role' is given twice)"),
+    ],
+)
+def test_a_csv_cell_that_only_looks_like_messages_is_refused(tmp_path, cell, message):
+    assert message in fault(tmp_path, csv_of(prompt=cell, chosen="a", rejected="b"), "f.csv")
 
 
 def test_a_parquet_file_has_no_two_columns_of_one_name(tmp_path):

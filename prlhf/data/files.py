@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,8 @@ from prlhf.data.sources import DATA_SETS
 from prlhf.errors import UserError, did_you_mean, expanded
 
 Record = dict[str, Any]
+# A message, {"role": ..., "content": ...}, or a list of them: as JSON, or as Python or pandas print it.
+LIKE_MESSAGES = re.compile(r"""\s*(\[\s*)?\{(?=.*["']role["'])(?=.*["']content["']).*\}(\s*\])?\s*""", re.DOTALL)
 
 
 def read_records(path: str | Path, format: str = "auto") -> Iterator[tuple[str, int, Record]]:
@@ -107,8 +110,8 @@ def _object(fields: list[tuple[str, Any]]) -> Record:
 def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
     """Line number (the last of its lines) and record of each row of a CSV file with a header, plain or .gz.
 
-    Empty cells are left out. UserError, with file and line: missing, empty, not UTF-8, two columns of one name, not as many
-    cells as the header.
+    Empty cells are left out; a cell that holds messages is read as JSON. UserError, with file and line: missing, empty, not
+    UTF-8, two columns of one name, not as many cells as the header, messages that are no JSON.
     """
     path = require_file(path)
     csv.field_size_limit(2**31 - 1)
@@ -123,11 +126,23 @@ def read_csv(path: str | Path) -> Iterator[tuple[int, Record]]:
             if len(cells) != len(header):
                 expected = f"{len(header)} as in the header"
                 raise UserError(f"{path}, line {number}: found {len(cells)} cells, expected {expected}")
-            yield number, {name: value for name, value in zip(header, cells) if value}
+            place = f"{path}, line {number}"
+            yield number, {name: _cell(value, f"{place}, {name}") for name, value in zip(header, cells) if value}
     except csv.Error as error:
         raise UserError(f"{path}, after line {number}: not valid CSV ({error})") from None
     if not number:
         raise UserError(f"{path}: empty, expected a header and one comparison a row")
+
+
+def _cell(text: str, where: str) -> Any:
+    """What a cell of a CSV file holds: text, or messages. UserError where it looks like messages and is no JSON."""
+    if not LIKE_MESSAGES.fullmatch(text):
+        return text
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except ValueError as error:
+        expected = 'expected [{"role": ..., "content": ...}] as json.dumps writes it'
+        raise UserError(f"{where}: looks like messages, but is no JSON ({error}); {expected}") from None
 
 
 def _require_once(names: Iterable[str], where: str) -> None:
