@@ -266,6 +266,12 @@ def test_other_comparisons_are_refused(call, tmp_path):
     refused(call(f"one={base}", f"two={known}"), "in 1 comparisons", "'a1'", f"unknown in {known}")
 
 
+def test_users_of_an_earlier_evaluation_are_those_of_today(call, tmp_path):
+    """Which wrote "1.0" where a file had it."""
+    old, new = (write(tmp_path / name, BASE, users=[user, *USERS[1:]]) for name, user in (("old", "1.0"), ("new", "1")))
+    assert call(f"one={old}", f"two={new}")[0] == 0
+
+
 def test_damaged_files_are_refused(call, tmp_path):
     base = write(tmp_path / "base", BASE)
     refused(call(f"one={base}", f"two={tmp_path / 'nothing'}"), f"{tmp_path / 'nothing'}: found no such folder")

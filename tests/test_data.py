@@ -3,6 +3,7 @@ import datetime
 import gzip
 import io
 import json
+import math
 import sys
 from decimal import Decimal
 
@@ -212,7 +213,7 @@ def test_conversations_that_do_not_agree_are_refused(tmp_path, record, message):
 
 def test_another_column_may_name_the_user(tmp_path):
     path = tmp_path / "f.jsonl"
-    path.write_bytes(lines({**GOOD, "annotator": 7}, {**GOOD, "annotator": "x"}, {**GOOD, "user": 8}))
+    path.write_bytes(lines({**GOOD, "annotator": 7.0}, {**GOOD, "annotator": "x"}, {**GOOD, "user": 8}))
     found = read_comparisons(path, DataConfig(user_column="annotator")).comparisons
     assert [c.user for c in found] == ["7", "x", None]
     assert [c.user for c in read_comparisons(path).comparisons] == [GOOD["user"], GOOD["user"], "8"]
@@ -317,6 +318,67 @@ def test_users_rank_by_comparisons_then_name():
     index = UserIndex.from_comparisons(comparisons("c", "b", "a", "b", None, "c", "d"), known_users=3)
     assert index.names == ("b", "c", "a")
     assert [index.number(u) for u in ("b", "c", "a", "d", None, "")] == [1, 2, 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        [1, 1.0, "1", "1.0", " 1\n", "1.00"],
+        [1000, 1000.0, 1e3],
+        [0, 0.0, -0.0, "0.0"],
+        [-2, "-2.0"],
+        [2**53 - 1, float(2**53 - 1), "9007199254740991.0"],
+        ["Zoë", "Zoe\u0308", "\xa0Zoë "],
+        ["007"],
+        ["1e3"],
+        ["7.5"],
+        ["1.0.0"],
+        ["Ann"],
+        ["ann"],
+    ],
+)
+def test_a_user_has_one_name_however_it_is_spelt(spellings):
+    """pandas writes a column of whole numbers as floats where one of them is missing."""
+    first = spellings[0] if isinstance(spellings[0], str) else str(spellings[0])
+    assert {c.user for c in comparisons(*spellings)} == {first}
+    index = UserIndex([first])
+    assert all(index.number(s) == index.required_number(s) == 1 for s in spellings if isinstance(s, str))
+
+
+def test_fields_that_are_nan_are_not_there(tmp_path):
+    """As json.dumps writes what pandas has where there is nothing."""
+    nothing = dict.fromkeys(("user", "user_text", "id", "margin", "first"), math.nan)
+    (c,) = read(tmp_path, lines({**GOOD, **nothing})).comparisons
+    assert c == parse_comparison({**GOOD, "user": None}, "f", "f.jsonl:1")
+    assert "line 1: no field 'chosen'" in fault(tmp_path, lines({**GOOD, "chosen": math.nan}))
+
+
+def test_no_name_is_the_unknown_user():
+    assert [c.user for c in comparisons(None, "", " \t", math.nan)] == [None] * 4
+    with pytest.raises(UserError, match="f, user: expected a string, a whole number or null, found Infinity"):
+        comparisons(math.inf)
+
+
+@pytest.mark.parametrize(
+    "name", [1.2345678901234568e17, "1.2345678901234568e+17", float(2**53), "9007199254740993.0", "1.23E+05"]
+)
+def test_a_number_that_lost_its_last_digits_names_nobody(name):
+    """Two users would be one: 2**53 + 1 and 2**53 are the same float."""
+    with pytest.raises(UserError, match="f, user: .* is a number without its last digits"):
+        comparisons(name)
+
+
+@pytest.mark.parametrize("name", [str(math.nan), str(None), " <NA>", "null"])
+def test_the_text_for_no_name_names_nobody(name):
+    """pandas' astype(str) makes one user "nan" of all unknown ones."""
+    with pytest.raises(UserError, match=f"f, user: '{name.strip()}' is what programs write where there is no name"):
+        comparisons(name)
+
+
+def test_an_index_of_an_earlier_version_is_found_by_the_names_of_today():
+    index = UserIndex(["1.0", " Zoe\u0308", "2", "2.0"])
+    assert [index.number(name) for name in ("1", "1.0", "Zoë", " Zoe\u0308", "2", "2.0")] == [1, 1, 2, 2, 3, 4]
+    assert index.names == ("1.0", " Zoe\u0308", "2", "2.0")
 
 
 def test_users_without_data_are_not_known():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from prlhf.config.keys import DataConfig
 from prlhf.data.files import Record, read_json_lines, read_records
+from prlhf.data.names import LOSSY, MISSING, canonical
 from prlhf.errors import UserError, did_you_mean
 
 GENERIC = "generic"  # what people type for user 0
@@ -81,11 +82,8 @@ def read_parsed(path: str | Path, config: DataConfig = CANONICAL) -> Iterator[tu
 
 
 def named_user(record: Record, column: str) -> Record:
-    """The record with its user taken from another column; a whole number becomes its digits."""
-    if column == "user":
-        return record
-    user = record.get(column)
-    return {**record, "user": str(user) if type(user) is int else user}
+    """The record with its user taken from another column."""
+    return record if column == "user" else {**record, "user": record.get(column)}
 
 
 def parse_comparison(record: Record, where: str, default: str, attributes: Sequence[str] | None = None) -> Comparison:
@@ -156,16 +154,27 @@ def parse_response(response: Any, where: str) -> str:
 
 
 def parse_user(user: Any, where: str) -> str | None:
-    """The user's name, or a whole number's digits; None for null or "". UserError for all else, and for `generic`."""
-    if user is None or user == "":
+    """The user's `canonical` name, or a whole number's digits; None for null, NaN or "".
+
+    UserError for all else, for `generic`, and for what programs make of missing names and of long numbers.
+    """
+    if user is None or user != user:
         return None
-    if type(user) is int:
-        return str(user)
-    if not isinstance(user, str):
+    whole = type(user) is int or (isinstance(user, float) and user.is_integer())
+    if not whole and not isinstance(user, str):
         raise UserError(f"{where}: expected a string, a whole number or null, found {shortened(user)}")
-    if user == GENERIC:
+    name = canonical(str(user))
+    if name == GENERIC:
         raise UserError(f"{where}: {GENERIC!r} is the name of the unknown user; expected another name or null")
-    return user
+    if name in MISSING:
+        raise UserError(
+            f"{where}: {name!r} is what programs write where there is no name; expected null, or another name"
+        )
+    if LOSSY.fullmatch(name):
+        raise UserError(
+            f"{where}: {name} is a number without its last digits, written as a float; expected all of them"
+        )
+    return name or None
 
 
 def parse_user_text(record: Record, where: str, attributes: Sequence[str] | None = None) -> str | None:

@@ -66,7 +66,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """Number and object of each line, plain or .gz. UserError by line: missing, empty, damaged, no object."""
+    """Number and object of each line, plain or .gz. UserError by line: missing, empty, damaged, no object.
+
+    A field that is NaN, as pandas has it where there is none, is left out.
+    """
     path = require_file(path)
     found = False
     for number, line in read_lines(path):
@@ -76,7 +79,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, Record]]:
             if not isinstance(record, dict):
                 raise UserError(f"{path}, line {number}: expected a JSON object, found {text[:60]!r}")
             found = True
-            yield number, record
+            yield number, {name: value for name, value in record.items() if value == value}
     if not found:
         raise UserError(f"{path}: empty, expected one JSON object a line")
 
@@ -154,7 +157,7 @@ def _require_once(names: Iterable[str], where: str) -> None:
 
 
 def read_parquet(path: str | Path) -> Iterator[tuple[int, Record]]:
-    """Row number, from 1, and record of each row of a parquet file (with pyarrow, an extra). Nulls are left out.
+    """Row number, from 1, and record of each row of a parquet file (with pyarrow, an extra). Nulls and NaN are left out.
 
     UserError, with the file: missing, damaged, without rows, two columns of one name; or pyarrow is not installed.
     """
@@ -171,7 +174,10 @@ def read_parquet(path: str | Path) -> Iterator[tuple[int, Record]]:
             for batch in file.iter_batches():
                 for record in batch.to_pylist():
                     number += 1
-                    yield number, {name: value for name, value in record.items() if value is not None}
+                    yield (
+                        number,
+                        {name: value for name, value in record.items() if value is not None and value == value},
+                    )
     except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
         raise UserError(f"{path}, after row {number}: not a whole parquet file ({error})") from None
     if not number:

@@ -98,8 +98,7 @@ def read_for_split(file: str, dialogue: str | None, form: DataConfig) -> tuple[l
             raise UserError(f"{where}, {dialogue}: expected text or a number, the dialogue's name")
         record = split_conversations(record)
         group = text_key(json.dumps(record["prompt" if dialogue is None else dialogue], ensure_ascii=False))
-        user = None if comparison.user is None else record["user"]
-        records.append({"id": comparison.id, **record, "user": user, "split_group": group})
+        records.append({"id": comparison.id, **record, "user": comparison.user, "split_group": group})
         comparisons.append(judged(comparison))
     return records, comparisons
 
@@ -175,7 +174,7 @@ def write(target: Path, made: Split, settings: dict[str, Any], raw: RawSet) -> N
         "files": files,
         "left_out": dropped,
         "on_trained_prompts": leaking,
-        "known_users": sorted(known, key=lambda user: (isinstance(user, str), user)),  # whole numbers are names too
+        "known_users": sorted(known),
         "counts": [count._asdict() for count in raw.counts],
     }
     write_json(target / "split.json", record)
