@@ -272,6 +272,17 @@ def test_users_of_an_earlier_evaluation_are_those_of_today(call, tmp_path):
     assert call(f"one={old}", f"two={new}")[0] == 0
 
 
+def test_unknown_users_near_to_known_ones_are_told(tmp_path, capsys, monkeypatch):
+    users = [*USERS[:6], "A", "A", None]
+    base, good = (
+        str(write(tmp_path / name, margins, users=users)) for name, margins in (("base", BASE), ("good", GOOD))
+    )
+    monkeypatch.setattr("sys.argv", ["compare", f"one={base}", f"two={good}", "--out", str(tmp_path / "out")])
+    compare.main()
+    said = "users who are not known: 1 ('A'), with 2 of 9 comparisons; known but for "
+    assert said in capsys.readouterr().out
+
+
 def test_damaged_files_are_refused(call, tmp_path):
     base = write(tmp_path / "base", BASE)
     refused(call(f"one={base}", f"two={tmp_path / 'nothing'}"), f"{tmp_path / 'nothing'}: found no such folder")

@@ -105,6 +105,9 @@ class DataConfig:
     valid: str | None = key(None, "Held-out comparisons, for evaluation.")
     format: Literal["auto", "jsonl", "csv", "parquet"] = key("auto", "auto: by the file's name. parquet needs pyarrow.")
     user_column: str = key("user", "The field that names the user.")
+    new_users: bool = key(
+        False, "Held-out files, prompts and responses to score may be of new users alone; else refused."
+    )
     attributes: tuple[str, ...] | None = key(
         None, "Which of a record's `attributes` ({name: text}) make its user text; null: its `user_text`."
     )

@@ -1,7 +1,9 @@
 """The names of users: one spelling for each, and which spellings people do not tell apart."""
 
+import itertools
 import re
 import unicodedata
+from collections.abc import Collection
 
 EXACT = 2**53  # from here on neighbouring whole numbers are the same floating-point number
 WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # a whole number that was written as a float
@@ -23,5 +25,12 @@ def canonical(name: str) -> str:
 def folded(name: str) -> str:
     """What is left of a name without ALIKE (and compatibility forms of characters): equal for names that look the same."""
     plain = unicodedata.normalize("NFKC", name).casefold()
-    plain = "".join(c for c in plain if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
+    if not (plain.isascii() and plain.isalnum()):
+        plain = "".join(c for c in plain if not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf"))
     return plain.lstrip("0") or "0" if plain.isdecimal() else plain
+
+
+def quoted(names: Collection[str], most: int = 3) -> str:
+    """The first names in quotes, with what is invisible as its code; "..." where there are more."""
+    shown = [repr(name) for name in itertools.islice(names, most)]
+    return ", ".join(shown + ["..."] * (len(names) > most))

@@ -13,7 +13,8 @@ from prlhf.batch.datasets import encode_file
 from prlhf.batch.tokens import Encoder
 from prlhf.config.keys import Config
 from prlhf.data.check.rules import FittedRules, fit
-from prlhf.data.comparisons import read_comparisons
+from prlhf.data.comparisons import ComparisonFile, read_comparisons
+from prlhf.data.unknown import check_users
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, expanded, run_command
 from prlhf.evaluate.accuracy import reward_margins, score_users, summarize
@@ -23,7 +24,7 @@ from prlhf.parallel.ranks import check_started_alone
 from prlhf.score.reference import computes_on, reference_log_probs
 from prlhf.score.states import fixed_states
 from prlhf.score.task import Task
-from prlhf.store.final import base_fingerprint, load_final, reference_model
+from prlhf.store.final import Loaded, base_fingerprint, load_final, reference_model
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(loaded.tokenizer, config.data, config.method)
     limited = args.data is None or any(text.startswith("data.valid_limit=") for text in args.set)
-    file = read_comparisons(source, config.data).sample(config.data.valid_limit if limited else None, config.seed)
+    file = read_held_out(source, loaded).sample(config.data.valid_limit if limited else None, config.seed)
     data = encode_file(file, encoder, loaded.users)
     print(f"{source}: {data.report.lines()}")
     rules = fit_rules(config, loaded.users).right(data.raw)
@@ -75,6 +76,15 @@ def main() -> None:
     write_report(report, out)  # last: a report says that the evaluation is complete
     print(markdown(report))
     print(f"written to {out}")
+
+
+def read_held_out(source: str, loaded: Loaded) -> ComparisonFile:
+    """The comparisons of a file. Prints which users the model does not know; UserError as of `check_users`."""
+    form = loaded.config.data
+    file = read_comparisons(source, form)
+    if said := check_users(source, [c.user for c in file.comparisons], loaded.users, form):
+        print(said)
+    return file
 
 
 def draw_curve(metrics: Path, path: Path) -> None:

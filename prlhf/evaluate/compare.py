@@ -15,11 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from prlhf.config.keys import DataConfig
 from prlhf.data.check.tables import interval_text, markdown_table, percent
 from prlhf.data.files import write_json
+from prlhf.data.unknown import check_users
+from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 from prlhf.evaluate.figures import label, save_figure
 from prlhf.evaluate.margins import REPORTED, read_models
+from prlhf.evaluate.report import MARGINS
 from prlhf.evaluate.stats.paired import LEVEL, compare
 
 MEASURES = {"top": "Accuracy-top", "average_mean": "Accuracy-average", "generic": "Accuracy-generic"}
@@ -159,7 +163,8 @@ def main() -> None:
     named = parse_models(args.models)
     if len(named) < 2:
         raise UserError(f"expected two or more models to compare, found {len(named)}")
-    report = compare(*read_models(named))
+    comparisons, models = read_models(named)
+    report = compare(comparisons, models)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", report)
@@ -167,4 +172,7 @@ def main() -> None:
     if not figure(report, out / "comparison.png"):
         print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
     print(markdown(report))
+    known = UserIndex(sorted({name for name, is_known in zip(comparisons.users, comparisons.known_B) if is_known}))
+    if said := check_users(MARGINS, comparisons.users, known, DataConfig(new_users=True)):
+        print(said)
     print(f"written to {out}")

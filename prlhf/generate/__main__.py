@@ -18,6 +18,7 @@ from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import Encoder
 from prlhf.data.comparisons import GENERIC, read_prompts
 from prlhf.data.files import fingerprint_of
+from prlhf.data.unknown import check_users
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.generate.decode import Decoding, Request, generate
 from prlhf.generate.responses import ResponseFile
@@ -64,11 +65,17 @@ def main() -> None:
 
 def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     """Write the responses to --prompts for each of --users, but those that --out has already."""
-    prompts = read_prompts(args.prompts, loaded.config.data)[: args.limit]
+    prompts = read_prompts(args.prompts, loaded.config.data)
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
+    own = args.users == "@own"
+    if own and (
+        said := check_users(args.prompts, [p.user for p in prompts], loaded.users, loaded.config.data, "prompt")
+    ):
+        print(said)
+    prompts = prompts[: args.limit]
     names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")
-    users = {} if args.users == "@own" else {name: loaded.required_number(name) for name in names}
+    users = {} if own else {name: loaded.required_number(name) for name in names}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]

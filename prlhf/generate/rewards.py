@@ -23,6 +23,7 @@ from prlhf.data import comparisons as parse
 from prlhf.data.check.rules import prompt_key
 from prlhf.data.comparisons import CANONICAL, GENERIC, Messages
 from prlhf.data.files import read_json_lines, write_json_lines
+from prlhf.data.unknown import check_users
 from prlhf.errors import UserError, did_you_mean
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.store.final import Loaded
@@ -99,6 +100,8 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     if Path(out).exists() and not overwrite:
         raise UserError(f"{out}: exists; expected another --out or --overwrite")
     lines = read_lines(path, loaded.config.data)
+    if said_of_users := check_users(path, [line.user for line in lines], loaded.users, loaded.config.data, "response"):
+        print(said_of_users)
     encoded = encode(lines, Encoder(loaded.tokenizer, loaded.config.data), [loaded.number(line.user) for line in lines])
     model = loaded.model.to(choose_device(loaded.config.device))
     scored = rewards(model, [line.reading for line in encoded], batch_size)

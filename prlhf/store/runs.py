@@ -18,7 +18,7 @@ from prlhf.parallel.ranks import on_any, on_main, rank
 from prlhf.store.checkpoints import steps
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without flock says (Lustre, some NFS)
-FREE_GROUP = "fsdp."  # how processes share the work may differ from one start to the next
+FREE_TO_CHANGE = ("fsdp.", "data.new_users")  # may differ from one start to the next: no number depends on them
 WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "final", "eval", "tensorboard")  # what --overwrite removes
 
 
@@ -89,7 +89,7 @@ def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
         opened = _locked(run.path)
         begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
         differing = differing_keys(load_resolved(run.path / "config.yaml"), config) if begun and not overwrite else []
-        lines = [f"  {line}\n" for line in differing if not line.startswith(FREE_GROUP)]
+        lines = [f"  {line}\n" for line in differing if not line.startswith(FREE_TO_CHANGE)]
         if lines:
             raise UserError(
                 f"run_dir: {run.path} belongs to a run with another config:\n{''.join(lines)}"

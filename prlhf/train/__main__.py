@@ -66,6 +66,9 @@ def run_training(config: Config, run: Run, device: str, files: Files, overwrite:
     say(f"train: {train_data.report.lines()}; {len(users)} known users")
     if valid_data is not None:
         say(f"valid: {valid_data.report.lines()}")
+    for data in (train_data, valid_data):
+        if data is not None and data.said_of_users is not None:
+            say(data.said_of_users)
 
     # Until the first update the model is its own reference, so the reference's log-probs are computed now.
     reproducible(config, device)

@@ -19,6 +19,7 @@ from prlhf.data.sets import multipref, persona, prism, psoups, tldr
 from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key
 from prlhf.data.sets.splits import Judged, Shares, Split, judged, recurring, split, split_by_response, with_few_shot
 from prlhf.data.sources import raw_folder, source_name
+from prlhf.data.unknown import alike, without_users
 from prlhf.errors import UserError, expanded
 
 PROMPTS = 50  # held-out prompts to generate answers to
@@ -91,7 +92,10 @@ def split_file(file: str, out: str, division: Division, form: DataConfig, option
 
 
 def read_for_split(file: str, dialogue: str | None, form: DataConfig) -> tuple[list[Record], list[Judged]]:
-    """The records of a file, grouped by prompt or by the dialogue that a field names, and what each of them says."""
+    """The records of a file, grouped by prompt or by the dialogue that a field names, and what each of them says.
+
+    Prints a warning where no comparison has a user, or names of users look the same.
+    """
     records, comparisons = [], []
     for where, record, comparison in read_parsed(file, form):
         if dialogue is not None and not isinstance(record.get(dialogue), str | int):
@@ -100,6 +104,9 @@ def read_for_split(file: str, dialogue: str | None, form: DataConfig) -> tuple[l
         group = text_key(json.dumps(record["prompt" if dialogue is None else dialogue], ensure_ascii=False))
         records.append({"id": comparison.id, **record, "user": comparison.user, "split_group": group})
         comparisons.append(judged(comparison))
+    names = [user for user, _ in comparisons]
+    if said := alike(file, names) if any(names) else without_users(file, form):
+        print(f"warning: {said}")
     return records, comparisons
 
 
