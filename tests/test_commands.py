@@ -475,6 +475,7 @@ def test_bad_input_to_generate(call, finished, tmp_path):
     common = ["--checkpoint", finished, "--out", out]
     good = [*common, "--prompts", "examples/tiny/prompts.jsonl"]
     refused(call(generate.main, *good, "--users", "alcie"), "'alcie' is not known", "'alice'")
+    refused(call(generate.main, *good, "--users", ""), "user '' is not known")
     out.write_text("kept")
     bad = [*common, "--prompts", prompts, "--users", "alice", "--overwrite"]
     refused(call(generate.main, *bad), f"{prompts}, line 2", "'prompt'")

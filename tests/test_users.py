@@ -11,6 +11,7 @@ from prlhf.data.names import ALIKE
 from prlhf.data.unknown import alike, check_users, users_fields, without_users
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
+from prlhf.generate.__main__ import asked_names
 from prlhf.store.runs import open_run
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
@@ -90,6 +91,40 @@ def test_users_of_one_file_that_look_the_same():
     )
     assert alike("F", ["bob", "eve", None]) is None
     assert alike("F", [*"abcde", *"ABCDE"]).endswith("'A' and 'a', 'B' and 'b', 'C' and 'c' (and 2 more)")
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("ann,bob,generic", ["ann", "bob", "generic"]),
+        (" ann , bob", ["ann", "bob"]),
+        ('"Smith, John",bob', ["Smith, John", "bob"]),
+        ('bob, "Smith, John"', ["bob", "Smith, John"]),
+        ('"Bo ""B"", Jr."', ['Bo "B", Jr.']),
+        ("1.0,1", ["1", "1"]),
+        ("ann\nbob\n", ["ann", "bob"]),  # $(cat names)
+    ],
+)
+def test_asked_names_are_a_row_of_csv(text, names):
+    assert asked_names(text, UserIndex(["ann", "bob", "Smith, John", 'Bo "B", Jr.', "1"])) == names
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "Smith, John",
+            """--users Smith, John: a name with a comma stands in double quotes, as in --users '"Smith, John",bob'""",
+        ),
+        ("", "user '' is not known"),
+        ("ann,,bob", "user '' is not known"),
+        ('"Smith, Jon"', "user 'Smith, Jon' is not known to this model (did you mean 'Smith, John'?)"),
+    ],
+)
+def test_asked_names_that_are_refused(text, message):
+    with pytest.raises(UserError) as error:
+        asked_names(text, UserIndex(["ann", "bob", "Smith, John"]))
+    assert message in str(error.value)
 
 
 def test_the_data_check_and_the_split_warn(call, tmp_path):

@@ -3,6 +3,7 @@
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ def check_users(
     if not users.names:
         return None
     if not any(names):
-        found = users_fields(file, form if unit == "comparison" else DataConfig(format="jsonl"))
+        found = users_fields(file, form if unit == "comparison" else replace(form, format="jsonl"))
         said = without_users(file, form, found, unit)
         if found.named and not form.new_users:
             raise UserError(f"{said}; expected users, or data.new_users=true for a file without")

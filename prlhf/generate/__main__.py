@@ -9,6 +9,8 @@ A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --o
 """
 
 import argparse
+import csv
+import io
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from prlhf.batch.tokens import Encoder
 from prlhf.data.comparisons import GENERIC, read_prompts
 from prlhf.data.files import fingerprint_of
 from prlhf.data.unknown import check_users
+from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.generate.decode import Decoding, Request, generate
 from prlhf.generate.responses import ResponseFile
@@ -34,7 +37,10 @@ def main() -> None:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--prompts", help="what to answer")
     task.add_argument("--score", metavar="FILE", help="responses to score, all, each as its own user")
-    parser.add_argument("--users", help="for --prompts: names with commas between, generic, @all, or @own: who asks")
+    parser.add_argument(
+        "--users",
+        help='for --prompts: names with commas between ("Smith, J." in quotes), generic, @all, or @own: who asks',
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -68,14 +74,12 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     prompts = read_prompts(args.prompts, loaded.config.data)
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
-    own = args.users == "@own"
-    if own and (
-        said := check_users(args.prompts, [p.user for p in prompts], loaded.users, loaded.config.data, "prompt")
-    ):
-        print(said)
+    if args.users == "@own":
+        said = check_users(args.prompts, [p.user for p in prompts], loaded.users, loaded.config.data, "prompt")
+        if said is not None:
+            print(said)
     prompts = prompts[: args.limit]
-    names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")
-    users = {} if own else {name: loaded.required_number(name) for name in names}
+    users = {name: loaded.required_number(name) for name in asked_names(args.users, loaded.users)}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
     prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
@@ -100,6 +104,25 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
         for record, response, text in zip(records[rows], responses, texts):
             out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})
     print(f"{args.out}: {len(requests)} new responses, {len(prompts) * (len(users) or 1)} in all")
+
+
+def asked_names(text: str, users: UserIndex) -> list[str]:
+    """The names of --users, as the model has them; none for @own. They are CSV: a name with a comma stands in double quotes.
+
+    UserError for an unknown name, or where a known one with a comma is written without quotes.
+    """
+    if text in ("@all", "@own"):
+        return [*users.names, GENERIC] if text == "@all" else []
+    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
+    names = [name for row in rows for name in row] or [text]
+    for name in users.names:
+        if "," in name and name in text and name not in names:
+            quoted = '"' + name.replace('"', '""') + '"'
+            raise UserError(
+                f"--users {text}: a name with a comma stands in double quotes, as in --users '{quoted},bob'"
+            )
+    numbers = [users.required_number(name) for name in names]
+    return [users.names[number - 1] if number else GENERIC for number in numbers]
 
 
 if __name__ == "__main__":
