@@ -10,9 +10,9 @@ preference model the two "responses" are the two orders of one question about bo
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from prlhf.batch.templates import ChatTemplate
 from prlhf.config.keys import DataConfig
 from prlhf.data.comparisons import Comparison, Messages
 from prlhf.data.users import UserIndex
@@ -21,15 +21,6 @@ from prlhf.errors import UserError
 # What a pairwise preference model reads after the prompt, and the two words it may answer.
 QUESTION = ("\n\nResponse A:\n", "\n\nResponse B:\n", "\n\nThe better response is Response")
 ANSWERS = (" A", " B")
-# Chat templates by name, without BOS. Tulu: Wang et al. 2023 as Personalized Soups writes it, with the space before the
-# newline. Llama 3: Meta's model card.
-TEMPLATES = {
-    "tulu": "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + ' \n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-    "llama3": "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-}
 
 
 class EncodedComparison(NamedTuple):
@@ -117,40 +108,26 @@ class Encoder:
         self.config = config
         self.eos = tokenizer.eos_token_id
         self.bos = bos_ids(tokenizer)
+        self.template = ChatTemplate(tokenizer, config)
         self.question = pair_question(tokenizer) if method == "pairwise" else None
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt_ids(self, prompt: str | Messages) -> list[int]:
-        """Tokens of x without BOS. Messages go through the chat template, and so does text unless data.template is `auto`."""
-        if isinstance(prompt, str) and self.config.template == "auto":
-            return self._ids(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        template = TEMPLATES.get(self.config.template, self.tokenizer.chat_template)
-        if not template:
-            raise UserError(
-                "the tokenizer has no chat template; expected prompts as text and data.template 'auto', "
-                f"or data.template {' or '.join(map(repr, TEMPLATES))}"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise UserError(f"the chat template refuses the prompt {messages}: {error}") from None
-        ids = self._ids(text)
+    def prompt_ids(self, prompt: str | Messages, where: str) -> list[int]:
+        """Tokens of x without BOS, through the chat template where that takes x. UserError, with `where`, if it refuses."""
+        ids = self._ids(self.template.text(prompt, where))
         return ids[1:] if self.bos and ids[:1] == self.bos else ids
 
     def response_ids(self, response: str) -> list[int]:
         """Tokens of y, EOS included."""
         return self._ids(response) + [self.eos]
 
-    def prefix(self, prompt: str | Messages, user_text: str | None, room: int) -> EncodedPrompt:
+    def prefix(self, prompt: str | Messages, user_text: str | None, room: int, where: str) -> EncodedPrompt:
         """[BOS] u_t x in at most `room` tokens: a long u_t loses its end, a long x its oldest tokens."""
         text = self._ids(user_text + "\n") if user_text and self.config.user_text else []
         kept_text = text[: self.config.max_user_text_tokens]
-        ids = self.prompt_ids(prompt)
+        ids = self.prompt_ids(prompt, where)
         room = min(self.config.max_prompt_tokens, room - len(self.bos) - len(kept_text))
         kept = ids[-room:] if room > 0 else []
         return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(ids) - len(kept))
@@ -163,7 +140,7 @@ class Encoder:
         self, prompt: str | Messages, user_text: str | None, where: str, room: int | None = None
     ) -> EncodedPrompt:
         """[BOS] u_t x in `room` tokens (data.max_tokens by default). UserError naming `where` if too little of x is left."""
-        prefix = self.prefix(prompt, user_text, self.config.max_tokens if room is None else room)
+        prefix = self.prefix(prompt, user_text, self.config.max_tokens if room is None else room, where)
         if self._too_short(prefix) or not (self.bos or prefix.prompt):
             raise UserError(
                 f"{where}: {len(prefix.prompt)} tokens are left of the prompt within data.max_tokens and "
@@ -179,12 +156,13 @@ class Encoder:
             y1, y2 = self._ids(comparison.chosen), self._ids(comparison.rejected)
             chosen, rejected = self.question.ask(y1, y2), self.question.ask(y2, y1)
         room = self.config.max_tokens - max(len(chosen), len(rejected))
-        prefix = self.prefix(comparison.prompt, comparison.user_text, room)
+        where = comparison.where or f"comparison {comparison.id}"
+        prefix = self.prefix(comparison.prompt, comparison.user_text, room, where)
         if self._too_short(prefix):
             report.too_long_dropped += 1
             return None
         if not (self.bos or prefix.prompt):
-            raise UserError(f"comparison {comparison.id}: the prompt has no tokens, and the tokenizer no BOS")
+            raise UserError(f"{where}: the prompt has no tokens, and the tokenizer no BOS")
         reference = prefix if self.config.user_text_in_reference else prefix._replace(user_text=[])
         user = users.number(comparison.user)
         encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, user, comparison.margin)

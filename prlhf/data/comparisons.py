@@ -4,7 +4,7 @@ import contextlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ class Comparison:
     id: str
     first: str | None = None  # the response that the user was shown first, "chosen" or "rejected", where known
     margin: float = 1.0  # how much better the chosen one is, in units of the config's loss.margin
+    where: str = field(default="", compare=False)  # "FILE, line 3", for messages
 
 
 class ComparisonFile(NamedTuple):
@@ -108,6 +109,7 @@ def parse_comparison(record: Record, where: str, default: str, attributes: Seque
         id=id_of(record, default),
         first=first,
         margin=_parse_margin(record.get("margin"), f"{where}, margin"),
+        where=where,
     )
 
 
@@ -212,6 +214,7 @@ class Prompt(NamedTuple):
     text: str | Messages
     user: str | None
     user_text: str | None
+    where: str  # "FILE, line 3"
 
 
 def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Prompt]:
@@ -231,7 +234,7 @@ def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Promp
         record = named_user(record, config.user_column) if config.user_column in record else record
         user = parse_user(record.get("user"), f"{where}, user")
         text = parse_user_text(record, where, config.attributes)
-        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), user, text))
+        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), user, text, where))
     return prompts
 
 

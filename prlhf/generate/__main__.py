@@ -71,7 +71,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     users = {} if args.users == "@own" else {name: loaded.required_number(name) for name in names}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
-    prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
+    prefixes = [encoder.prefix_to_answer(p.text, p.user_text, p.where) for p in prompts]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     out = ResponseFile(Path(args.out), {"model": weights_checksum(loaded.path), **asdict(decoding)}, args.overwrite)
 
