@@ -128,6 +128,17 @@ def test_no_template_is_told():
         encoder("data.template=chat", tokenizer=bare).prompt_ids("hi", "f")
 
 
+def test_a_tokenizer_with_named_chat_templates_takes_the_default_or_is_told():
+    named = byte_tokenizer()
+    named.chat_template = {"default": "{{ messages[0]['content'] }}!", "rag": "{{ documents }}"}
+    assert encoder("data.template=chat", tokenizer=named).prompt_ids("hi", "f") == ids("hi!")
+    del named.chat_template["default"]
+    named.chat_template["tool_use"] = "{{ tools }}"
+    with pytest.raises(UserError, match="templates are 'rag', 'tool_use'; expected one that is named 'default'"):
+        encoder("data.template=chat", tokenizer=named).prompt_ids("hi", "f")
+    assert encoder("data.template=tulu", tokenizer=named).prompt_ids("hi", "f") == ids("<|user|>\nhi \n<|assistant|>\n")
+
+
 def test_a_template_that_refuses_is_told_with_file_and_line_and_without_the_conversation(tmp_path):
     strict = byte_tokenizer()
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -55,12 +55,18 @@ class ChatTemplate:
             ) from None
 
     def _source(self) -> str:
-        """The template's text. UserError where the tokenizer has none."""
+        """The template's text. UserError where the tokenizer has none, or several and none of them is the default."""
         if self.config.template in TEMPLATES:
             return TEMPLATES[self.config.template]
         own, others = self.tokenizer.chat_template, f"data.template {' or '.join(map(repr, TEMPLATES))}"
+        if isinstance(own, dict) and own and "default" not in own:
+            names = ", ".join(map(repr, sorted(own)))
+            raise UserError(
+                f"the tokenizer's chat templates are {names}; expected one that is named 'default' (copy one of them to "
+                f"that name in tokenizer.chat_template, and save the tokenizer), or {others}"
+            )
         if not own:
             raise UserError(
                 f"the tokenizer has no chat template; expected prompts as text and data.template 'auto', or {others}"
             )
-        return own
+        return self.tokenizer.get_chat_template()
