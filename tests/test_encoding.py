@@ -154,6 +154,22 @@ def test_a_template_that_refuses_is_told_with_file_and_line_and_without_the_conv
         encoder("data.template=chat", tokenizer=strict).prompt_ids("hi", "f")
 
 
+def test_the_template_is_told_the_configs_date_and_arguments_and_no_others():
+    """As Llama 3.2's template asks: date_string where it is given, else strftime_now."""
+    dated = byte_tokenizer()
+    dated.chat_template = (
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}"
+    )
+    day = ("data.template=chat", "data.template_date=2024-07-26")
+    assert encoder(*day, tokenizer=dated).prompt_ids("hi", "f") == ids("26 Jul 2024: hi")
+    given = encoder(*day, "data.template_args={date_string: 1 May 1999}", tokenizer=dated)
+    assert given.prompt_ids("hi", "f") == ids("1 May 1999: hi")
+    with pytest.raises(UserError, match="template_args: found 'date_strin', which the chat template does not read"):
+        encoder(*day, "data.template_args={date_strin: x}", tokenizer=dated).prompt_ids("hi", "f")
+    with pytest.raises(UserError, match="template_args: found 'tools'"):
+        encoder("data.template_args={tools: []}", tokenizer=dated)
+
+
 def test_a_long_prompt_loses_its_oldest_text_and_keeps_its_end_and_eos():
     found, report = encode(encoder("data.max_prompt_tokens=20"), comparison(prompt="old " * 50 + "TL;DR:"))
     assert found.prefix == ids("old " * 50 + "TL;DR:")[-20:] and TOKENIZER.decode(found.prefix).endswith("TL;DR:")

@@ -1,5 +1,8 @@
 """Chat templates: a prompt, text or messages, as the text that the model reads."""
 
+import inspect
+import re
+from datetime import date
 from typing import Any
 
 from jinja2 import TemplateError
@@ -28,6 +31,15 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig):
         self.tokenizer = tokenizer
         self.config = config
+        own = inspect.signature(tokenizer.apply_chat_template).parameters
+        for name in self.config.template_args or {}:
+            if name in own:
+                raise UserError(
+                    f"data.template_args: found {name!r}, which prlhf itself says; expected other arguments"
+                )
+        today = config.template_date or date.today()
+        # A template that asks for the date calls strftime_now; Hugging Face's own says the day on which it is rendered.
+        self.arguments = {**(config.template_args or {}), "strftime_now": today.strftime}
 
     def takes(self, prompt: str | Messages) -> bool:
         """Whether a prompt goes through the template: messages do, and text unless data.template is `auto`."""
@@ -43,9 +55,16 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool) -> str:
         source = self._source()
+        for name in self.config.template_args or {}:
+            if not re.search(rf"\b{re.escape(name)}\b", source):
+                raise UserError(f"data.template_args: found {name!r}, which the chat template does not read")
         try:
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=source, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                chat_template=source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.arguments,
             )
         except REFUSALS as error:
             roles = ", ".join(message["role"] for message in messages)

@@ -56,7 +56,7 @@ def main() -> None:
         if run.finished and not args.overwrite:
             say(f"{run.final} is finished; --overwrite trains anew")
         else:
-            run_training(config, run, device, (train_file, valid_file), args.overwrite)
+            run_training(run.dated(config, args.overwrite), run, device, (train_file, valid_file), args.overwrite)
 
 
 def run_training(config: Config, run: Run, device: str, files: Files, overwrite: bool) -> None:
