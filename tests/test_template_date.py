@@ -85,6 +85,6 @@ def test_a_run_with_todays_date_in_its_prompts_goes_on_tomorrow(monkeypatch, tmp
     assert "0 new responses" in call(generate.main, *answers)[1]  # to the same prompt, token by token
     loaded = load_final(run)
     expected = loaded.tokenizer("31 Jan 2026: hi", add_special_tokens=False)["input_ids"]
-    assert Encoder(loaded.tokenizer, loaded.config.data).prompt_ids("hi", "f") == expected
+    assert Encoder(loaded.tokenizer, loaded.config.data).read("hi", "f").ids == expected
     assert call(train.main, *command(run), "--overwrite")[0] == 0  # begins anew, today
     assert load_final(run).config.data.template_date == datetime.date(2026, 2, 3)

@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from prlhf.config.keys import DataConfig
-from prlhf.data.comparisons import Messages
+from prlhf.data.comparisons import BESIDE_CONTENT, Messages, Tools
 from prlhf.errors import UserError
 
 # Chat templates by name, without BOS. Tulu: Wang et al. 2023 as Personalized Soups writes it, with the space before the
@@ -45,22 +45,35 @@ class ChatTemplate:
         """Whether a prompt goes through the template: messages do, and text unless data.template is `auto`."""
         return not isinstance(prompt, str) or self.config.template != "auto"
 
-    def text(self, prompt: str | Messages, where: str) -> str:
-        """The prompt as the model reads it, without the answer. UserError, with `where`, if the template refuses it."""
+    def text(self, prompt: str | Messages, tools: Tools | None, where: str) -> str:
+        """The prompt as the model reads it, without the answer. UserError, with `where`, if the template refuses it, or
+        would leave out its tools, tool calls or reasoning."""
         if not self.takes(prompt):
             assert isinstance(prompt, str)
+            if tools:
+                raise UserError(
+                    f"{where}, tools: found a prompt as text, which goes through no template; expected messages"
+                )
             return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        return self._render(messages, where, add_generation_prompt=True)
+        return self._render(messages, tools, where, add_generation_prompt=True)
 
-    def _render(self, messages: list[dict[str, Any]], where: str, add_generation_prompt: bool) -> str:
-        source = self._source()
+    def _render(
+        self, messages: list[dict[str, Any]], tools: Tools | None, where: str, add_generation_prompt: bool
+    ) -> str:
+        given = list(tools) if tools else None
+        source = self._source(given)
         for name in self.config.template_args or {}:
-            if not re.search(rf"\b{re.escape(name)}\b", source):
+            if not _reads(source, name):
                 raise UserError(f"data.template_args: found {name!r}, which the chat template does not read")
+        told = ["tools"] if tools else []
+        for name in [*told, *(name for name in BESIDE_CONTENT if any(m.get(name) for m in messages))]:
+            if not _reads(source, name):
+                raise UserError(f"{where}, prompt: found {name}, which the chat template does not read; expected none")
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
+                tools=given,
                 chat_template=source,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -73,8 +86,8 @@ class ChatTemplate:
                 "expected what the template takes"
             ) from None
 
-    def _source(self) -> str:
-        """The template's text. UserError where the tokenizer has none, or several and none of them is the default."""
+    def _source(self, tools: list[dict[str, Any]] | None) -> str:
+        """The template's text; the tokenizer may have one for tools. UserError where the tokenizer has none, or several and none of them is the default."""
         if self.config.template in TEMPLATES:
             return TEMPLATES[self.config.template]
         own, others = self.tokenizer.chat_template, f"data.template {' or '.join(map(repr, TEMPLATES))}"
@@ -88,4 +101,9 @@ class ChatTemplate:
             raise UserError(
                 f"the tokenizer has no chat template; expected prompts as text and data.template 'auto', or {others}"
             )
-        return self.tokenizer.get_chat_template()
+        return self.tokenizer.get_chat_template(tools=tools)
+
+
+def _reads(source: str, name: str) -> bool:
+    """Whether a template mentions a name. Jinja leaves out what is not mentioned without a word."""
+    return re.search(rf"\b{re.escape(name)}\b", source) is not None

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf.batch.templates import ChatTemplate
 from prlhf.config.keys import DataConfig
-from prlhf.data.comparisons import Comparison, Messages
+from prlhf.data.comparisons import Comparison, Messages, Tools
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 
@@ -37,6 +37,13 @@ class EncodedComparison(NamedTuple):
     def length(self) -> int:
         """Tokens of the preference tree."""
         return len(self.prefix) + len(self.chosen) + len(self.rejected)
+
+
+class ReadPrompt(NamedTuple):
+    """x as the model reads it, through the chat template where that takes it: its text and its tokens without BOS."""
+
+    text: str
+    ids: list[int]
 
 
 class EncodedPrompt(NamedTuple):
@@ -114,33 +121,33 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt_ids(self, prompt: str | Messages, where: str) -> list[int]:
-        """Tokens of x without BOS, through the chat template where that takes x. UserError, with `where`, if it refuses."""
-        ids = self._ids(self.template.text(prompt, where))
-        return ids[1:] if self.bos and ids[:1] == self.bos else ids
+    def read(self, prompt: str | Messages, where: str, tools: Tools | None = None) -> ReadPrompt:
+        """x as the model reads it. UserError, with `where`, if the chat template refuses it."""
+        text = self.template.text(prompt, tools, where)
+        ids = self._ids(text)
+        return ReadPrompt(text, ids[1:] if self.bos and ids[:1] == self.bos else ids)
 
     def response_ids(self, response: str) -> list[int]:
         """Tokens of y, EOS included."""
         return self._ids(response) + [self.eos]
 
-    def prefix(self, prompt: str | Messages, user_text: str | None, room: int, where: str) -> EncodedPrompt:
+    def prefix(self, prompt: ReadPrompt, user_text: str | None, room: int) -> EncodedPrompt:
         """[BOS] u_t x in at most `room` tokens: a long u_t loses its end, a long x its oldest tokens."""
         text = self._ids(user_text + "\n") if user_text and self.config.user_text else []
         kept_text = text[: self.config.max_user_text_tokens]
-        ids = self.prompt_ids(prompt, where)
         room = min(self.config.max_prompt_tokens, room - len(self.bos) - len(kept_text))
-        kept = ids[-room:] if room > 0 else []
-        return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(ids) - len(kept))
+        kept = prompt.ids[-room:] if room > 0 else []
+        return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(prompt.ids) - len(kept))
 
     def _too_short(self, prefix: EncodedPrompt) -> bool:
         """Whether truncation left too little of the prompt."""
         return prefix.prompt_cut > 0 and len(prefix.prompt) < self.config.min_prompt_tokens
 
     def prefix_to_answer(
-        self, prompt: str | Messages, user_text: str | None, where: str, room: int | None = None
+        self, prompt: ReadPrompt, user_text: str | None, where: str, room: int | None = None
     ) -> EncodedPrompt:
         """[BOS] u_t x in `room` tokens (data.max_tokens by default). UserError naming `where` if too little of x is left."""
-        prefix = self.prefix(prompt, user_text, self.config.max_tokens if room is None else room, where)
+        prefix = self.prefix(prompt, user_text, self.config.max_tokens if room is None else room)
         if self._too_short(prefix) or not (self.bos or prefix.prompt):
             raise UserError(
                 f"{where}: {len(prefix.prompt)} tokens are left of the prompt within data.max_tokens and "
@@ -150,14 +157,15 @@ class Encoder:
 
     def encode(self, comparison: Comparison, users: UserIndex, report: EncodingReport) -> EncodedComparison | None:
         """The comparison's token ids, or None where its responses leave too little room for the prompt."""
+        where = comparison.where or f"comparison {comparison.id}"
+        prompt = self.read(comparison.prompt, where, comparison.tools)
         if self.question is None:
             chosen, rejected = self.response_ids(comparison.chosen), self.response_ids(comparison.rejected)
         else:  # the question with y1 first, and with y2 first
             y1, y2 = self._ids(comparison.chosen), self._ids(comparison.rejected)
             chosen, rejected = self.question.ask(y1, y2), self.question.ask(y2, y1)
         room = self.config.max_tokens - max(len(chosen), len(rejected))
-        where = comparison.where or f"comparison {comparison.id}"
-        prefix = self.prefix(comparison.prompt, comparison.user_text, room, where)
+        prefix = self.prefix(prompt, comparison.user_text, room)
         if self._too_short(prefix):
             report.too_long_dropped += 1
             return None

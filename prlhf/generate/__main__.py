@@ -71,7 +71,8 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     users = {} if args.users == "@own" else {name: loaded.required_number(name) for name in names}
     model = loaded.model.to(choose_device(loaded.config.device))
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
-    prefixes = [encoder.prefix_to_answer(p.text, p.user_text, p.where) for p in prompts]
+    read = [encoder.read(p.text, p.where, p.tools) for p in prompts]
+    prefixes = [encoder.prefix_to_answer(x, p.user_text, p.where) for x, p in zip(read, prompts)]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     out = ResponseFile(Path(args.out), {"model": weights_checksum(loaded.path), **asdict(decoding)}, args.overwrite)
 
@@ -79,6 +80,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     for prompt, prefix in zip(prompts, prefixes):
         for name, user in (users or {prompt.user or GENERIC: loaded.number(prompt.user)}).items():
             record = {"id": prompt.id, "user": name, "prompt": prompt.text, "user_text": prompt.user_text}
+            record |= {"tools": prompt.tools} if prompt.tools else {}
             record["prefix"] = fingerprint_of(prefix.ids)[:12]
             if not out.has(record):
                 requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))

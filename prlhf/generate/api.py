@@ -54,7 +54,7 @@ class TextModel:
         requests = []
         for i, (prompt, name, text) in enumerate(zip(prompts, names, texts)):
             where = f"prompts[{i}]"
-            prefix = self.encoder.prefix_to_answer(parse_prompt(prompt, where), text, where)
+            prefix = self.encoder.prefix_to_answer(self.encoder.read(parse_prompt(prompt, where), where), text, where)
             requests.append(Request(prefix.ids, self._number(name), f"{i + 1} {name or GENERIC}"))
         settings, responses = Decoding(**decoding), []
         check_range("max_new_tokens", settings.max_new_tokens, low=1)
