@@ -7,6 +7,7 @@ prompt that is too long loses its oldest tokens, so it keeps the assistant heade
 preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
 """
 
+import re
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -114,6 +115,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.config = config
         self.eos = tokenizer.eos_token_id
+        self.end = re.compile(rf"(?:{re.escape(tokenizer.eos_token)}\s*)+\Z")
         self.bos = bos_ids(tokenizer)
         self.template = ChatTemplate(tokenizer, config)
         self.question = pair_question(tokenizer) if method == "pairwise" else None
@@ -124,16 +126,24 @@ class Encoder:
     def read(self, prompt: str | Messages, where: str, tools: Tools | None = None) -> ReadPrompt:
         """x as the model reads it. UserError, with `where`, if the chat template refuses it."""
         text = self.template.text(prompt, tools, where)
-        ids = self._ids(text)
-        return ReadPrompt(text, ids[1:] if self.bos and ids[:1] == self.bos else ids)
+        return ReadPrompt(text, self._without_bos(self._ids(text)))
+
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        """The tokens without the BOS that a text or a template may say itself."""
+        first = next((i for i, token in enumerate(ids) if [token] != self.bos), len(ids))
+        return ids[first:]
 
     def response_ids(self, response: str) -> list[int]:
-        """Tokens of y, EOS included."""
-        return self._ids(response) + [self.eos]
+        """Tokens of y, EOS included, once."""
+        return self._ids(self._open(response)) + [self.eos]
+
+    def _open(self, response: str) -> str:
+        """The response without the EOS that its text may have at its end, and white space behind that."""
+        return self.end.sub("", response)
 
     def prefix(self, prompt: ReadPrompt, user_text: str | None, room: int) -> EncodedPrompt:
         """[BOS] u_t x in at most `room` tokens: a long u_t loses its end, a long x its oldest tokens."""
-        text = self._ids(user_text + "\n") if user_text and self.config.user_text else []
+        text = self._without_bos(self._ids(user_text + "\n")) if user_text and self.config.user_text else []
         kept_text = text[: self.config.max_user_text_tokens]
         room = min(self.config.max_prompt_tokens, room - len(self.bos) - len(kept_text))
         kept = prompt.ids[-room:] if room > 0 else []
@@ -162,7 +172,7 @@ class Encoder:
         if self.question is None:
             chosen, rejected = self.response_ids(comparison.chosen), self.response_ids(comparison.rejected)
         else:  # the question with y1 first, and with y2 first
-            y1, y2 = self._ids(comparison.chosen), self._ids(comparison.rejected)
+            y1, y2 = (self._ids(self._open(y)) for y in (comparison.chosen, comparison.rejected))
             chosen, rejected = self.question.ask(y1, y2), self.question.ask(y2, y1)
         room = self.config.max_tokens - max(len(chosen), len(rejected))
         prefix = self.prefix(prompt, comparison.user_text, room)
