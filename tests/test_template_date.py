@@ -70,6 +70,7 @@ def test_a_run_with_todays_date_in_its_prompts_goes_on_tomorrow(monkeypatch, tmp
     on_day(monkeypatch, "2026-02-01")
     status, _, err = call(train.main, *command(run))
     assert status == 0 and "resuming after update 2" in err, err
+    assert err.count("warning: the chat template puts no special token behind an answer") == 1
     for file in ("users.safetensors", "adapter_model.safetensors"):
         one, other = (load_file(folder / "final" / file) for folder in (run, tmp_path / "whole"))
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -80,7 +81,8 @@ def test_a_run_with_todays_date_in_its_prompts_goes_on_tomorrow(monkeypatch, tmp
 
     answers = ("--checkpoint", run, "--prompts", "examples/tiny/prompts.jsonl", "--users", "generic", "--limit", 2,
                "--max-new-tokens", 2, "--out", tmp_path / "r.jsonl")  # fmt: skip
-    assert "2 new responses" in call(generate.main, *answers)[1]
+    _, said, err = call(generate.main, *answers)
+    assert "2 new responses" in said and err.count("puts no special token behind an answer") == 1
     on_day(monkeypatch, "2026-02-03")
     assert "0 new responses" in call(generate.main, *answers)[1]  # to the same prompt, token by token
     loaded = load_final(run)

@@ -1,8 +1,9 @@
-"""Chat templates: a prompt, text or messages, as the text that the model reads."""
+"""Chat templates: a prompt, text or messages, as the text that the model reads, and what ends an answer to it."""
 
 import inspect
 import re
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -21,6 +22,7 @@ TEMPLATES = {
     "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
 }
+ANSWER = "AnswerOfTheAssistant"  # stands in for an answer, to see what a template puts around it
 # What a template in Jinja's sandbox raises for a conversation that it does not take.
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
@@ -57,6 +59,22 @@ class ChatTemplate:
             return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return self._render(messages, tools, where, add_generation_prompt=True)
+
+    @cached_property
+    def end(self) -> int | None:
+        """The first special token that the template puts behind an answer; None where it puts none, or takes no answer.
+
+        Special is any added token but UNK: some families' turn ends are not marked as special (Phi-3).
+        """
+        talk = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": ANSWER}]
+        try:
+            _, found, behind = self._render(talk, None, "", add_generation_prompt=False).rpartition(ANSWER)
+        except UserError:
+            return None
+        special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        special.discard(self.tokenizer.unk_token_id)
+        ids = self.tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
+        return next((i for i in ids if i in special), None)
 
     def _render(
         self, messages: list[dict[str, Any]], tools: Tools | None, where: str, add_generation_prompt: bool

@@ -2,16 +2,18 @@
 
     prefix = [BOS] u_t x,   responses = y EOS
 
-BOS comes first, once, where the tokenizer itself begins a text with it. Responses are never cut, so each ends in EOS. A
+BOS comes first, once, where the tokenizer itself begins a text with it. EOS is the token that ends an answer: what the chat
+template puts behind one (`<|eot_id|>`, `<end_of_turn>`), else the tokenizer's. Responses are never cut, so each has it. A
 prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end. For a pairwise
 preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prlhf.batch.templates import ChatTemplate
 from prlhf.config.keys import DataConfig
@@ -41,10 +43,11 @@ class EncodedComparison(NamedTuple):
 
 
 class ReadPrompt(NamedTuple):
-    """x as the model reads it, through the chat template where that takes it: its text and its tokens without BOS."""
+    """x as the model reads it, through the chat template where that takes it."""
 
     text: str
-    ids: list[int]
+    ids: list[int]  # without BOS
+    end: int  # the token that ends an answer to it
 
 
 class EncodedPrompt(NamedTuple):
@@ -115,9 +118,11 @@ class Encoder:
         self.tokenizer = tokenizer
         self.config = config
         self.eos = tokenizer.eos_token_id
-        self.end = re.compile(rf"(?:{re.escape(tokenizer.eos_token)}\s*)+\Z")
         self.bos = bos_ids(tokenizer)
         self.template = ChatTemplate(tokenizer, config)
+        self.ends = {self.eos, self.eos if self.template.end is None else self.template.end}
+        names = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(self.ends))))
+        self.said_end = re.compile(rf"(?:(?:{names})\s*)+\Z")
         self.question = pair_question(tokenizer) if method == "pairwise" else None
 
     def _ids(self, text: str) -> list[int]:
@@ -126,20 +131,42 @@ class Encoder:
     def read(self, prompt: str | Messages, where: str, tools: Tools | None = None) -> ReadPrompt:
         """x as the model reads it. UserError, with `where`, if the chat template refuses it."""
         text = self.template.text(prompt, tools, where)
-        return ReadPrompt(text, self._without_bos(self._ids(text)))
+        turn_end = self.template.end if self.template.takes(prompt) else None
+        return ReadPrompt(text, self._without_bos(self._ids(text)), self.eos if turn_end is None else turn_end)
 
     def _without_bos(self, ids: list[int]) -> list[int]:
         """The tokens without the BOS that a text or a template may say itself."""
         first = next((i for i, token in enumerate(ids) if [token] != self.bos), len(ids))
         return ids[first:]
 
-    def response_ids(self, response: str) -> list[int]:
-        """Tokens of y, EOS included, once."""
-        return self._ids(self._open(response)) + [self.eos]
+    def stop_ids(self, generation: GenerationConfig | None) -> frozenset[int]:
+        """The tokens that end a generated answer: the tokenizer's EOS, those of the model's generation config, the template's."""
+        eos = getattr(generation, "eos_token_id", None)
+        return frozenset(self.ends) | frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+    def unusual_end(self, prompts: Iterable[str | Messages], generation: GenerationConfig | None) -> str | None:
+        """What to say about the end of answers to these prompts where the template's is no EOS of the model, else None."""
+        if not any(map(self.template.takes, prompts)):
+            return None
+        eos = self.tokenizer.convert_ids_to_tokens(self.eos)
+        if self.template.end is None:
+            return f"the chat template puts no special token behind an answer; the tokenizer's EOS {eos!r} ends it"
+        model_eos = getattr(generation, "eos_token_id", None)
+        if self.template.end in {self.eos, *(model_eos if isinstance(model_eos, list) else [model_eos])}:
+            return None
+        end = self.tokenizer.convert_ids_to_tokens(self.template.end)
+        return (
+            f"the chat template ends an answer with {end!r}, which is no EOS of the model; it ends the responses here, in "
+            f"training and generation, beside {eos!r}. Another program has to be told to stop at it"
+        )
+
+    def response_ids(self, prompt: ReadPrompt, response: str) -> list[int]:
+        """Tokens of y, with the one token that ends it."""
+        return self._ids(self._open(response)) + [prompt.end]
 
     def _open(self, response: str) -> str:
-        """The response without the EOS that its text may have at its end, and white space behind that."""
-        return self.end.sub("", response)
+        """The response without the end that its text may have already, and white space behind that."""
+        return self.said_end.sub("", response)
 
     def prefix(self, prompt: ReadPrompt, user_text: str | None, room: int) -> EncodedPrompt:
         """[BOS] u_t x in at most `room` tokens: a long u_t loses its end, a long x its oldest tokens."""
@@ -170,7 +197,7 @@ class Encoder:
         where = comparison.where or f"comparison {comparison.id}"
         prompt = self.read(comparison.prompt, where, comparison.tools)
         if self.question is None:
-            chosen, rejected = self.response_ids(comparison.chosen), self.response_ids(comparison.rejected)
+            chosen, rejected = (self.response_ids(prompt, y) for y in (comparison.chosen, comparison.rejected))
         else:  # the question with y1 first, and with y2 first
             y1, y2 = (self._ids(self._open(y)) for y in (comparison.chosen, comparison.rejected))
             chosen, rejected = self.question.ask(y1, y2), self.question.ask(y2, y1)

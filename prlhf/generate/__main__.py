@@ -9,6 +9,7 @@ A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --o
 """
 
 import argparse
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -88,9 +89,12 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     cut = sum(p.prompt_cut + p.user_text_cut > 0 for p in prefixes)
     print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for users {args.users}")
 
+    ends = encoder.stop_ids(model.backbone.generation_config)
+    if unusual := encoder.unusual_end((p.text for p in prompts), model.backbone.generation_config):
+        print(f"warning: {unusual}", file=sys.stderr)
     for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
         rows = slice(start, start + args.batch_size)
-        responses = generate(model, requests[rows], encoder.eos, decoding)
+        responses = generate(model, requests[rows], ends, decoding)
         texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
         for record, response, text in zip(records[rows], responses, texts):
             out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})

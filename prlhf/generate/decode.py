@@ -5,7 +5,7 @@ token, and each row draws from its own random generator, seeded by its name.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """Token ids without EOS, and whether EOS came (or max_new_tokens did)."""
+    """Token ids without the one that ended them, and whether that came (or max_new_tokens did)."""
 
     ids: list[int]
     finished: bool
@@ -91,8 +91,10 @@ class Decoder:
 
 
 @torch.inference_mode()
-def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
-    """One response to each request, in their order. The model should be in eval mode."""
+def generate(
+    model: PersonalizedLM, requests: Sequence[Request], ends: Container[int], decoding: Decoding
+) -> list[Response]:
+    """One response to each request, in their order, up to any token of `ends`. The model should be in eval mode."""
     check_positions(model.backbone, max(len(r.ids) for r in requests) + model.vectors + decoding.max_new_tokens)
     decoder = Decoder(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
@@ -102,7 +104,7 @@ def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decod
     for count in range(1, decoding.max_new_tokens + 1):
         token_B = choose(logits_BV, decoding, generators)
         for b, token in enumerate(token_B.tolist()):
-            finished[b] = finished[b] or token == eos
+            finished[b] = finished[b] or token in ends
             if not finished[b]:
                 responses[b].append(token)
         if all(finished) or count == decoding.max_new_tokens:
