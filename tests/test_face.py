@@ -115,7 +115,7 @@ def test_a_language_model_scores_log_probs(runs):
         texts = [c[side] for c in VALID]
         log_probs = model.score(prompts, texts, users="alice")
         assert all(value < 0 for value in log_probs)
-        lengths = [len(encoder.response_ids(encoder.read(x, "f"), y)) for x, y in zip(prompts, texts)]
+        lengths = [len(encoder.response_ids(encoder.read(x, "f"), y)[0].ids) for x, y in zip(prompts, texts)]
         sides.append([value / length for value, length in zip(log_probs, lengths)])
     expected = [beta * (chosen - rejected) for chosen, rejected in zip(*sides)]
     assert model.margins(comparisons, users="alice") == pytest.approx(expected, abs=1e-5)

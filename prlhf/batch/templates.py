@@ -4,7 +4,7 @@ import inspect
 import re
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -25,6 +25,17 @@ TEMPLATES = {
 ANSWER = "AnswerOfTheAssistant"  # stands in for an answer, to see what a template puts around it
 # What a template in Jinja's sandbox raises for a conversation that it does not take.
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
+
+
+class AroundAnswer(NamedTuple):
+    """What a template puts around an answer: white space between the prompt and it, and the token that ends it.
+
+    That is the first special token behind the answer, None where there is none. Special is any added token but UNK: some
+    families' turn ends are not marked as special (Phi-3).
+    """
+
+    space: str
+    end: int | None
 
 
 class ChatTemplate:
@@ -61,20 +72,20 @@ class ChatTemplate:
         return self._render(messages, tools, where, add_generation_prompt=True)
 
     @cached_property
-    def end(self) -> int | None:
-        """The first special token that the template puts behind an answer; None where it puts none, or takes no answer.
-
-        Special is any added token but UNK: some families' turn ends are not marked as special (Phi-3).
-        """
-        talk = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": ANSWER}]
+    def around(self) -> AroundAnswer:
+        """What the template puts around an assistant's message, from a made-up talk; nothing where it takes none."""
+        asked = [{"role": "user", "content": "Question"}]
         try:
-            _, found, behind = self._render(talk, None, "", add_generation_prompt=False).rpartition(ANSWER)
+            prompt = self._render(asked, None, "", add_generation_prompt=True)
+            talk = [*asked, {"role": "assistant", "content": ANSWER}]
+            before, found, behind = self._render(talk, None, "", add_generation_prompt=False).rpartition(ANSWER)
         except UserError:
-            return None
+            return AroundAnswer("", None)
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
         special.discard(self.tokenizer.unk_token_id)
         ids = self.tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
-        return next((i for i in ids if i in special), None)
+        space = before.removeprefix(prompt) if found and before.startswith(prompt) else ""
+        return AroundAnswer(space if space.isspace() else "", next((i for i in ids if i in special), None))
 
     def _render(
         self, messages: list[dict[str, Any]], tools: Tools | None, where: str, add_generation_prompt: bool

@@ -68,7 +68,7 @@ class EncodedLine(NamedTuple):
 def encode(lines: Sequence[ScoredLine], encoder: Encoder, users: Sequence[int]) -> list[EncodedLine]:
     """The lines' token ids; lines of one prompt and user text have one prefix. UserError where too little room is left."""
     prompts = [encoder.read(line.prompt, line.where, line.tools) for line in lines]
-    responses = [encoder.response_ids(x, line.response) for x, line in zip(prompts, lines)]
+    responses = [encoder.response_ids(x, line.response)[0].ids for x, line in zip(prompts, lines)]
     keys = [(prompt_key(line.prompt), line.user_text) for line in lines]
     longest: dict[Hashable, int] = defaultdict(int)
     for key, response in zip(keys, responses):
