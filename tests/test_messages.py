@@ -56,6 +56,7 @@ def test_tools_tool_calls_and_reasoning_reach_the_template(tmp_path, tools):
     (_, scored) = rewards.encode(rewards.read_lines(path), enc, [0, 0])
     assert dataset.comparisons[1].prefix == enc.read(prompt.text, "f", prompt.tools).ids == expected
     assert list(scored.reading.prefix) == expected
+    assert prompt_key(({"role": "assistant", "tool_calls": [CALL]},)) != prompt_key(prompt.text[:1])
     assert prompt_key(prompt.text) != prompt_key(prompt.text[:1]) != prompt_key(({"role": "user", "content": "x"},))
 
 

@@ -42,7 +42,8 @@ def prompt_key(prompt: str | Messages) -> Hashable:
     """The exact prompt as a dictionary key."""
     if isinstance(prompt, str):
         return prompt
-    return tuple((m["role"], m["content"]) if len(m) == 2 else json.dumps(m, sort_keys=True) for m in prompt)
+    plain = {"role", "content"}
+    return tuple((m["role"], m["content"]) if m.keys() == plain else json.dumps(m, sort_keys=True) for m in prompt)
 
 
 def pair_key(comparison: Comparison) -> Hashable:
