@@ -106,7 +106,7 @@ def test_layout_rows_is_the_models_own_forward_pass_and_generation():
                 logits = own(torch.tensor([[*x, *y]])).logits[0, len(x) - 1 : -1].double()
                 assert log_p.item() == pytest.approx(logits.log_softmax(-1)[range(len(y)), y].sum().item(), abs=1e-4)
         check_decoding(model)
-        responses = generate(model, [Request(x, 0, "") for x in prompts], 2, Decoding(max_new_tokens=9))
+        responses = generate(model, [Request(x, 0, "") for x in prompts], {2}, Decoding(max_new_tokens=9))
         for x, response in zip(prompts, responses):
             ids = torch.tensor([x])
             expected = own.generate(

@@ -128,9 +128,9 @@ def test_what_is_scored_and_what_is_generated_is_checked():
     with pytest.raises(UserError, match="rope_type longrope"):
         score(model, random_comparisons(6), [0] * 6, 2)
     requests = [Request([1, 5, 6], 0, "x")]
-    assert len(generate(model, requests, -1, Decoding(max_new_tokens=10))[0].ids) == 10  # 3 + 3 + 10
+    assert len(generate(model, requests, (), Decoding(max_new_tokens=10))[0].ids) == 10  # 3 + 3 + 10
     with pytest.raises(UserError, match="takes 17 positions"):
-        generate(model, requests, -1, Decoding(max_new_tokens=11))
+        generate(model, requests, (), Decoding(max_new_tokens=11))
 
 
 def test_a_training_without_a_reference_is_checked():

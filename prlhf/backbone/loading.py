@@ -123,7 +123,10 @@ def make_savable(model: PreTrainedModel) -> None:
         try:
             generation.validate(strict=True)
         except ValueError:
+            ends = generation.eos_token_id  # more than the model config may have
             model.generation_config = GenerationConfig.from_model_config(model.config)
+            if ends is not None:
+                model.generation_config.eos_token_id = ends
 
 
 def weights_folder(name: str | Path) -> Path:

@@ -11,6 +11,7 @@ A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --o
 import argparse
 import csv
 import io
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     check_agreement(model)
     check_decoding(model)
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
-    prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
+    read = [encoder.read(p.text, p.where, p.tools) for p in prompts]
+    prefixes = [encoder.prefix_to_answer(x, p.user_text, p.where) for x, p in zip(read, prompts)]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     out = ResponseFile(Path(args.out), {"model": weights_checksum(loaded.path), **asdict(decoding)}, args.overwrite)
 
@@ -93,6 +95,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     for prompt, prefix in zip(prompts, prefixes):
         for name, user in (users or {prompt.user or GENERIC: loaded.number(prompt.user)}).items():
             record = {"id": prompt.id, "user": name, "prompt": prompt.text, "user_text": prompt.user_text}
+            record |= {"tools": prompt.tools} if prompt.tools else {}
             record["prefix"] = fingerprint_of(prefix.ids)[:12]
             if not out.has(record):
                 requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
@@ -100,9 +103,12 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     cut = sum(p.prompt_cut + p.user_text_cut > 0 for p in prefixes)
     print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for users {args.users}")
 
+    ends = encoder.stop_ids(model.backbone.generation_config)
+    if unusual := encoder.unusual_end((p.text for p in prompts), model.backbone.generation_config):
+        print(f"warning: {unusual}", file=sys.stderr)
     for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
         rows = slice(start, start + args.batch_size)
-        responses = generate(model, requests[rows], encoder.eos, decoding)
+        responses = generate(model, requests[rows], ends, decoding)
         texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
         for record, response, text in zip(records[rows], responses, texts):
             out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})

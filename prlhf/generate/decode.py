@@ -6,7 +6,7 @@ for another number of rows. In float32 it decides between near ties alone, in ha
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """Token ids without EOS, and whether EOS came (or max_new_tokens did)."""
+    """Token ids without the one that ended them, and whether that came (or max_new_tokens did)."""
 
     ids: list[int]
     finished: bool
@@ -160,8 +160,10 @@ def check_decoding(model: PersonalizedLM) -> None:
 
 
 @torch.inference_mode()
-def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
-    """One response to each request, in their order. The model should be in eval mode."""
+def generate(
+    model: PersonalizedLM, requests: Sequence[Request], ends: Container[int], decoding: Decoding
+) -> list[Response]:
+    """One response to each request, in their order, up to any token of `ends`. The model should be in eval mode."""
     model.check_length(max(len(r.ids) for r in requests) + decoding.max_new_tokens)
     decoder = decoder_of(model)(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
@@ -171,7 +173,7 @@ def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decod
     for count in range(1, decoding.max_new_tokens + 1):
         token_B = choose(logits_BV, decoding, generators)
         for b, token in enumerate(token_B.tolist()):
-            finished[b] = finished[b] or token == eos
+            finished[b] = finished[b] or token in ends
             if not finished[b]:
                 responses[b].append(token)
         if all(finished) or count == decoding.max_new_tokens:
