@@ -113,3 +113,10 @@ def test_layout_rows_is_the_models_own_forward_pass_and_generation():
                 ids, max_new_tokens=9, do_sample=False, eos_token_id=2, attention_mask=torch.ones_like(ids)
             )
             assert response.ids == [t for t in expected[0, len(x) :].tolist() if t != 2]
+
+
+def test_a_token_without_an_embedding_is_said_before_an_index_error():
+    model = built(LlamaConfig(**LLAMA))
+    model.check_lengths([EncodedComparison([1, 299], [1], [5], [6], 0)])
+    with pytest.raises(UserError, match="found token 300 in a text, where the model has word embeddings of 300"):
+        model.check_lengths([EncodedComparison([1, 9], [1], [300], [6], 0)])
