@@ -116,7 +116,10 @@ class ChatTemplate:
             ) from None
 
     def _source(self, tools: list[dict[str, Any]] | None) -> str:
-        """The template's text; the tokenizer may have one for tools. UserError where the tokenizer has none, or several and none of them is the default."""
+        """The template's text; the tokenizer may have one of its own for tools.
+
+        UserError where it has none at all, or several without a default.
+        """
         if self.config.template in TEMPLATES:
             return TEMPLATES[self.config.template]
         own, others = self.tokenizer.chat_template, f"data.template {' or '.join(map(repr, TEMPLATES))}"

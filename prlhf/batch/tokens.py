@@ -2,9 +2,9 @@
 
     prefix = [BOS] u_t x,   responses = y EOS
 
-BOS comes first, once, where the tokenizer itself begins a text with it. EOS is the token that ends an answer: what the chat
-template puts behind one (`<|eot_id|>`, `<end_of_turn>`), else the tokenizer's. Responses are never cut, so each has it. A
-prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end. For a pairwise
+BOS comes first, once, where the tokenizer itself begins a text with it. EOS is the token that ends an answer: what the
+chat template puts behind one (`<|eot_id|>`, `<end_of_turn>`), else the tokenizer's. Responses are never cut, so each has
+it. A prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end. For a pairwise
 preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
 """
 
@@ -44,7 +44,7 @@ class EncodedComparison(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """The tokens of a text that stands behind another, and whether the tokenizer merges over the boundary (see `Encoder`)."""
+    """The tokens of a text behind another one, and whether the tokenizer merges over the boundary (see `Encoder`)."""
 
     ids: list[int]
     merged: bool
@@ -134,9 +134,10 @@ def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 class Encoder:
     """Token ids of prompts and comparisons for one tokenizer, one `data` group of the config, and one method.
 
-    A response has the tokens that the whole text x y has behind those of x: SentencePiece begins a text with a space, which a
-    model never reads behind a newline. Where the tokens of x are not the first of the whole text's (x ends in a space, say, which
-    joins the first word of y), the boundary merges: generation could not go on from x so, and y has its own tokens.
+    A response has the tokens that the whole text x y has behind those of x: SentencePiece begins a text with a space,
+    which a model never reads behind a newline. Where the tokens of x are not the first of the whole text's (x ends in a
+    space, say, which joins the first word of y), the boundary merges: generation could not go on from x so, and y has its
+    own tokens.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, method: str = "pdpo"):
@@ -171,24 +172,25 @@ class Encoder:
         first = next((i for i, token in enumerate(ids) if [token] != self.bos), len(ids))
         return ids[first:]
 
-    def stop_ids(self, generation: GenerationConfig | None) -> frozenset[int]:
-        """The tokens that end a generated answer: the tokenizer's EOS, those of the model's generation config, the template's."""
-        eos = getattr(generation, "eos_token_id", None)
-        return frozenset(self.ends) | frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+    def stop_ids(self, generation: GenerationConfig | None) -> set[int]:
+        """The tokens that end a generated answer: the template's turn end, and the tokenizer's and the model's EOS."""
+        return self.ends | self._eos_ids(generation)
+
+    def _eos_ids(self, generation: GenerationConfig | None) -> set[int]:
+        """The model's EOS, which may be several."""
+        others = getattr(generation, "eos_token_id", None)
+        return {self.eos, *(others if isinstance(others, list) else [] if others is None else [others])}
 
     def unusual_end(self, prompts: Iterable[str | Messages], generation: GenerationConfig | None) -> str | None:
-        """What to say about the end of answers to these prompts where the template's is no EOS of the model, else None."""
-        if not any(map(self.template.takes, prompts)):
+        """What to say about the end of answers to these prompts if the template's is no EOS of the model, else None."""
+        if not any(map(self.template.takes, prompts)) or self.template.around.end in self._eos_ids(generation):
             return None
         eos = self.tokenizer.convert_ids_to_tokens(self.eos)
         if self.template.around.end is None:
             return f"the chat template puts no special token behind an answer; the tokenizer's EOS {eos!r} ends it"
-        model_eos = getattr(generation, "eos_token_id", None)
-        if self.template.around.end in {self.eos, *(model_eos if isinstance(model_eos, list) else [model_eos])}:
-            return None
         end = self.tokenizer.convert_ids_to_tokens(self.template.around.end)
         return (
-            f"the chat template ends an answer with {end!r}, which is no EOS of the model; it ends the responses here, in "
+            f"the chat template ends an answer with {end!r}, which is no EOS of the model; here it ends responses in "
             f"training and generation, beside {eos!r}. Another program has to be told to stop at it"
         )
 
@@ -200,8 +202,8 @@ class Encoder:
 
     def _behind(self, before: str, ids: list[int], *texts: str) -> list[list[int] | None]:
         """The tokens of each text behind the text `before`, whose own tokens end in `ids`; None if the boundary merges."""
-        # The last characters of `before` tell as much as all of it, if their tokens are its last: those of the first half may
-        # differ, because a word may be cut there.
+        # The last characters of `before` tell as much as all of it, if their tokens are its last: those of the first half
+        # may differ, because a word may be cut there.
         for start in (before[-WINDOW:], before):
             known, *both = self.tokenizer([start, *(start + y for y in texts)], add_special_tokens=False)["input_ids"]
             last = known[len(known) // 2 :]
