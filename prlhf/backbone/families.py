@@ -123,6 +123,16 @@ def hidden_states(
     return output.last_hidden_state
 
 
+def check_tokens(model: PreTrainedModel, largest: int) -> None:
+    """UserError where a token's id is beyond the word embeddings."""
+    V = model.get_input_embeddings().weight.shape[0]
+    if largest >= V:
+        raise UserError(
+            f"data.train: found token {largest} in a text, where the model has word embeddings of {V}; expected texts without "
+            "it, such as the place of an image"
+        )
+
+
 def check_positions(model: PreTrainedModel, positions: int, windows: bool = True) -> None:
     """UserError where a sequence has more positions than the model reads, by its `windows` too, or than keep it independent.
     Layout rows leaves windows to the model; our masks know none.

@@ -21,12 +21,11 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedModel
 
 from prlhf.backbone.attention import attention_mask, takes_flex_attention
-from prlhf.backbone.families import check_positions, embeddings, head, hidden_states
+from prlhf.backbone.families import check_positions, check_tokens, embeddings, head, hidden_states
 from prlhf.backbone.lora import adapters_off
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import Layout, PreferenceBatch, Reading, ReadingBatch, collate, lay_out
 from prlhf.config.keys import ModelConfig
-from prlhf.errors import UserError
 from prlhf.kernels.log_probs import log_probs
 from prlhf.kernels.passes import Passes
 from prlhf.method.losses import ResponseLogProbs, Rewards
@@ -102,12 +101,9 @@ class PersonalizedModel(nn.Module):
     def check_lengths(self, comparisons: Sequence[EncodedComparison]) -> None:
         """UserError where a comparison has more positions than the backbone reads, or a token that it has no embedding of."""
         self.check_length(max(len(c.prefix) + max(len(c.chosen), len(c.rejected)) for c in comparisons))
-        largest = max(max(ids) for c in comparisons for ids in (c.prefix, c.chosen, c.rejected) if ids)
-        if largest >= (V := self.backbone.get_input_embeddings().weight.shape[0]):
-            raise UserError(
-                f"data.train: found token {largest} in a text, where the model has word embeddings of {V}; expected texts without "
-                "it, such as the place of an image"
-            )
+        check_tokens(
+            self.backbone, max(max(ids) for c in comparisons for ids in (c.prefix, c.chosen, c.rejected) if ids)
+        )
 
     def check_length(self, tokens: int) -> None:
         """UserError where a sequence of so many tokens has more positions than the backbone reads."""
