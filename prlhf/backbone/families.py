@@ -26,7 +26,7 @@ WINDOWS = (
     "indexer_budget",
 )  # fmt: skip
 # Families whose attention counts from the start of the row, as it does not for short rows: right in layout rows alone.
-COUNT_BY_ROW = ("gpt_neo", "llama4")
+COUNT_BY_ROW = ("gpt_neo", "llama4", "llama4_text")
 # Routers of experts (LongCat's is a classifier), and layers whose weight a family reads without a call (Mamba, DeepSeek's indexer).
 NOT_ADAPTED = frozenset(("router", "gate", "wg", "classifier", "dt_proj", "weights_proj"))
 

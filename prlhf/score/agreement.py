@@ -46,7 +46,7 @@ def check_agreement(model: Model) -> Model:
     In float32; sharded and compiled models in their own type. A collective operation where the model is sharded.
     """
     kind = model.backbone.config.model_type
-    if kind.startswith(COUNT_BY_ROW) and model.layout.kind != "rows":
+    if kind in COUNT_BY_ROW and model.layout.kind != "rows":
         what: str | None = "it counts positions by the row"
     else:
         what = _difference(model, model.layout)
