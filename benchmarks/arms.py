@@ -21,7 +21,6 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 os.environ |= {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "1"}
@@ -35,6 +34,7 @@ from prlhf.backbone.toys import DTYPES
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.config import load as config_module
 from prlhf.config.keys import Config
+from prlhf.errors import expanded
 from prlhf.parallel.ranks import process_group
 from prlhf.parallel.shard import training_model
 from prlhf.parallel.tensors import named_parameters
@@ -245,7 +245,7 @@ class TRL(Arm):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from trl import DPOConfig, DPOTrainer
 
-        name = str(Path(args.model).expanduser())
+        name = str(expanded(args.model))
         device = choose_device("auto")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[args.dtype])
         peft = None

@@ -41,7 +41,7 @@ from prlhf.backbone.loading import choose_device, load_tokenizer
 from prlhf.backbone.toys import DTYPES
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.config import load as config_module
-from prlhf.errors import run_command
+from prlhf.errors import expanded, run_command
 from prlhf.forecast.dry_run import predict
 from prlhf.forecast.memory import CUDA_CONTEXT
 from prlhf.train.log import peak_memory_gb
@@ -219,7 +219,7 @@ def main() -> None:
     for group in [[label] for label in labels(args)] if args.one_at_a_time else [labels(args)]:
         found |= measure(group, args.rounds, dtype)
     check_equal({label: arm.computed for label, arm in found.items()}, dtype)
-    rate = matmul_rate(AutoConfig.from_pretrained(str(Path(args.model).expanduser())).hidden_size, DTYPES[dtype])
+    rate = matmul_rate(AutoConfig.from_pretrained(str(expanded(args.model))).hidden_size, DTYPES[dtype])
     report(args, comparisons, found, Machine(device_name(), rate, dtype, versions()))
 
 
@@ -267,7 +267,7 @@ def shares_of_rate(
     args: argparse.Namespace, comparisons: Sequence[EncodedComparison], seconds: dict[str, float], rate: float
 ) -> dict[str, float]:
     """Each arm's useful FLOPs per second, as a share of the matmul rate."""
-    config = AutoConfig.from_pretrained(str(Path(args.model).expanduser()))
+    config = AutoConfig.from_pretrained(str(expanded(args.model)))
     plain, personal = (
         useful_flops(config, comparisons, vectors, branches, args.lora > 0) for vectors, branches in ((0, 1), (10, 2))
     )

@@ -99,7 +99,7 @@ class Arm:
 
     def answer(self, user: int, tokens: int) -> None:
         """Generate a response for the user."""
-        generate(self.model, [Request(self.texts[0].prefix, user, "x")], -1, Decoding(max_new_tokens=tokens))
+        generate(self.model, [Request(self.texts[0].prefix, user, "x")], (), Decoding(max_new_tokens=tokens))
 
 
 def seconds(call: Callable[[], object]) -> float:

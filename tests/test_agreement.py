@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import TOKENIZER, tiny_config
-from transformers import AutoModelForCausalLM, GraniteConfig, LlamaConfig, Mamba2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GraniteConfig, LlamaConfig, Mamba2Config, PreTrainedModel
 
 from prlhf.backbone import families
 from prlhf.batch.tokens import EncodedComparison
@@ -40,6 +40,16 @@ def test_a_recurrent_model_is_refused_where_one_response_reads_another():
         with pytest.raises(UserError, match="mamba2 model does not compute what it computes alone .*expected 'rows'"):
             check_agreement(built(MAMBA, f"model.layout={layout}"))
     check_agreement(built(MAMBA, "model.layout=rows"))
+
+
+def test_local_attention_that_counts_by_the_row_is_refused_in_trees():
+    """GPT-Neo's window of 256 is not reached by a short comparison."""
+    config = GPTNeoConfig(
+        vocab_size=300, hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+    )
+    with pytest.raises(UserError, match="it counts positions by the row.*expected 'rows'"):
+        check_agreement(built(config))
+    check_agreement(built(config, "model.layout=rows"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -96,10 +106,17 @@ def test_layout_rows_is_the_models_own_forward_pass_and_generation():
                 logits = own(torch.tensor([[*x, *y]])).logits[0, len(x) - 1 : -1].double()
                 assert log_p.item() == pytest.approx(logits.log_softmax(-1)[range(len(y)), y].sum().item(), abs=1e-4)
         check_decoding(model)
-        responses = generate(model, [Request(x, 0, "") for x in prompts], 2, Decoding(max_new_tokens=9))
+        responses = generate(model, [Request(x, 0, "") for x in prompts], {2}, Decoding(max_new_tokens=9))
         for x, response in zip(prompts, responses):
             ids = torch.tensor([x])
             expected = own.generate(
                 ids, max_new_tokens=9, do_sample=False, eos_token_id=2, attention_mask=torch.ones_like(ids)
             )
             assert response.ids == [t for t in expected[0, len(x) :].tolist() if t != 2]
+
+
+def test_a_token_without_an_embedding_is_said_before_an_index_error():
+    model = built(LlamaConfig(**LLAMA))
+    model.check_lengths([EncodedComparison([1, 299], [1], [5], [6], 0)])
+    with pytest.raises(UserError, match="found token 300 in a text, where the model has word embeddings of 300"):
+        model.check_lengths([EncodedComparison([1, 9], [1], [300], [6], 0)])

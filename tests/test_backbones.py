@@ -8,6 +8,7 @@ from transformers import (
     BitNetConfig,
     FalconH1Config,
     GPTJConfig,
+    GPTNeoXJapaneseConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -18,6 +19,7 @@ from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
 from prlhf.backbone.attention import use_tree_attention
 from prlhf.backbone.families import blocks
 from prlhf.backbone.recompute import keep_less, prepare_blocks
+from prlhf.errors import UserError
 
 SMALL = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA_LIKE = {kind.model_type: kind for kind in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)}
@@ -68,6 +70,15 @@ def test_an_mlp_with_more_parts_stays_as_it_is():
     mlp = FalconH1MLP(FalconH1Config(hidden_size=32, intermediate_size=48))
     keep_less(mlp)
     assert not replaced(mlp)
+
+
+def test_blocks_that_transformers_cannot_compute_again_are_refused():
+    model = AutoModelForCausalLM.from_config(GPTNeoXJapaneseConfig(**SMALL))
+    with pytest.raises(
+        UserError, match="found 'every:2', but the blocks of a gpt_neox_japanese model.*expected 'cheap'"
+    ):
+        prepare_blocks(model, tiny_config("model.recompute=every:2").model, 0)
+    prepare_blocks(model, tiny_config().model, 0)
 
 
 @pytest.mark.parametrize("family, recompute", [("llama", "blocks"), ("gptj", "cheap")])

@@ -214,8 +214,12 @@ def test_bad_lines_to_score(call, tmp_path, finished):
     itself = ["--checkpoint", run, "--score", path, "--out", tmp_path / "." / path.name, "--overwrite"]
     refused(call(generate.main, *itself), "is --score itself")
     assert "nobody knows" in path.read_text()
-    status, said, _ = call(generate.main, *arguments)
-    assert status == 0 and "1 of users who are not known" in said
+    refused(
+        call(generate.main, *arguments), "r.jsonl: users who are not known: 1 ('nobody knows')", "data.new_users=true"
+    )
+    assert not (tmp_path / "o.jsonl").exists()
+    status, said, _ = call(generate.main, *arguments, "--set", "data.new_users=true")
+    assert status == 0 and "1 of users who are not known" in said and "with 1 of 1 responses" in said
     assert json.loads((tmp_path / "o.jsonl").read_text())["known"] is False
 
 
@@ -359,8 +363,75 @@ def test_no_user_at_all_is_no_personal_model(call, tmp_path):
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "usr": "alice"}\n' * 9)
     refused(
         call(train.main, "--config", "tiny", "--set", f"data.train={path}", f"run_dir={tmp_path / 'r'}"),
-        "no comparison has a user",
+        "no comparison has a user, in the field 'user'; fields that look like users: 'usr' (data.user_column",
+        "expected users, or user_model.kind=uniform",
     )
+    vanilla = (*SMALL, "user_model.kind=uniform", "user_model.tokens=0", "data.valid=null", "data.min_prompt_tokens=1")
+    path.write_text(path.read_text().replace("usr", "worker"))
+    told = call(train.main, "--config", "tiny", "--set", f"data.train={path}", f"run_dir={tmp_path / 'r'}", *vanilla)
+    assert (
+        told[0] == 0
+        and "no comparison has a user, in the field 'user'; fields that look like users: 'worker'" in told[1]
+    )
+
+
+def with_users(path, **names):
+    """The tiny validation file with other names for its users, or with the names in another field (`user="worker"`)."""
+    field = names.pop("user", "user")
+    records = [json.loads(line) for line in Path("examples/tiny/valid.jsonl").read_text().splitlines()]
+    records = [{**r, field: names.get(r["user"], r["user"])} for r in records]
+    if field != "user":
+        records = [{name: value for name, value in r.items() if name != "user"} for r in records]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path, [r.get("user") for r in records]
+
+
+def test_held_out_users_whom_nobody_knows_are_told(call, finished, tmp_path):
+    """In another field, all of them under other names, and one of them under another name."""
+    train_it = ("--config", "tiny", "--set", f"run_dir={tmp_path / 'r'}", *SMALL)
+    out = ("--out", tmp_path / "eval", "--set", "evaluate.bootstrap=100")
+    for names, part in (
+        ({"user": "worker"}, "no comparison has a user, in the field 'user'; fields that look like users: 'worker'"),
+        ({u: u.upper() for u in ("alice", "bob", "carol", "dave")}, "'ALICE' (known: 'alice')"),
+    ):
+        path, _ = with_users(tmp_path / "v.jsonl", **names)
+        refused(call(train.main, *train_it, f"data.valid={path}"), str(path), part, "data.new_users=true")
+        refused(call(train.main, *train_it, f"data.valid={path}", "--dry-run"), str(path), part)
+        refused(call(evaluate.main, "--checkpoint", finished, "--data", path), str(path), part, "data.new_users=true")
+        status, said, _ = call(evaluate.main, "--checkpoint", finished, "--data", path, *out, "data.new_users=true")
+        assert status == 0 and part in said
+        assert json.loads((tmp_path / "eval" / "report.json").read_text())["comparisons"]["known_users"] == 0
+    path, users = with_users(tmp_path / "v.jsonl", alice="Alice")
+    count = f"1 ('Alice'), with {users.count('Alice')} of {len(users)} comparisons; known but for"
+    status, said, _ = call(evaluate.main, "--checkpoint", finished, "--data", path, *out)
+    assert status == 0 and f"{path}: users who are not known: {count}" in said
+    status, said, _ = call(train.main, *train_it, f"data.valid={path}")
+    assert status == 0 and f"{path}: users who are not known: {count}" in said
+
+
+def test_users_of_an_earlier_run_are_found(call, copied, tmp_path):
+    """Whose users.json has names as a file of pandas spelt them."""
+    (copied / "final" / "users.json").write_text(json.dumps({"users": ["1.0", "2.0", "3.0", "4.0"]}))
+    numbers = {"alice": 1, "bob": 2.0, "carol": "3", "dave": "4.0"}
+    path, users = with_users(tmp_path / "v.jsonl", **numbers)
+    assert call(evaluate.main, "--checkpoint", copied, "--data", path)[0] == 0
+    report = json.loads((copied / "eval" / "report.json").read_text())
+    assert report["comparisons"]["known_users"] == sum(user is not None for user in users) > 0
+    assert set(report["per_user"]) == {str(i) for i in range(1, 5)}
+
+
+def test_own_users_whom_nobody_knows_are_told(call, finished, tmp_path):
+    path, out = tmp_path / "p.jsonl", tmp_path / "o.jsonl"
+    arguments = ["--checkpoint", finished, "--prompts", path, "--users", "@own", "--out", out, "--max-new-tokens", 1]
+    path.write_text('{"prompt": "a", "user": "Bob"}\n{"prompt": "b"}\n')
+    refused(call(generate.main, *arguments), "not known: 1 ('Bob'), with 1 of 2 prompts", "'Bob' (known: 'bob')")
+    path.write_text('{"prompt": "a", "user_id": "bob"}\n{"prompt": "b"}\n')
+    refused(call(generate.main, *arguments), "no prompt has a user", "'user_id'")
+    assert not out.exists()
+    path.write_text('{"prompt": "a", "user": "Bob"}\n{"prompt": "b", "user": " bob"}\n')
+    status, said, _ = call(generate.main, *arguments)
+    assert status == 0 and "not known: 1 ('Bob'), with 1 of 2 prompts" in said
+    assert [json.loads(line)["user"] for line in out.read_text().splitlines()] == ["Bob", "bob"]
 
 
 def test_an_evaluation_is_not_lost_for_its_figure_nor_mixed_with_another(call, copied, monkeypatch):
@@ -404,6 +475,7 @@ def test_bad_input_to_generate(call, finished, tmp_path):
     common = ["--checkpoint", finished, "--out", out]
     good = [*common, "--prompts", "examples/tiny/prompts.jsonl"]
     refused(call(generate.main, *good, "--users", "alcie"), "'alcie' is not known", "'alice'")
+    refused(call(generate.main, *good, "--users", ""), "user '' is not known")
     out.write_text("kept")
     bad = [*common, "--prompts", prompts, "--users", "alice", "--overwrite"]
     refused(call(generate.main, *bad), f"{prompts}, line 2", "'prompt'")

@@ -116,7 +116,7 @@ def test_a_clear_difference_is_found_for_the_users_who_have_it(call, tmp_path):
     assert found["users"][0]["p_holm"] < 0.01 and found["users"][2]["p_holm"] == 1
     assert len(found["users"]) == 12
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "better for 1, worse for 1 at 5%. The 10 largest" in text and text.count("| user") == 1 + 10
+    assert "better for 1, worse for 1 at 5%.\n" in text and text.count("| user") == 1 + 12
     assert report["models"]["base"]["interval"]["generic"] is None
     assert report["differences"]["model"]["generic"]["difference"] is None
 
@@ -264,6 +264,23 @@ def test_other_comparisons_are_refused(call, tmp_path):
     refused(call(f"one={base}", f"two={texts}"), "in 9 of them", "id 'a1' of user 'a'", str(texts))
     known = write(tmp_path / "known", BASE, known=[False, *KNOWN[1:]])
     refused(call(f"one={base}", f"two={known}"), "in 1 comparisons", "'a1'", f"unknown in {known}")
+
+
+def test_users_of_an_earlier_evaluation_are_those_of_today(call, tmp_path):
+    """Which wrote "1.0" where a file had it."""
+    old, new = (write(tmp_path / name, BASE, users=[user, *USERS[1:]]) for name, user in (("old", "1.0"), ("new", "1")))
+    assert call(f"one={old}", f"two={new}")[0] == 0
+
+
+def test_unknown_users_near_to_known_ones_are_told(tmp_path, capsys, monkeypatch):
+    users = [*USERS[:6], "A", "A", None]
+    base, good = (
+        str(write(tmp_path / name, margins, users=users)) for name, margins in (("base", BASE), ("good", GOOD))
+    )
+    monkeypatch.setattr("sys.argv", ["compare", f"one={base}", f"two={good}", "--out", str(tmp_path / "out")])
+    compare.main()
+    said = "users who are not known: 1 ('A'), with 2 of 9 comparisons; known but for "
+    assert said in capsys.readouterr().out
 
 
 def test_damaged_files_are_refused(call, tmp_path):

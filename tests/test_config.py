@@ -1,4 +1,5 @@
 import dataclasses
+import datetime
 
 import pytest
 
@@ -51,6 +52,17 @@ def test_all_faults_are_told_at_once_with_file_line_and_key(tmp_path):
     ):
         assert part in text
     assert text.startswith("10 faults")  # the nine, and that neither model.name nor a right model.family is given
+
+
+def test_a_mapping_and_a_date_come_back_from_the_file_that_a_run_writes(tmp_path):
+    text = "model: {family: llama}\ndata:\n  template_date: 2024-07-26\n  template_args: {enable_thinking: false, depth: 3}\n"
+    config = load_config(write(tmp_path, text))
+    assert config.data.template_date == datetime.date(2024, 7, 26)
+    assert config.data.template_args == {"enable_thinking": False, "depth": 3}
+    assert load_config(write(tmp_path, config_module.dump(config))) == config
+    assert load_config(write(tmp_path, text.replace("2024-07-26", "'2024-07-26'"))) == config
+    faults = message(write(tmp_path, text), "data.template_date=today", "data.template_args=[a]")
+    assert "found 'today', expected date or null" in faults and "expected names with values or null" in faults
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
+import csv
 import datetime
 import gzip
+import io
 import json
+import math
 import sys
 from decimal import Decimal
 
@@ -80,12 +83,78 @@ def test_csv_rows_are_comparisons(tmp_path):
         (CSV + b'p,"a,b,u,1\r\n', "after line 4: not valid CSV"),
         (CSV + b"p,\xe9,b,u,1\r\n", "expected UTF-8, found byte 0xe9"),
         (b"prompt,chosen,rejected\r\n", "empty, expected a header"),
+        (b"user,prompt,chosen,rejected,user\r\nu,p,a,b,v\r\n", "line 1: two columns are named 'user'"),
+        (b"user,prompt,chosen,rejected, user\r\nu,p,a,b,v\r\n", "line 1: two columns are named 'user'"),
         (b"prompt,choosen,rejected\r\np,a,b\r\n", "line 2: no field 'chosen' (did you mean 'choosen'?)"),
     ],
 )
 def test_bad_csv_names_file_and_line(tmp_path, content, message):
     text = fault(tmp_path, content, "f.csv")
     assert str(tmp_path / "f.csv") in text and message in text
+
+
+def test_a_gzipped_csv_file_has_no_two_columns_of_one_name_either(tmp_path):
+    content = gzip.compress(b"prompt,chosen,chosen,user\r\np,a,b,u\r\n")
+    assert "f.csv.gz, line 1: two columns are named 'chosen', expected each name once" in fault(
+        tmp_path, content, "f.csv.gz"
+    )
+
+
+def test_names_of_csv_columns_are_stripped_and_empty_ones_ignored(tmp_path):
+    """As a spreadsheet writes them; ` user` would be an unknown field, and every user unknown."""
+    (c,) = read(tmp_path, b"prompt, chosen, rejected, user,,\r\np,a,b,u,,\r\n", "f.csv").comparisons
+    assert (c.chosen, c.user) == ("a", "u")
+
+
+def csv_of(**cells):
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerows([cells.keys(), cells.values()])
+    return file.getvalue().encode()
+
+
+def test_a_csv_cell_of_messages_is_read_as_messages(tmp_path):
+    messages = [{"role": "user", "content": 'say "hi",\nnow'}]
+    prompt, chosen = json.dumps(messages), json.dumps([{"role": "assistant", "content": "hi"}], indent=1)
+    (c,) = read(tmp_path, csv_of(prompt=prompt, chosen=chosen, rejected="[no]"), "f.csv").comparisons
+    assert (c.prompt, c.chosen, c.rejected) == (tuple(messages), "hi", "[no]")
+    for text in (
+        '[1] {"role"',
+        "[{x: 'role'}]",
+        'a list: [{"role": "user", "content": "x"}]',
+        "{}",
+    ):  # text, and only that
+        (c,) = read(tmp_path, csv_of(prompt=text, chosen="a", rejected="b"), "f.csv").comparisons
+        assert c.prompt == text
+
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    "cell, message",
+    [
+        (
+            str(MESSAGES),
+            "line 2, prompt: looks like messages, but is no JSON (Expecting property name",
+        ),  # pandas, a list
+        ("\n ".join(map(str, MESSAGES)).join("[]"), "line 3, prompt: looks like messages, but is no JSON"),  # numpy
+        (json.dumps(MESSAGES[0]), "line 2, prompt: expected text or a list of {role, content} messages, found {"),
+        ('[{"role": "user", "role": "user", "content": "x"}]', "no JSON (the field 'role' is given twice)"),
+    ],
+)
+def test_a_csv_cell_that_only_looks_like_messages_is_refused(tmp_path, cell, message):
+    assert message in fault(tmp_path, csv_of(prompt=cell, chosen="a", rejected="b"), "f.csv")
+
+
+def test_a_parquet_file_has_no_two_columns_of_one_name(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="parquet needs pyarrow")
+    from pyarrow import parquet
+
+    names = ["prompt", "chosen", "rejected", "user", "user"]
+    parquet.write_table(pyarrow.table([pyarrow.array([name]) for name in names], names=names), tmp_path / "f.parquet")
+    with pytest.raises(UserError, match="f.parquet: two columns are named 'user', expected each name once"):
+        read_comparisons(tmp_path / "f.parquet")
 
 
 def test_parquet_rows_are_comparisons(tmp_path):
@@ -144,7 +213,7 @@ def test_conversations_that_do_not_agree_are_refused(tmp_path, record, message):
 
 def test_another_column_may_name_the_user(tmp_path):
     path = tmp_path / "f.jsonl"
-    path.write_bytes(lines({**GOOD, "annotator": 7}, {**GOOD, "annotator": "x"}, {**GOOD, "user": 8}))
+    path.write_bytes(lines({**GOOD, "annotator": 7.0}, {**GOOD, "annotator": "x"}, {**GOOD, "user": 8}))
     found = read_comparisons(path, DataConfig(user_column="annotator")).comparisons
     assert [c.user for c in found] == ["7", "x", None]
     assert [c.user for c in read_comparisons(path).comparisons] == [GOOD["user"], GOOD["user"], "8"]
@@ -190,6 +259,10 @@ def test_equal_responses_are_counted_not_kept(tmp_path):
         (lines(GOOD) + b"[1]\n", ["line 2", "expected a JSON object"]),
         (lines(GOOD) + b'{"n": ' + b"1" * 5000 + b"}\n", ["line 2", "not readable as JSON"]),
         (lines(GOOD) + b"[" * 100_000, ["line 2", "not"]),
+        (
+            lines(GOOD) + lines(GOOD).replace(b'{"prompt"', b'{"user": "v", "prompt"'),
+            ["line 2", "the field 'user' is given twice"],
+        ),
         (b'{"prompt": "\\uD800", "chosen": "a", "rejected": "b"}\n', ["line 1", "half of a surrogate pair"]),
         (lines(GOOD) + b'{"prompt": "caf\xe9"}\n', ["line 2", "expected UTF-8", "0xe9"]),
         (lines(GOOD, {"prompt": "p", "choosen": "a", "rejected": "b"}), ["line 2", "no field 'chosen'", "'choosen'"]),
@@ -218,6 +291,15 @@ def test_a_missing_file_names_a_near_one(tmp_path):
         read_comparisons(tmp_path / "trian.jsonl")
 
 
+def test_a_folder_is_no_file_and_names_those_in_it(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path}: is a folder, expected a file$"):
+        read_comparisons(tmp_path)
+    for name in ("valid.jsonl", "train.jsonl", ".hidden"):
+        (tmp_path / name).write_bytes(lines(GOOD))
+    with pytest.raises(UserError, match="is a folder, expected one of those in it: train.jsonl, valid.jsonl$"):
+        read_comparisons(tmp_path)
+
+
 @pytest.mark.parametrize("cut", [20, 60])
 def test_a_truncated_gzip_file(tmp_path, cut):
     whole = gzip.compress(lines(*[{**GOOD, "id": str(i * 7919)} for i in range(500)]))
@@ -236,6 +318,67 @@ def test_users_rank_by_comparisons_then_name():
     index = UserIndex.from_comparisons(comparisons("c", "b", "a", "b", None, "c", "d"), known_users=3)
     assert index.names == ("b", "c", "a")
     assert [index.number(u) for u in ("b", "c", "a", "d", None, "")] == [1, 2, 3, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "spellings",
+    [
+        [1, 1.0, "1", "1.0", " 1\n", "1.00"],
+        [1000, 1000.0, 1e3],
+        [0, 0.0, -0.0, "0.0"],
+        [-2, "-2.0"],
+        [2**53 - 1, float(2**53 - 1), "9007199254740991.0"],
+        ["Zoë", "Zoe\u0308", "\xa0Zoë "],
+        ["007"],
+        ["1e3"],
+        ["7.5"],
+        ["1.0.0"],
+        ["Ann"],
+        ["ann"],
+    ],
+)
+def test_a_user_has_one_name_however_it_is_spelt(spellings):
+    """pandas writes a column of whole numbers as floats where one of them is missing."""
+    first = spellings[0] if isinstance(spellings[0], str) else str(spellings[0])
+    assert {c.user for c in comparisons(*spellings)} == {first}
+    index = UserIndex([first])
+    assert all(index.number(s) == index.required_number(s) == 1 for s in spellings if isinstance(s, str))
+
+
+def test_fields_that_are_nan_are_not_there(tmp_path):
+    """As json.dumps writes what pandas has where there is nothing."""
+    nothing = dict.fromkeys(("user", "user_text", "id", "margin", "first"), math.nan)
+    (c,) = read(tmp_path, lines({**GOOD, **nothing})).comparisons
+    assert c == parse_comparison({**GOOD, "user": None}, "f", "f.jsonl:1")
+    assert "line 1: no field 'chosen'" in fault(tmp_path, lines({**GOOD, "chosen": math.nan}))
+
+
+def test_no_name_is_the_unknown_user():
+    assert [c.user for c in comparisons(None, "", " \t", math.nan)] == [None] * 4
+    with pytest.raises(UserError, match="f, user: expected a string, a whole number or null, found Infinity"):
+        comparisons(math.inf)
+
+
+@pytest.mark.parametrize(
+    "name", [1.2345678901234568e17, "1.2345678901234568e+17", float(2**53), "9007199254740993.0", "1.23E+05"]
+)
+def test_a_number_that_lost_its_last_digits_names_nobody(name):
+    """Two users would be one: 2**53 + 1 and 2**53 are the same float."""
+    with pytest.raises(UserError, match="f, user: .* is a number without its last digits"):
+        comparisons(name)
+
+
+@pytest.mark.parametrize("name", [str(math.nan), str(None), " <NA>", "null"])
+def test_the_text_for_no_name_names_nobody(name):
+    """pandas' astype(str) makes one user "nan" of all unknown ones."""
+    with pytest.raises(UserError, match=f"f, user: '{name.strip()}' is what programs write where there is no name"):
+        comparisons(name)
+
+
+def test_an_index_of_an_earlier_version_is_found_by_the_names_of_today():
+    index = UserIndex(["1.0", " Zoe\u0308", "2", "2.0"])
+    assert [index.number(name) for name in ("1", "1.0", "Zoë", " Zoe\u0308", "2", "2.0")] == [1, 1, 2, 2, 3, 4]
+    assert index.names == ("1.0", " Zoe\u0308", "2", "2.0")
 
 
 def test_users_without_data_are_not_known():

@@ -216,7 +216,8 @@ def test_no_users_at_all(check, tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(vote("1", None, P, A, B)) + "\n")
     status, out, _ = check(path)
-    assert status == 0 and ["f.jsonl", "-", "-", "-", ""] in rows(out) and not warnings(out)
+    assert status == 0 and ["f.jsonl", "-", "-", "-", ""] in rows(out)
+    assert warnings(out) == [f"warning: {path}: no comparison has a user, in the field 'user'"]
     assert ["f.jsonl *", "own_length", "100.00%", "-", "100.00%", "1"] in rows(out)
 
 

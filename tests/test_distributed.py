@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import made, saved
 
 from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer, weight_files, word_embeddings
 from prlhf.backbone.toys import byte_tokenizer, random_backbone
@@ -27,6 +28,7 @@ from prlhf.parallel.ranks import process_group
 from prlhf.parallel.shard import training_model
 from prlhf.parallel.tensors import full, read_tensors, write_tensors
 from prlhf.store import checkpoints as checkpoint
+from prlhf.train import __main__ as train
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -265,6 +267,40 @@ def test_weights_are_read_by_shards_and_the_export_is_a_plain_folder(tmp_path):
         for n in "12"
     ]
     assert started_from[0] == started_from[1]  # the fingerprint of base weights, users and data
+
+
+def test_models_whose_files_name_weights_otherwise_train_on_two_processes_as_on_one(tmp_path, monkeypatch, call):
+    """An expert a tensor, a head of another name, a persistent buffer: read whole by every process, which says so."""
+    monkeypatch.chdir(ROOT)
+    cases = {}
+    for family in ("gpt_neox", "glm4_moe"):
+        folder = saved(made(family), tmp_path / "base" / family)
+        cases[family] = (f"model.name={folder}", "model.family=null", "optim.max_steps=3", "train.eval_every=null")
+        assert call(train.main, *arguments(tmp_path / "1" / family, *cases[family]))[0] == 0
+    said = train_all(2, tmp_path / "2", cases)
+    assert said.count("every process holds the whole model once while it loads") == 2  # once for both processes
+    for family, (name, *_) in cases.items():
+        assert_alike(tmp_path / "1" / family, tmp_path / "2" / family, 1e-5, updates=3)
+        base, final = (load_file(Path(f) / "model.safetensors") for f in (name[11:], tmp_path / "2" / family / "final"))
+        assert base.keys() == final.keys() and any(not torch.equal(base[key], final[key]) for key in base)
+
+
+@pytest.mark.slow
+def test_two_processes_refuse_a_layout_that_a_model_does_not_honour_and_train_in_one_that_it_does(tmp_path):
+    """Mamba 2 in trees and in rows; the comparison with its own forward pass is a collective operation."""
+    from transformers import AutoModelForCausalLM, Mamba2Config
+
+    shape = {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8, "pad_token_id": 0}
+    small = {"vocab_size": len(byte_tokenizer()), "hidden_size": 32, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Mamba2Config(**small, **shape)).save_pretrained(tmp_path / "mamba")
+    byte_tokenizer().save_pretrained(tmp_path / "mamba")
+    named = (f"model.name={tmp_path / 'mamba'}", "model.family=null", "optim.max_steps=4")
+    refused = start(2, ROOT / "train.py", *arguments(tmp_path / "refused", *named))
+    assert "expected 'rows'" in finished(refused, status=1)  # torchrun's own status
+    for processes in (1, 2):
+        train_all(processes, tmp_path / str(processes), {"rows": (*named, "model.layout=rows")})
+    assert_alike(tmp_path / "1" / "rows", tmp_path / "2" / "rows", 1e-5, updates=1)
 
 
 @pytest.mark.slow

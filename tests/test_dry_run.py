@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TOKENIZER, VOCABULARY, tiny_config
+from tiny_families import made, saved
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prlhf.backbone.loading import load_backbone
@@ -104,6 +105,23 @@ CHECKPOINTING, ELEMENTWISE = "model.recompute=blocks", "model.recompute=elementw
 )
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_memory_as_the_real_model_holds_it(family, overrides):
+    assert_memory_is_as_the_real_model_holds_it(overrides, family)
+
+
+def test_memory_of_experts_as_the_real_model_holds_it(tmp_path):
+    """In float32, for which torch's own rule of what a grouped product returns is silent."""
+    folder = saved(made("qwen3_moe"), tmp_path)
+    assert_memory_is_as_the_real_model_holds_it((f"model.name={folder}", "model.family=null"))
+
+
+def test_a_model_whose_sizes_depend_on_values_is_refused_in_a_sentence(tmp_path):
+    """Gemma 4 looks word embeddings up again among those of its inputs."""
+    folder = saved(made("gemma4_text", hidden_size_per_layer_input=8), tmp_path)
+    with pytest.raises(UserError, match=r"--dry-run: .* depends on values .*optim.max_steps=2"):
+        prediction_of(f"model.name={folder}", "model.family=null")
+
+
+def assert_memory_is_as_the_real_model_holds_it(overrides, family="llama"):
     """One comparison an update: the real model's forward pass saves, unique storages and weights aside, what is said."""
     single = ("data.limit=1", "optim.batch_size=1", "loss.alpha=1", "user_model.kind=uniform")
     config, data, prediction = prediction_of(*single, *overrides, family=family)
@@ -328,8 +346,21 @@ def test_the_files_that_lie_in_memory_beside_what_is_loaded(tmp_path):
     assert len(sizes) > 1
     alike = tiny_config(f"model.name={tmp_path}", "model.family=null")
     other = tiny_config(f"model.name={tmp_path}", "model.family=null", "model.dtype=bfloat16", "lora.rank=2")
-    assert [file_bytes_beside(config, spread=False) for config in (alike, other)] == [0, sum(sizes)]
-    assert [file_bytes_beside(config, spread=True) for config in (alike, other)] == [max(sizes)] * 2
+    assert [file_bytes_beside(config, by_rows=False) for config in (alike, other)] == [0, sum(sizes)]
+    assert [file_bytes_beside(config, by_rows=True) for config in (alike, other)] == [max(sizes)] * 2
+
+
+def test_what_processes_hold_while_they_load_a_model_whose_files_name_weights_otherwise(tmp_path):
+    """The whole model each, in float32; of one whose files are read by rows its half, beside the largest file."""
+    otherwise, alike = saved(made("gpt_neox"), tmp_path / "gpt_neox"), tmp_path / "llama"
+    saved(load_backbone(tiny_config().model, TOKENIZER, 0), alike)
+    for folder in (otherwise, alike):
+        _, data, found = prediction_of(f"model.name={folder}", "model.family=null", "model.dtype=float32", processes=2)
+        parameters = sum(count.all for count in found.parameters.values())
+        file = (folder / "model.safetensors").stat().st_size
+        table = 4 * 3 * D * len(data.users)
+        whole = 4 * parameters if folder is otherwise else math.ceil((4 * parameters - table) / 2) + table + file
+        assert found.memory.peaks["loading"] == found.memory.process + whole + whole // 5
 
 
 def test_the_hidden_states_of_a_frozen_backbone_count():

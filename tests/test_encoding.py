@@ -1,4 +1,5 @@
 import itertools
+import json
 
 import pytest
 from helpers import TOKENIZER, tiny_config, tiny_model
@@ -8,7 +9,7 @@ from prlhf.backbone.toys import byte_tokenizer
 from prlhf.batch.datasets import encode_file
 from prlhf.batch.order import micro_batches, updates_of_epoch
 from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
-from prlhf.data.comparisons import ComparisonFile, parse_comparison
+from prlhf.data.comparisons import ComparisonFile, parse_comparison, read_comparisons
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 from prlhf.score.task import Task
@@ -59,9 +60,9 @@ def test_bos_once_before_user_text_whether_or_not_the_template_says_it():
 def test_messages_equal_the_tokenizers_own_template():
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
     own = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert encoder().prompt_ids(tuple(messages)) == own
-    assert encoder("data.template=chat").prompt_ids("hi") == ids("user: hi\nassistant:")
-    assert encoder().prompt_ids("hi") == ids("hi")
+    assert encoder().read(tuple(messages), "f").ids == own
+    assert encoder("data.template=chat").read("hi", "f").ids == ids("user: hi\nassistant:")
+    assert encoder().read("hi", "f").ids == ids("hi")
 
 
 LLAMA3 = (  # as Llama-3-Instruct's tokenizer_config.json has it
@@ -109,7 +110,7 @@ def test_tulu_prompts_by_hand():
     enc = encoder("data.template=tulu", tokenizer=with_bos())
     assert encode(enc, comparison(prompt="hi"))[0].prefix == [1, *ids("<|user|>\nhi \n<|assistant|>\n")]
     talk = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"))]
-    assert enc.prompt_ids(tuple(talk)) == ids("<|user|>\na \n<|assistant|>\nb \n<|user|>\nc \n<|assistant|>\n")
+    assert enc.read(tuple(talk), "f").ids == ids("<|user|>\na \n<|assistant|>\nb \n<|user|>\nc \n<|assistant|>\n")
 
 
 def test_the_reference_sees_no_user_text_that_the_policy_does_not_see():
@@ -124,14 +125,49 @@ def test_no_template_is_told():
     bare = byte_tokenizer()
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
-        encoder("data.template=chat", tokenizer=bare).prompt_ids("hi")
+        encoder("data.template=chat", tokenizer=bare).read("hi", "f")
 
 
-def test_a_template_that_refuses_is_told():
+def test_a_tokenizer_with_named_chat_templates_takes_the_default_or_is_told():
+    named = byte_tokenizer()
+    named.chat_template = {"default": "{{ messages[0]['content'] }}!", "rag": "{{ documents }}"}
+    assert encoder("data.template=chat", tokenizer=named).read("hi", "f").ids == ids("hi!")
+    del named.chat_template["default"]
+    named.chat_template["tool_use"] = "{{ tools }}"
+    with pytest.raises(UserError, match="templates are 'rag', 'tool_use'; expected one that is named 'default'"):
+        encoder("data.template=chat", tokenizer=named).read("hi", "f")
+    assert encoder("data.template=tulu", tokenizer=named).read("hi", "f").ids == ids("<|user|>\nhi \n<|assistant|>\n")
+
+
+def test_a_template_that_refuses_is_told_with_file_and_line_and_without_the_conversation(tmp_path):
     strict = byte_tokenizer()
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match="roles must alternate"):
-        encoder("data.template=chat", tokenizer=strict).prompt_ids("hi")
+    path = tmp_path / "talks.jsonl"
+    talk = [{"role": "user", "content": "a secret " * 9}, {"role": "user", "content": "again"}]
+    records = [{"prompt": x, "chosen": "a", "rejected": "b", "id": "mine", "user": "u"} for x in ("plain", talk)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(UserError, match="talks.jsonl, line 2, prompt: .*roles must alternate.*user, user") as told:
+        encode_file(read_comparisons(path), encoder(tokenizer=strict), UserIndex([]))
+    assert "secret" not in str(told.value)
+    strict.chat_template = "{{ 'user: ' + none }}"  # Python's own TypeError, as for a null content
+    with pytest.raises(UserError, match="f, prompt: the chat template refuses"):
+        encoder("data.template=chat", tokenizer=strict).read("hi", "f")
+
+
+def test_the_template_is_told_the_configs_date_and_arguments_and_no_others():
+    """As Llama 3.2's template asks: date_string where it is given, else strftime_now."""
+    dated = byte_tokenizer()
+    dated.chat_template = (
+        "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}: {{ messages[0]['content'] }}"
+    )
+    day = ("data.template=chat", "data.template_date=2024-07-26")
+    assert encoder(*day, tokenizer=dated).read("hi", "f").ids == ids("26 Jul 2024: hi")
+    given = encoder(*day, "data.template_args={date_string: 1 May 1999}", tokenizer=dated)
+    assert given.read("hi", "f").ids == ids("1 May 1999: hi")
+    with pytest.raises(UserError, match="template_args: found 'date_strin', which the chat template does not read"):
+        encoder(*day, "data.template_args={date_strin: x}", tokenizer=dated).read("hi", "f")
+    with pytest.raises(UserError, match="template_args: found 'tools'"):
+        encoder("data.template_args={tools: []}", tokenizer=dated)
 
 
 def test_a_long_prompt_loses_its_oldest_text_and_keeps_its_end_and_eos():
@@ -169,7 +205,7 @@ def test_nothing_fits_is_an_error_and_the_report_says_what_was_dropped():
         encode_file(file, encoder("data.max_tokens=30"), UserIndex([]))
     with pytest.raises(UserError, match="f.jsonl: 0 tokens are left of the prompt"):
         tight = encoder("data.max_tokens=10", "data.max_user_text_tokens=10")
-        tight.prefix_to_answer("hi", "a long text about me", "f.jsonl")
+        tight.prefix_to_answer(tight.read("hi", "f"), "a long text about me", "f.jsonl")
     data = encode_file(ComparisonFile([comparison()], 4), encoder(), UserIndex([]))
     assert "4 equal responses dropped" in data.report.lines()
 

@@ -109,13 +109,14 @@ def test_a_language_model_scores_log_probs(runs):
     model = prlhf.load(runs("simpo"))
     assert "alice" in model.users and len(set(model.users)) == len(model.users)
     comparisons = [{**c, "user_text": None} for c in VALID]
-    prompts, beta = [c["prompt"] for c in VALID], model.config.loss.beta
+    prompts, beta, encoder = [c["prompt"] for c in VALID], model.config.loss.beta, model.encoder
     sides = []
     for side in ("chosen", "rejected"):
         texts = [c[side] for c in VALID]
         log_probs = model.score(prompts, texts, users="alice")
         assert all(value < 0 for value in log_probs)
-        sides.append([value / len(model.encoder.response_ids(text)) for value, text in zip(log_probs, texts)])
+        lengths = [len(encoder.response_ids(encoder.read(x, "f"), y)[0].ids) for x, y in zip(prompts, texts)]
+        sides.append([value / length for value, length in zip(log_probs, lengths)])
     expected = [beta * (chosen - rejected) for chosen, rejected in zip(*sides)]
     assert model.margins(comparisons, users="alice") == pytest.approx(expected, abs=1e-5)
     assert model.score([], []) == []

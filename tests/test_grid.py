@@ -255,7 +255,8 @@ def test_the_other_grids_find_their_runs(monkeypatch, call, tmp_path, data):
     evaluated = [given for module, given in calls if module == "prlhf.evaluate.__main__"]
     run, held_out = f"{tmp_path}/cluster5_seed1", f"{data}/unseen_users_test.jsonl"
     assert len(evaluated) == 12
-    assert evaluated[-1] == ("--checkpoint", run, "--data", held_out, "--out", f"{run}/eval/unseen_users_test")
+    asked = ("--data", held_out, "--set", "data.new_users=true")  # of users whom no run knows
+    assert evaluated[-1] == ("--checkpoint", run, *asked, "--out", f"{run}/eval/unseen_users_test")
     compared = [given for module, given in calls if module == "prlhf.evaluate.compare"]
     seeds = ",".join(f"{tmp_path}/vanilla_seed{s}/eval/valid_seen_statements" for s in (0, 1))
     assert compared[0][0] == f"vanilla={seeds}" and compared[0][-1] == f"{tmp_path}/comparison_valid_seen_statements"

@@ -86,6 +86,15 @@ def test_a_target_that_does_not_exist_is_named():
         add_lora(plain_backbone(config), config.lora, ("q_porj",), 0)
 
 
+def test_the_head_takes_no_adapter():
+    """Log-probs multiply by its matrix; an adapter around it would be passed by, or be an AttributeError."""
+    config = tiny_config("lora.rank=2")
+    with pytest.raises(
+        UserError, match=r"no linear layer 'lm_head' .* takes an adapter.*\(not the head, which takes none\)"
+    ):
+        add_lora(plain_backbone(config), config.lora, ("q_proj", "lm_head"), 0)
+
+
 def test_named_targets_alone_are_adapted():
     backbone = plain_backbone(tiny_config())
     config = tiny_config("lora.rank=2", "lora.targets=[q_proj, v_proj]").lora

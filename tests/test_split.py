@@ -119,7 +119,7 @@ def test_a_file_of_votes_is_divided_by_response_unless_told_otherwise(tmp_path, 
     assert straddling and straddling + sum(map(len, parts)) == len(votes) == 3 * 66
     assert f"the other held out: {straddling}\n" in text and "warning" not in text
     judged_in = [{(r["user"], r["prompt"], r[side]) for r in part for side in ("chosen", "rejected")} for part in parts]
-    assert not judged_in[0] & judged_in[1] and {r["user"] for r in parts[1]} == {0, "7", None}
+    assert not judged_in[0] & judged_in[1] and {r["user"] for r in parts[1]} == {"0", "7", None}
     _, text, _ = call(data_command.main, "check", out / "train.jsonl", out / "valid.jsonl")
     assert "judged by the same user in training: both | 0 | 0" in text and "split --by response" not in text
     assert "| valid.jsonl | own_record | 50.00% | 50.00% | 50.00% | 0 |" in text

@@ -300,7 +300,7 @@ def test_best_by_accuracy_is_refused_where_nobody_held_out_is_known(monkeypatch,
     strangers.write_text("".join(json.dumps({**line, "user": "nobody we know"}) + "\n" for line in lines))
     monkeypatch.setattr(train_script, "training_model", lambda *_: pytest.fail("a model is loaded"))
     with pytest.raises(UserError, match=r"strangers.jsonl: found 8 comparisons, none by a user whom .*best_by=loss"):
-        run(monkeypatch, tmp_path / "a", f"data.valid={strangers}", "train.best_by=accuracy")
+        run(monkeypatch, tmp_path / "a", f"data.valid={strangers}", "train.best_by=accuracy", "data.new_users=true")
 
 
 @pytest.mark.parametrize("kind, branch", [("individual", "user"), ("uniform", "generic")])

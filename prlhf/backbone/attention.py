@@ -43,10 +43,12 @@ def attention_dropout(model: PreTrainedModel) -> float:
 
 
 def takes_flex_attention(model: PreTrainedModel) -> bool:
-    """Whether FlexAttention can compute this model's attention: heads of width 16 or more, without dropout."""
-    config = model.config
+    """Whether FlexAttention can compute this model's attention: heads of width 16 or more, without dropout, in a family that
+    passes the mask on."""
+    config = model.config.get_text_config()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return width >= 16 and attention_dropout(model) == 0.0
+    passes_mask = config.model_type == "gptj" or (model._supports_flex_attn and _takes_interface(model))
+    return passes_mask and width >= 16 and attention_dropout(model) == 0.0
 
 
 def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTrainedModel:
@@ -58,9 +60,14 @@ def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTr
             block.attn._attn = types.MethodType(_gptj_attention, block.attn)
             if isinstance(block.mlp.act, NewGELUActivation):
                 block.mlp.act = nn.GELU(approximate="tanh")
-    elif model._can_set_attn_implementation():
+    elif _takes_interface(model):
         model.set_attn_implementation("trees_as_on_a_gpu" if as_on_gpu else "trees")
     return model
+
+
+def _takes_interface(model: PreTrainedModel) -> bool:
+    """Whether the attention can be chosen. Falcon's could, but whatever is not SDPA adds its ALiBi twice."""
+    return model._can_set_attn_implementation() and model.config.model_type != "falcon"
 
 
 @contextlib.contextmanager
@@ -69,15 +76,15 @@ def as_hugging_face_has_it(model: PreTrainedModel) -> Iterator[None]:
     a method, and attention is `eager`. That alone computes all that a family passes to it: SDPA drops Gemma 2's softcap."""
     ours = [(module, name) for module in model.modules() for name in ("forward", "_attn") if name in vars(module)]
     replaced = [(module, name, vars(module).pop(name)) for module, name in ours]
-    attention, takes_interface = model.config._attn_implementation, model._can_set_attn_implementation()
-    if takes_interface:
+    attention = model.config._attn_implementation
+    if _takes_interface(model):
         model.set_attn_implementation("eager")
     try:
         yield
     finally:
         for module, name, method in replaced:
             setattr(module, name, method)
-        if takes_interface:
+        if _takes_interface(model):
             model.set_attn_implementation(attention)
 
 

@@ -20,8 +20,15 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 FACTORS = {"cohere": "logit_scale", "hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
 DIVISORS = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
 
-# Routers of experts, and layers whose weight a family reads without a call (Mamba, DeepSeek's indexer).
-NOT_ADAPTED = frozenset(("router", "gate", "wg", "dt_proj", "weights_proj"))
+# Configs' names for how far back attention reaches, or among how many positions it chooses (DeepSeek 3.2).
+WINDOWS = (
+    "sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "sliding_window_size", "index_topk",
+    "indexer_budget",
+)  # fmt: skip
+# Families whose attention counts from the start of the row, as it does not for short rows: right in layout rows alone.
+COUNT_BY_ROW = ("gpt_neo", "llama4", "llama4_text")
+# Routers of experts (LongCat's is a classifier), and layers whose weight a family reads without a call (Mamba, DeepSeek's indexer).
+NOT_ADAPTED = frozenset(("router", "gate", "wg", "classifier", "dt_proj", "weights_proj"))
 
 
 class Head(NamedTuple):
@@ -86,7 +93,9 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def lora_targets(model: PreTrainedModel, names: tuple[str, ...] | None) -> tuple[str, ...]:
     """`names`, or all linear layers of the blocks but NOT_ADAPTED. UserError where blocks have none (GPT-2)."""
-    layers = (name for block in blocks(model) for name, module in block.named_modules() if type(module) is nn.Linear)
+    layers = (
+        name for block in blocks(model) for name, module in block.named_modules() if isinstance(module, nn.Linear)
+    )
     found = names or tuple(
         dict.fromkeys(last for name in layers if (last := name.rsplit(".", 1)[-1]) not in NOT_ADAPTED)
     )
@@ -114,12 +123,40 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def check_positions(model: PreTrainedModel, positions: int) -> None:
-    """UserError where a sequence has more positions than the model reads, by its sliding window too."""
-    limits = (getattr(model.config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    limit = min((value for value in limits if value is not None), default=positions)
+def check_tokens(model: PreTrainedModel, largest: int) -> None:
+    """UserError where a token's id is beyond the word embeddings."""
+    V = model.get_input_embeddings().weight.shape[0]
+    if largest >= V:
+        raise UserError(
+            f"data.train: found token {largest} in a text, where the model has word embeddings of {V}; expected texts without "
+            "it, such as the place of an image"
+        )
+
+
+def check_positions(model: PreTrainedModel, positions: int, windows: bool = True) -> None:
+    """UserError where a sequence has more positions than the model reads, by its `windows` too, or than keep it independent.
+    Layout rows leaves windows to the model; our masks know none.
+
+    LongRoPE (Phi-3) rotates by one set of frequencies up to its original length and by another beyond. Hugging Face chooses by
+    the longest sequence of a batch, and would rotate short ones as if they were long. (Dynamic NTK does so too, but only
+    beyond max_position_embeddings.)
+    """
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", *(WINDOWS if windows else ()))
+    limit = min((value for name in names if (value := getattr(config, name, None))), default=positions)  # 0: no window
     if limit < positions:
+        whole = getattr(config, "max_position_embeddings", None) or limit
+        rows = f"; model.layout=rows reads up to {whole}, as the model's windows do" if whole > limit else ""
         raise UserError(
             f"data.max_tokens: a sequence takes {positions} positions, user vectors included, and the model reads {limit}; "
-            "expected shorter prompts, responses or --max-new-tokens"
+            f"expected shorter prompts, responses or --max-new-tokens{rows}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # for all layers, or for each type
+    limits = (kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope")
+    if (limit := min(limits, default=positions)) < positions:
+        raise UserError(
+            f"data.max_tokens: a sequence takes {positions} positions, user vectors included, and beyond {limit} this model "
+            f"(rope_type longrope) reads a batch's other sequences differently too; expected at most {limit}, by shorter "
+            "prompts, responses or --max-new-tokens"
         )

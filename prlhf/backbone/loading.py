@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -25,9 +24,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prlhf.backbone.attention import use_tree_attention
+from prlhf.backbone.checks import check_vocabulary, check_whole_model, read_config, reason_of
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
+from prlhf.backbone.weights import check_finite, check_keys, not_finite
 from prlhf.config.keys import ModelConfig
-from prlhf.errors import UserError
+from prlhf.errors import UserError, expanded
 
 transformers_logging.disable_progress_bar()
 
@@ -45,6 +46,8 @@ def load_tokenizer(config: ModelConfig, folder: Path | None = None) -> PreTraine
     if name is None:
         return byte_tokenizer()
     with _explained(name) as source:
+        if folder is None:
+            check_whole_model(source)
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
@@ -52,15 +55,27 @@ def load_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed:
     """The causal LM in config.dtype: from safetensors, or with weights drawn from `seed` where it has no name."""
     if config.name is None:
         return use_tree_attention(random_backbone(config, len(tokenizer), seed))
-    return load_weights(config.name, config.dtype)
+    model = load_weights(config.name, config.dtype)
+    check_vocabulary(config.name, tokenizer, model)
+    return model
 
 
 def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
-    """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it."""
+    """A causal LM from a folder or hub name. UserError where there is none, or no safetensors in it, or not all of its
+    weights, or weights that are not finite."""
     with _explained(name) as source:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        check_whole_model(source)
+        read_config(source)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_keys` says which
         )
+    check_keys(str(name), model, info)
+    check_finite(str(name), not_finite(dict(model.named_parameters())))
     make_savable(model)
     return use_tree_attention(model)
 
@@ -73,11 +88,13 @@ def empty_backbone(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> P
             return use_tree_attention(random_backbone(config, len(tokenizer), 0))
     dtype = DTYPES[config.dtype]
     with parameters_on_meta(dtype), _explained(config.name) as source:
-        described = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        check_whole_model(source)
+        described = read_config(source)
         # In float32, as from_pretrained makes it: rotary frequencies computed in a half type would differ.
         model = AutoModelForCausalLM.from_config(described, dtype=torch.float32, trust_remote_code=False)
         with contextlib.suppress(OSError):  # not every model has one
             model.generation_config = GenerationConfig.from_pretrained(source)
+    check_vocabulary(config.name, tokenizer, model)
     model.config.dtype = dtype
     make_savable(model)
     return use_tree_attention(model.eval())
@@ -106,7 +123,10 @@ def make_savable(model: PreTrainedModel) -> None:
         try:
             generation.validate(strict=True)
         except ValueError:
+            ends = generation.eos_token_id  # more than the model config may have
             model.generation_config = GenerationConfig.from_model_config(model.config)
+            if ends is not None:
+                model.generation_config.eos_token_id = ends
 
 
 def weights_folder(name: str | Path) -> Path:
@@ -136,6 +156,15 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: cannot be read ({error})") from None
 
 
+def weight_names(folder: Path) -> set[str]:
+    """The names of all weights in a folder's `weight_files`, from the files' headers."""
+    names: set[str] = set()
+    for file in weight_files(folder):
+        with _explained(folder), safe_open(file, framework="pt") as opened:
+            names.update(opened.keys())
+    return names
+
+
 def word_embeddings(model: PreTrainedModel, folder: Path) -> Tensor:
     """The input embeddings (V, D) of an empty model, from its `weight_files`; nothing else is read into memory."""
     wanted = model.get_input_embeddings().weight
@@ -152,7 +181,7 @@ def word_embeddings(model: PreTrainedModel, folder: Path) -> Tensor:
 
 def _expanded(name: str | Path) -> str:
     """The name with ~ replaced, where that is a path."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return str(path) if path.exists() else str(name)
 
 
@@ -164,8 +193,10 @@ def _explained(name: str | Path) -> Iterator[str]:
     logger.setLevel(logging.ERROR)
     try:
         yield _expanded(name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # for a file that they cannot read the libraries raise any kind
+        reason = reason_of(error)
         raise UserError(
             f"model {str(name)!r}: expected a folder or hub name (model.name) of a causal LM with whole safetensors "
             f"and a tokenizer ({reason}){_conversion(name, reason)}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prlhf.config.keys import LoRAConfig
 from prlhf.errors import UserError, did_you_mean
@@ -45,15 +46,18 @@ class LoRALinear(nn.Module):
         return y + (self.scale * (self.dropout(x) @ lora_A.T)) @ lora_B.T
 
 
-def add_lora(model: nn.Module, config: LoRAConfig, targets: tuple[str, ...], seed: int) -> list[str]:
+def add_lora(model: PreTrainedModel, config: LoRAConfig, targets: tuple[str, ...], seed: int) -> list[str]:
     """Freeze `model` and adapt every linear layer named in `targets`; returns their paths. A is drawn from `seed`.
-    UserError where a name fits no linear layer of the model."""
-    linear = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    UserError where a name fits no linear layer of the model, or its head: log-probs read the head as a matrix."""
+    head = model.get_output_embeddings()
+    named = model.named_modules()
+    linear = {path: layer for path, layer in named if isinstance(layer, nn.Linear) and layer is not head}
     names = {path.rsplit(".", 1)[-1] for path in linear}
     for target in targets:
         if target not in names:
             raise UserError(
-                f"lora.targets: no linear layer {target!r} in this model{did_you_mean(target, names)}; it has {sorted(names)}"
+                f"lora.targets: no linear layer {target!r} in this model that takes an adapter{did_you_mean(target, names)}; "
+                f"expected some of {sorted(names)} (not the head, which takes none)"
             )
     model.requires_grad_(False)
     paths = [path for path in linear if path.rsplit(".", 1)[-1] in targets]

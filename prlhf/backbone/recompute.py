@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prlhf.backbone.attention import attention_dropout
 from prlhf.backbone.families import blocks
 from prlhf.config.keys import ModelConfig
+from prlhf.errors import UserError
 
 aten = torch.ops.aten
 # Matrix products, and which argument is the left factor.
@@ -95,9 +96,15 @@ def _gptj_mlp(mlp: nn.Module, x: Tensor) -> Tensor:
 
 def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) -> None:
     """Do to each block what `model.recompute` and `model.compile` ask for. `keep_less` is for the other blocks: a
-    checkpointed block keeps less already, and a compiler decides for its own blocks."""
+    checkpointed block keeps less already, and a compiler decides for its own blocks. UserError where a family's blocks cannot
+    be checkpointed."""
     _, _, n = config.recompute.partition("every:")
     every = int(n) if n else int(config.recompute in ("elementwise", "blocks"))  # 0: no block is checkpointed
+    if every and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"model.recompute: found {config.recompute!r}, but the blocks of a {model.config.model_type} model cannot be computed "
+            "again in transformers; expected 'cheap' or 'none'"
+        )
     if every:
         options: dict[str, Any] = {"use_reentrant": False}
         if config.recompute == "elementwise":

@@ -7,16 +7,18 @@ from transformers import PreTrainedTokenizerBase
 from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
 from prlhf.config.keys import Config
 from prlhf.data.comparisons import Comparison, ComparisonFile
+from prlhf.data.unknown import alike, check_users, without_users
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 
 
 class Dataset(NamedTuple):
-    """The comparisons of a file as tokens, the raw ones beside them, and what was dropped or cut."""
+    """The comparisons of a file as tokens, the raw ones beside them, what was dropped or cut, and what to say of its users."""
 
     comparisons: list[EncodedComparison]
     raw: list[Comparison]
     report: EncodingReport
+    said_of_users: str | None = None
 
     @property
     def names(self) -> list[str | None]:
@@ -47,17 +49,25 @@ def encode_file(file: ComparisonFile, encoder: Encoder, users: UserIndex) -> Dat
 def encode_training_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, train: ComparisonFile, valid: ComparisonFile | None
 ) -> TrainingData:
-    """The files' comparisons as tokens, sampled as the config says. UserError where a known user is needed and none is."""
+    """The files' comparisons as tokens, sampled as the config says.
+
+    UserError where a known user is needed and none is, and as of `check_users` for the held-out file.
+    """
     encoder = Encoder(tokenizer, config.data, config.method)
+    source, names = config.data.train or "", [c.user for c in train.comparisons]
     most_active = UserIndex.from_comparisons(train.comparisons, config.data.known_users)
     train = train.sample(config.data.limit, config.seed)
     users = most_active.with_data(train.comparisons)
     if len(users) == 0 and config.user_model.kind != "uniform":
-        raise UserError(f"{config.data.train}: no comparison has a user; expected users, or user_model.kind=uniform")
-    encoded = encode_file(train, encoder, users)
+        raise UserError(f"{without_users(source, config.data)}; expected users, or user_model.kind=uniform")
+    said = alike(source, names) if any(names) else without_users(source, config.data)
+    encoded = encode_file(train, encoder, users)._replace(said_of_users=said)
     if valid is None:
         return TrainingData(users, encoded, None)
-    held_out = encode_file(valid.sample(config.data.valid_limit, config.seed), encoder, users)
+    said = check_users(config.data.valid or "", [c.user for c in valid.comparisons], users, config.data)
+    held_out = encode_file(valid.sample(config.data.valid_limit, config.seed), encoder, users)._replace(
+        said_of_users=said
+    )
     if config.train.best_by == "accuracy" and not any(c.user for c in held_out.comparisons):
         raise UserError(
             f"{config.data.valid}: found {len(held_out.comparisons)} comparisons, none by a user whom {config.data.train} "

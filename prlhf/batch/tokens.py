@@ -2,34 +2,29 @@
 
     prefix = [BOS] u_t x,   responses = y EOS
 
-BOS comes first, once, where the tokenizer itself begins a text with it. Responses are never cut, so each ends in EOS. A
-prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end. For a pairwise
+BOS comes first, once, where the tokenizer itself begins a text with it. EOS is the token that ends an answer: what the
+chat template puts behind one (`<|eot_id|>`, `<end_of_turn>`), else the tokenizer's. Responses are never cut, so each has
+it. A prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end. For a pairwise
 preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
 """
 
+import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from prlhf.batch.templates import ChatTemplate
 from prlhf.config.keys import DataConfig
-from prlhf.data.comparisons import Comparison, Messages
+from prlhf.data.comparisons import Comparison, Messages, Tools
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 
+WINDOW = 64  # characters of a text that tell how the tokens of another begin behind it
 # What a pairwise preference model reads after the prompt, and the two words it may answer.
 QUESTION = ("\n\nResponse A:\n", "\n\nResponse B:\n", "\n\nThe better response is Response")
 ANSWERS = (" A", " B")
-# Chat templates by name, without BOS. Tulu: Wang et al. 2023 as Personalized Soups writes it, with the space before the
-# newline. Llama 3: Meta's model card.
-TEMPLATES = {
-    "tulu": "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + ' \n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-    "llama3": "{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-}
 
 
 class EncodedComparison(NamedTuple):
@@ -46,6 +41,22 @@ class EncodedComparison(NamedTuple):
     def length(self) -> int:
         """Tokens of the preference tree."""
         return len(self.prefix) + len(self.chosen) + len(self.rejected)
+
+
+class Behind(NamedTuple):
+    """The tokens of a text behind another one, and whether the tokenizer merges over the boundary (see `Encoder`)."""
+
+    ids: list[int]
+    merged: bool
+
+
+class ReadPrompt(NamedTuple):
+    """x as the model reads it, through the chat template where that takes it."""
+
+    text: str
+    ids: list[int]  # without BOS
+    space: str  # white space that the template puts before an answer
+    end: int  # the token that ends an answer to it
 
 
 class EncodedPrompt(NamedTuple):
@@ -72,6 +83,7 @@ class EncodingReport:
     too_long_dropped: int = 0
     prompts_truncated: int = 0
     user_texts_truncated: int = 0
+    boundaries_merged: int = 0  # comparisons with a response that the tokenizer would join to the prompt's last token
     tokens: int = 0
 
     def lines(self) -> str:
@@ -95,7 +107,13 @@ class PairQuestion(NamedTuple):
 
 def pair_question(tokenizer: PreTrainedTokenizerBase) -> PairQuestion:
     """QUESTION and ANSWERS as tokens. UserError where the answers do not differ in their last token alone."""
-    before_a, before_b, end, a, b = tokenizer([*QUESTION, *ANSWERS], add_special_tokens=False)["input_ids"]
+
+    def ids(text: str) -> list[int]:
+        before = "x" if begins_with_space(tokenizer) else ""  # no part of the question begins a text
+        known, both = tokenizer([before, before + text], add_special_tokens=False)["input_ids"]
+        return both[len(known) :]
+
+    before_a, before_b, end, a, b = map(ids, (*QUESTION, *ANSWERS))
     if a[:-1] != b[:-1] or a[-1] == b[-1]:
         raise UserError(f"method pairwise: the tokenizer does not tell {ANSWERS[0]!r} from {ANSWERS[1]!r} by one token")
     return PairQuestion(before_a, before_b, end + a[:-1], a[-1], b[-1])
@@ -107,8 +125,20 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
+def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text alone has a space before it that the same text behind a newline has not (SentencePiece)."""
+    alone, behind = tokenizer(["a", "\na"], add_special_tokens=False)["input_ids"]
+    return behind[-len(alone) :] != alone
+
+
 class Encoder:
-    """Token ids of prompts and comparisons for one tokenizer, one `data` group of the config, and one method."""
+    """Token ids of prompts and comparisons for one tokenizer, one `data` group of the config, and one method.
+
+    A response has the tokens that the whole text x y has behind those of x: SentencePiece begins a text with a space,
+    which a model never reads behind a newline. Where the tokens of x are not the first of the whole text's (x ends in a
+    space, say, which joins the first word of y), the boundary merges: generation could not go on from x so, and y has its
+    own tokens.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, method: str = "pdpo"):
         if tokenizer.eos_token_id is None:
@@ -117,40 +147,90 @@ class Encoder:
         self.config = config
         self.eos = tokenizer.eos_token_id
         self.bos = bos_ids(tokenizer)
+        self.spaced = begins_with_space(tokenizer)
+        self.template = ChatTemplate(tokenizer, config)
+        end = self.template.around.end
+        self.ends = {self.eos, self.eos if end is None else end}
+        names = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(self.ends))))
+        self.said_end = re.compile(rf"(?:(?:{names})\s*)+\Z")
         self.question = pair_question(tokenizer) if method == "pairwise" else None
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def prompt_ids(self, prompt: str | Messages) -> list[int]:
-        """Tokens of x without BOS. Messages go through the chat template, and so does text unless data.template is `auto`."""
-        if isinstance(prompt, str) and self.config.template == "auto":
-            return self._ids(prompt)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        template = TEMPLATES.get(self.config.template, self.tokenizer.chat_template)
-        if not template:
-            raise UserError(
-                "the tokenizer has no chat template; expected prompts as text and data.template 'auto', "
-                f"or data.template {' or '.join(map(repr, TEMPLATES))}"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise UserError(f"the chat template refuses the prompt {messages}: {error}") from None
-        ids = self._ids(text)
-        return ids[1:] if self.bos and ids[:1] == self.bos else ids
+    def read(self, prompt: str | Messages, where: str, tools: Tools | None = None) -> ReadPrompt:
+        """x as the model reads it. UserError, with `where`, if the chat template refuses it."""
+        text = self.template.text(prompt, tools, where)
+        ids = self._without_bos(self._ids(text))
+        if not self.template.takes(prompt):
+            return ReadPrompt(text, ids, "", self.eos)
+        space, end = self.template.around
+        return ReadPrompt(text, ids, space if self.spaced else "", self.eos if end is None else end)
 
-    def response_ids(self, response: str) -> list[int]:
-        """Tokens of y, EOS included."""
-        return self._ids(response) + [self.eos]
+    def _without_bos(self, ids: list[int]) -> list[int]:
+        """The tokens without the BOS that a text or a template may say itself."""
+        first = next((i for i, token in enumerate(ids) if [token] != self.bos), len(ids))
+        return ids[first:]
 
-    def prefix(self, prompt: str | Messages, user_text: str | None, room: int) -> EncodedPrompt:
+    def stop_ids(self, generation: GenerationConfig | None) -> set[int]:
+        """The tokens that end a generated answer: the template's turn end, and the tokenizer's and the model's EOS."""
+        return self.ends | self._eos_ids(generation)
+
+    def _eos_ids(self, generation: GenerationConfig | None) -> set[int]:
+        """The model's EOS, which may be several."""
+        others = getattr(generation, "eos_token_id", None)
+        return {self.eos, *(others if isinstance(others, list) else [] if others is None else [others])}
+
+    def unusual_end(self, prompts: Iterable[str | Messages], generation: GenerationConfig | None) -> str | None:
+        """What to say about the end of answers to these prompts if the template's is no EOS of the model, else None."""
+        if not any(map(self.template.takes, prompts)) or self.template.around.end in self._eos_ids(generation):
+            return None
+        eos = self.tokenizer.convert_ids_to_tokens(self.eos)
+        if self.template.around.end is None:
+            return f"the chat template puts no special token behind an answer; the tokenizer's EOS {eos!r} ends it"
+        end = self.tokenizer.convert_ids_to_tokens(self.template.around.end)
+        return (
+            f"the chat template ends an answer with {end!r}, which is no EOS of the model; here it ends responses in "
+            f"training and generation, beside {eos!r}. Another program has to be told to stop at it"
+        )
+
+    def response_ids(self, prompt: ReadPrompt, *responses: str) -> list[Behind]:
+        """Tokens of each y behind x, with the one token that ends it."""
+        texts = [self._open(y) for y in responses]
+        behind = self._behind(prompt.text, prompt.ids, *(prompt.space + y for y in texts))
+        return [Behind((self._ids(y) if b is None else b) + [prompt.end], b is None) for y, b in zip(texts, behind)]
+
+    def _behind(self, before: str, ids: list[int], *texts: str) -> list[list[int] | None]:
+        """The tokens of each text behind the text `before`, whose own tokens end in `ids`; None if the boundary merges."""
+        # The last characters of `before` tell as much as all of it, if their tokens are its last: those of the first half
+        # may differ, because a word may be cut there.
+        for start in (before[-WINDOW:], before):
+            known, *both = self.tokenizer([start, *(start + y for y in texts)], add_special_tokens=False)["input_ids"]
+            last = known[len(known) // 2 :]
+            if ids[len(ids) - len(last) :] == last:
+                break
+        return [whole[len(known) :] if whole[: len(known)] == known else None for whole in both]
+
+    def _in_question(self, response: str) -> list[int]:
+        """Tokens of y in a `PairQuestion`, where it stands behind a newline."""
+        y = self._open(response)
+        (ids,) = self._behind("\n", self._ids("\n"), y)
+        return self._ids(y) if ids is None else ids
+
+    def _open(self, response: str) -> str:
+        """The response without the end that its text may have already, and white space behind that."""
+        return self.said_end.sub("", response)
+
+    def prefix(self, prompt: ReadPrompt, user_text: str | None, room: int) -> EncodedPrompt:
         """[BOS] u_t x in at most `room` tokens: a long u_t loses its end, a long x its oldest tokens."""
-        text = self._ids(user_text + "\n") if user_text and self.config.user_text else []
+        text: list[int] = []
+        ids = prompt.ids
+        if user_text and self.config.user_text:
+            before = user_text + "\n"
+            text = self._without_bos(self._ids(before))
+            (behind,) = self._behind(before, text, prompt.text) if self.spaced else [None]
+            ids = ids if behind is None else self._without_bos(behind)
         kept_text = text[: self.config.max_user_text_tokens]
-        ids = self.prompt_ids(prompt)
         room = min(self.config.max_prompt_tokens, room - len(self.bos) - len(kept_text))
         kept = ids[-room:] if room > 0 else []
         return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(ids) - len(kept))
@@ -160,7 +240,7 @@ class Encoder:
         return prefix.prompt_cut > 0 and len(prefix.prompt) < self.config.min_prompt_tokens
 
     def prefix_to_answer(
-        self, prompt: str | Messages, user_text: str | None, where: str, room: int | None = None
+        self, prompt: ReadPrompt, user_text: str | None, where: str, room: int | None = None
     ) -> EncodedPrompt:
         """[BOS] u_t x in `room` tokens (data.max_tokens by default). UserError naming `where` if too little of x is left."""
         prefix = self.prefix(prompt, user_text, self.config.max_tokens if room is None else room)
@@ -173,23 +253,30 @@ class Encoder:
 
     def encode(self, comparison: Comparison, users: UserIndex, report: EncodingReport) -> EncodedComparison | None:
         """The comparison's token ids, or None where its responses leave too little room for the prompt."""
+        where = comparison.where or f"comparison {comparison.id}"
+        prompt = self.read(comparison.prompt, where, comparison.tools)
+        merged = False
         if self.question is None:
-            chosen, rejected = self.response_ids(comparison.chosen), self.response_ids(comparison.rejected)
+            y1, y2 = self.response_ids(prompt, comparison.chosen, comparison.rejected)
+            chosen, rejected, merged = y1.ids, y2.ids, y1.merged or y2.merged
         else:  # the question with y1 first, and with y2 first
-            y1, y2 = self._ids(comparison.chosen), self._ids(comparison.rejected)
-            chosen, rejected = self.question.ask(y1, y2), self.question.ask(y2, y1)
+            a, b = map(self._in_question, (comparison.chosen, comparison.rejected))
+            chosen, rejected = self.question.ask(a, b), self.question.ask(b, a)
         room = self.config.max_tokens - max(len(chosen), len(rejected))
-        prefix = self.prefix(comparison.prompt, comparison.user_text, room)
+        prefix = self.prefix(prompt, comparison.user_text, room)
         if self._too_short(prefix):
             report.too_long_dropped += 1
             return None
         if not (self.bos or prefix.prompt):
-            raise UserError(f"comparison {comparison.id}: the prompt has no tokens, and the tokenizer no BOS")
-        reference = prefix if self.config.user_text_in_reference else prefix._replace(user_text=[])
+            raise UserError(f"{where}: the prompt has no tokens, and the tokenizer no BOS")
+        reference = prefix
+        if prefix.user_text and not self.config.user_text_in_reference:  # the same x, without u_t before it
+            reference = self.prefix(prompt, None, len(self.bos) + len(prefix.prompt) if prefix.prompt_cut else room)
         user = users.number(comparison.user)
         encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, user, comparison.margin)
         report.comparisons += 1
         report.prompts_truncated += prefix.prompt_cut > 0
         report.user_texts_truncated += prefix.user_text_cut > 0
+        report.boundaries_merged += merged
         report.tokens += encoded.length
         return encoded

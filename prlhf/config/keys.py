@@ -1,6 +1,7 @@
 """Every config key: its type, its default, the values it takes, and what it means. docs/config.md is made from this file."""
 
 import dataclasses
+import datetime
 import operator
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
@@ -14,6 +15,7 @@ BOUNDS = {
 }
 TYPE_NAMES = {str: "string", bool: "true | false", int: "int", float: "number"}
 TYPE_NAMES |= {NoneType: "null", tuple[str, ...]: "list of strings"}
+TYPE_NAMES |= {dict[str, Any]: "names with values", datetime.date: "date"}
 
 
 def key(default: Any, doc: str, **bounds: float) -> Any:
@@ -106,6 +108,9 @@ class DataConfig:
     valid: str | None = key(None, "Held-out comparisons, for evaluation.")
     format: Literal["auto", "jsonl", "csv", "parquet"] = key("auto", "auto: by the file's name. parquet needs pyarrow.")
     user_column: str = key("user", "The field that names the user.")
+    new_users: bool = key(
+        False, "Held-out files, prompts and responses to score may be of new users alone; else refused."
+    )
     attributes: tuple[str, ...] | None = key(
         None, "Which of a record's `attributes` ({name: text}) make its user text; null: its `user_text`."
     )
@@ -118,6 +123,13 @@ class DataConfig:
         "auto",
         "auto: message lists through the tokenizer's chat template, strings as they are; chat: strings too, as one user "
         "message; tulu, llama3: as chat, by that family's template.",
+    )
+    template_args: dict[str, Any] | None = key(
+        None, "What the chat template is told besides, such as {enable_thinking: false} or {date_string: 26 Jul 2024}."
+    )
+    template_date: datetime.date | None = key(
+        None,
+        "What the chat template takes for today, YYYY-MM-DD. null: the day on which the run began; the run keeps it.",
     )
     user_text: bool = key(True, "Put `user_text` before the prompt where a comparison has one.")
     user_text_in_reference: bool = key(

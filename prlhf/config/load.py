@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import math
 import operator
 import re
@@ -152,6 +153,9 @@ def _checked(name: str, value: Any) -> Any:
     if float in types_of(declared) and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             value = float(value)  # 1 for 1.0, and 5e-5, which is a string to YAML 1.1
+    elif datetime.date in types_of(declared) and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = datetime.date.fromisoformat(value)  # in quotes
     elif isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = tuple(value)
     if not any(_fits(value, option) for option in types_of(declared)):

@@ -4,17 +4,21 @@ import contextlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prlhf.config.keys import DataConfig
 from prlhf.data.files import Record, read_json_lines, read_records
+from prlhf.data.names import LOSSY, MISSING, canonical
 from prlhf.errors import UserError, did_you_mean
 
 GENERIC = "generic"  # what people type for user 0
 CANONICAL = DataConfig()
-Messages = tuple[dict[str, str], ...]
+Messages = tuple[dict[str, Any], ...]  # each with a role, a content, and what else a chat template may read
+Tools = tuple[dict[str, Any], ...]  # JSON schemas of the functions that an assistant may call
+# What a message may hold beside its content that the model would read, in Hugging Face's names for it.
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Comparison:
     id: str
     first: str | None = None  # the response that the user was shown first, "chosen" or "rejected", where known
     margin: float = 1.0  # how much better the chosen one is, in units of the config's loss.margin
+    tools: Tools | None = None
+    where: str = field(default="", compare=False)  # "FILE, line 3", for errors
 
 
 class ComparisonFile(NamedTuple):
@@ -81,11 +87,8 @@ def read_parsed(path: str | Path, config: DataConfig = CANONICAL) -> Iterator[tu
 
 
 def named_user(record: Record, column: str) -> Record:
-    """The record with its user taken from another column; a whole number becomes its digits."""
-    if column == "user":
-        return record
-    user = record.get(column)
-    return {**record, "user": str(user) if type(user) is int else user}
+    """The record with its user taken from another column."""
+    return record if column == "user" else {**record, "user": record.get(column)}
 
 
 def parse_comparison(record: Record, where: str, default: str, attributes: Sequence[str] | None = None) -> Comparison:
@@ -108,6 +111,8 @@ def parse_comparison(record: Record, where: str, default: str, attributes: Seque
         id=id_of(record, default),
         first=first,
         margin=_parse_margin(record.get("margin"), f"{where}, margin"),
+        tools=parse_tools(record.get("tools"), where),
+        where=where,
     )
 
 
@@ -131,41 +136,73 @@ def split_conversations(record: Record) -> Record:
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if not (_are_messages(chosen) and _are_messages(rejected) and len(chosen) > 1 and chosen[:-1] == rejected[:-1]):
         return record
-    if record.get("prompt", chosen[:-1]) not in (chosen[:-1], chosen[-2]["content"]):
+    if record.get("prompt", chosen[:-1]) not in (chosen[:-1], chosen[-2].get("content")):
         return record
     return {**record, "prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def parse_prompt(prompt: Any, where: str) -> str | Messages:
-    """A prompt: text that is not empty, or a list of {"role", "content"} messages. UserError otherwise."""
+    """A prompt: text that is not empty, or a list of {"role", "content"} messages with all that they hold but nulls.
+
+    An assistant message with tool_calls may have a null content. UserError otherwise.
+    """
     if isinstance(prompt, str) and prompt:
         return prompt
     if _are_messages(prompt):
-        return tuple({"role": m["role"], "content": m["content"]} for m in prompt)
+        return tuple({k: v for k, v in m.items() if v is not None or k == "content"} for m in prompt)
     found = shortened(prompt)
     raise UserError(f"{where}, prompt: expected text or a list of {{role, content}} messages, found {found}")
 
 
+def parse_tools(tools: Any, where: str) -> Tools | None:
+    """The tools of a record: a list of JSON schemas or, as TRL writes it too, that list as JSON text; None for none."""
+    found = tools
+    if isinstance(tools, str):
+        with contextlib.suppress(ValueError):
+            found = json.loads(tools)
+    if not found:
+        return None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise UserError(f"{where}, tools: expected a list of JSON schemas, found {shortened(tools)}")
+    return tuple(found)
+
+
 def parse_response(response: Any, where: str) -> str:
-    """A response: text, or a list of one assistant message. UserError otherwise."""
+    """A response: text, or a list of one assistant message that is no more than its text. UserError otherwise."""
     if isinstance(response, str):
         return response
     if _are_messages(response) and len(response) == 1 and response[0]["role"] == "assistant":
+        if beside := [name for name in BESIDE_CONTENT if response[0].get(name)]:
+            raise UserError(
+                f"{where}: found a message with {' and '.join(beside)}; expected its content alone, with what else the "
+                "model is to answer written there as the model writes it"
+            )
         return response[0]["content"]
     raise UserError(f"{where}: expected text or a list of one assistant message, found {shortened(response)}")
 
 
 def parse_user(user: Any, where: str) -> str | None:
-    """The user's name, or a whole number's digits; None for null or "". UserError for all else, and for `generic`."""
-    if user is None or user == "":
+    """The user's `canonical` name, or a whole number's digits; None for null, NaN or "".
+
+    UserError for all else, for `generic`, and for what programs make of missing names and of long numbers.
+    """
+    if user is None or user != user:
         return None
-    if type(user) is int:
-        return str(user)
-    if not isinstance(user, str):
+    whole = type(user) is int or (isinstance(user, float) and user.is_integer())
+    if not whole and not isinstance(user, str):
         raise UserError(f"{where}: expected a string, a whole number or null, found {shortened(user)}")
-    if user == GENERIC:
+    name = canonical(str(user))
+    if name == GENERIC:
         raise UserError(f"{where}: {GENERIC!r} is the name of the unknown user; expected another name or null")
-    return user
+    if name in MISSING:
+        raise UserError(
+            f"{where}: {name!r} is what programs write where there is no name; expected null, or another name"
+        )
+    if LOSSY.fullmatch(name):
+        raise UserError(
+            f"{where}: {name} is a number without its last digits, written as a float; expected all of them"
+        )
+    return name or None
 
 
 def parse_user_text(record: Record, where: str, attributes: Sequence[str] | None = None) -> str | None:
@@ -200,9 +237,14 @@ def _parse_margin(margin: Any, where: str) -> float:
 
 
 def _are_messages(value: Any) -> bool:
-    """Whether it is a list of {"role", "content"} messages that is not empty."""
-    is_list = isinstance(value, list) and len(value) > 0 and all(isinstance(message, dict) for message in value)
-    return is_list and all(isinstance(message.get(name), str) for message in value for name in ("role", "content"))
+    """Whether it is a list of {"role", "content"} messages that is not empty. Only tool_calls may stand for the content."""
+
+    def is_message(m: Any) -> bool:
+        if not isinstance(m, dict) or not isinstance(m.get("role"), str):
+            return False
+        return isinstance(m.get("content"), str) or (m.get("content") is None and bool(m.get("tool_calls")))
+
+    return isinstance(value, list) and len(value) > 0 and all(map(is_message, value))
 
 
 class Prompt(NamedTuple):
@@ -212,6 +254,8 @@ class Prompt(NamedTuple):
     text: str | Messages
     user: str | None
     user_text: str | None
+    where: str  # "FILE, line 3"
+    tools: Tools | None = None
 
 
 def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Prompt]:
@@ -231,7 +275,8 @@ def read_prompts(path: str | Path, config: DataConfig = CANONICAL) -> list[Promp
         record = named_user(record, config.user_column) if config.user_column in record else record
         user = parse_user(record.get("user"), f"{where}, user")
         text = parse_user_text(record, where, config.attributes)
-        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), user, text))
+        tools = parse_tools(record.get("tools"), where)
+        prompts.append(Prompt(name, parse_prompt(record["prompt"], where), user, text, where, tools))
     return prompts
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from prlhf.errors import UserError, did_you_mean
+from prlhf.errors import UserError, did_you_mean, expanded
 
 TLDR_FILES = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons"
 
@@ -78,8 +78,8 @@ def source_name(name: str) -> str:
 
 
 def cache_dir() -> Path:
-    """$PRLHF_CACHE, or ~/.cache/prlhf."""
-    return Path(os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf").expanduser()
+    """$PRLHF_CACHE, or ~/.cache/prlhf. UserError where neither it nor HOME is set."""
+    return expanded(os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf", instead="PRLHF_CACHE")
 
 
 def raw_folder(name: str) -> Path:

@@ -1,6 +1,6 @@
 """Evaluate a model: python evaluate.py --checkpoint DIR [--data PATH] [--out DIR] [--set key.sub=value ...]
 
-Writes report.json, report.md, margins.jsonl and figures to the run's eval/ (or --out), and prints report.md.
+Writes report.json, report.md, users.csv, margins.jsonl and figures to the run's eval/ (or --out), and prints report.md.
 """
 
 import argparse
@@ -13,9 +13,10 @@ from prlhf.batch.datasets import encode_file
 from prlhf.batch.tokens import Encoder
 from prlhf.config.keys import Config
 from prlhf.data.check.rules import FittedRules, fit
-from prlhf.data.comparisons import read_comparisons
+from prlhf.data.comparisons import ComparisonFile, read_comparisons
+from prlhf.data.unknown import check_users
 from prlhf.data.users import UserIndex
-from prlhf.errors import UserError, run_command
+from prlhf.errors import UserError, expanded, run_command
 from prlhf.evaluate.accuracy import reward_margins, score_users, summarize
 from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
 from prlhf.method.losses import needs_reference
@@ -24,7 +25,7 @@ from prlhf.score.agreement import check_agreement
 from prlhf.score.reference import computes_on, reference_log_probs
 from prlhf.score.states import fixed_states
 from prlhf.score.task import Task
-from prlhf.store.final import base_fingerprint, load_final, reference_model
+from prlhf.store.final import Loaded, base_fingerprint, load_final, reference_model
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(loaded.tokenizer, config.data, config.method)
     limited = args.data is None or any(text.startswith("data.valid_limit=") for text in args.set)
-    file = read_comparisons(source, config.data).sample(config.data.valid_limit if limited else None, config.seed)
+    file = read_held_out(source, loaded).sample(config.data.valid_limit if limited else None, config.seed)
     data = encode_file(file, encoder, loaded.users)
     print(f"{source}: {data.report.lines()}")
     rules = fit_rules(config, loaded.users).right(data.raw)
@@ -79,6 +80,15 @@ def main() -> None:
     print(f"written to {out}")
 
 
+def read_held_out(source: str, loaded: Loaded) -> ComparisonFile:
+    """The comparisons of a file. Prints which users the model does not know; UserError as of `check_users`."""
+    form = loaded.config.data
+    file = read_comparisons(source, form)
+    if said := check_users(source, [c.user for c in file.comparisons], loaded.users, form):
+        print(said)
+    return file
+
+
 def draw_curve(metrics: Path, path: Path) -> None:
     """Draw accuracy against step where metrics.jsonl is there; a damaged one costs the figure, not the evaluation."""
     try:
@@ -90,7 +100,7 @@ def draw_curve(metrics: Path, path: Path) -> None:
 
 def fit_rules(config: Config, users: UserIndex) -> FittedRules:
     """The trivial rules, fitted to the training comparisons if that file is still there; `users` are known to them."""
-    if config.data.train is None or not Path(config.data.train).expanduser().is_file():
+    if config.data.train is None or not expanded(config.data.train).is_file():
         print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
         return fit([])
     file = read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed)

@@ -3,7 +3,7 @@
     python -m prlhf.compare NAME=EVAL_DIR[,EVAL_DIR...] NAME=EVAL_DIR[,EVAL_DIR...] ... --out DIR
 
 EVAL_DIR is what evaluate.py wrote, or a run that it evaluated. Several of one name are seeds of one model. The first model
-is the baseline. Writes report.md, report.json and comparison.png: accuracies, calibration errors and personalisation gains;
+is the baseline. Writes report.md, report.json, users.csv and comparison.png: accuracies, calibration errors and personalisation gains;
 paired differences to the baseline, with intervals over users; a paired test for each known user, adjusted for the number of
 users; and whose gain the rule own_record explains, which only remembers the users' own votes. docs/evaluation.md has more.
 """
@@ -15,15 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from prlhf.config.keys import DataConfig
 from prlhf.data.check.tables import interval_text, markdown_table, percent
 from prlhf.data.files import write_json
+from prlhf.data.unknown import check_users
+from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
+from prlhf.evaluate.ends import USERS_CSV, ends, write_users
 from prlhf.evaluate.figures import label, save_figure
 from prlhf.evaluate.margins import REPORTED, read_models
+from prlhf.evaluate.report import MARGINS
 from prlhf.evaluate.stats.paired import LEVEL, compare
 
 MEASURES = {"top": "Accuracy-top", "average_mean": "Accuracy-average", "generic": "Accuracy-generic"}
-USERS_SHOWN = 10  # users in the table
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -34,7 +38,7 @@ def markdown(report: dict[str, Any]) -> str:
         notes += "\nWith several seeds, mean ± standard deviation over these; intervals and tests are of the mean."
     parts = [
         "# Comparison",
-        f"{counts['known_users']} comparisons of known and {counts['unknown_users']} of unknown users.",
+        f"{counts['known_users']:,} comparisons of known and {counts['unknown_users']:,} of unknown users.",
         _models_table(models),
         notes,
         f"Against {baseline}, on the same comparisons; intervals resample users with both models:",
@@ -87,17 +91,17 @@ def _signed(difference: float) -> str:
 
 
 def _users_text(name: str, baseline: str, users: dict[str, Any]) -> str:
-    """How many users a model is significantly better for, and the largest differences."""
-    table = users["users"]
+    """How many users a model is significantly better for, and the table of users, worst to best where they are many."""
+    table = ends(users["users"], "difference")
     text = (
-        f"{name} against {baseline}, user by user (paired permutation test, Holm-adjusted over {len(table)} users): "
+        f"{name} against {baseline}, user by user (paired permutation test, Holm-adjusted over {len(users['users']):,} users): "
         f"significantly better for {users['better']}, worse for {users['worse']} at {LEVEL:.0%}."
     )
-    if len(table) > USERS_SHOWN:
-        text += f" The {USERS_SHOWN} largest differences:"
+    if table.said:
+        text += f" {table.said}"
     rows = [
         (row["user"], str(row["n"]), _signed(row["difference"]), f"{row['p']:.4f}", f"{row['p_holm']:.4f}")
-        for row in table[:USERS_SHOWN]
+        for row in table.rows
     ]
     return f"{text}\n\n" + markdown_table(("user", "comparisons", "difference, %", "p", "p after Holm"), rows)
 
@@ -159,12 +163,18 @@ def main() -> None:
     named = parse_models(args.models)
     if len(named) < 2:
         raise UserError(f"expected two or more models to compare, found {len(named)}")
-    report = compare(*read_models(named))
+    comparisons, models = read_models(named)
+    report = compare(comparisons, models)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "report.json", report)
     (out / "report.md").write_text(markdown(report), encoding="utf-8")
+    rows = [{"model": name, **row} for name, found in report["per_user"].items() for row in found["users"]]
+    write_users(out / USERS_CSV, rows, ("model", "user", "n", "difference", "p", "p_holm"))
     if not figure(report, out / "comparison.png"):
         print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
     print(markdown(report))
+    known = UserIndex(sorted({name for name, is_known in zip(comparisons.users, comparisons.known_B) if is_known}))
+    if said := check_users(MARGINS, comparisons.users, known, DataConfig(new_users=True)):
+        print(said)
     print(f"written to {out}")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from prlhf.data.files import read_json_lines
+from prlhf.data.names import canonical
 from prlhf.errors import UserError
 from prlhf.evaluate.report import BRANCHES, MARGINS
 from prlhf.evaluate.stats.metrics import correct
@@ -56,7 +57,8 @@ def read_margins(folder: str) -> tuple[Comparisons, np.ndarray]:
                 hint = "; an older evaluation: evaluate anew" if field == "text" else ""
                 found = json.dumps(record.get(field))
                 raise UserError(f"{path}, line {number}, {field}: expected {JSON_KINDS[kind]}, found {found}{hint}")
-        records.append(record)
+        user = record["user"] and canonical(record["user"])  # an earlier version's need not be
+        records.append({**record, "user": user})
     records.sort(key=lambda record: (record["id"], record["user"] or "", record["text"]))
     ids, users, texts, known = ([record[field] for record in records] for field in ("id", "user", "text", "known"))
     margins_B = np.array([record["true" if record["known"] else "generic"] for record in records], dtype=float)

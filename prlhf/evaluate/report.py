@@ -1,4 +1,4 @@
-"""An evaluation as files: report.json, report.md, margins.jsonl, and figures where matplotlib is installed."""
+"""An evaluation as files: report.json, report.md, users.csv, margins.jsonl, and figures where matplotlib is installed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from prlhf.data.check.rules import RULES
 from prlhf.data.check.tables import interval_text, markdown_table, percent
 from prlhf.data.comparisons import Comparison
 from prlhf.data.files import fingerprint_of, read_json_lines, write_json, write_json_lines
+from prlhf.evaluate.ends import USERS_CSV, ends, write_users
 from prlhf.evaluate.figures import label, save_figure
 
 MARGINS = "margins.jsonl"
@@ -30,6 +31,7 @@ CONTROLS = {
 }
 OWN_RECORD = "A rule that only remembers each user's own record of the two responses in training"
 ACCURACY_COLUMNS = ("", "accuracy, %", "95% interval")
+USER_ACCURACIES = {"accuracy": "accuracy", "generic_user": "as generic user", "shuffled_users": "as another user"}
 CURVES = (  # of metrics.jsonl: whether in evaluation records, the field; its title and the style of its line
     (False, "user_accuracy", "training, true user", "C0-"),
     (False, "generic_accuracy", "training, generic user", "C1-"),
@@ -39,9 +41,10 @@ CURVES = (  # of metrics.jsonl: whether in evaluation records, the field; its ti
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write report.md, per_user.png (only where matplotlib is installed) and, last, report.json."""
+    """Write report.md, users.csv, per_user.png (only where matplotlib is installed) and, last, report.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    write_users(folder / USERS_CSV, _users(report), ("user", "n", *USER_ACCURACIES))
     if report["per_user"]:
         _per_user_figure(report["per_user"], folder / "per_user.png")
     write_json(folder / "report.json", report)
@@ -65,10 +68,7 @@ def markdown(report: dict[str, Any]) -> str:
     headlines = [(title, percent(accuracy[k]), interval_text(report["interval"][k])) for k, title in HEADLINES.items()]
     found = report["controls"].items()
     controls = [(CONTROLS[k], percent(row["accuracy"]), interval_text(row["interval"])) for k, row in found]
-    users = [
-        (user, str(row["n"]), *(percent(row[k]) for k in ("accuracy", "generic_user", "shuffled_users")))
-        for user, row in report["per_user"].items()
-    ]
+    users = ends(_users(report), "accuracy")
     parts = [
         "# Evaluation",
         f"Checkpoint `{report['checkpoint']}` on `{report['data']}`.",
@@ -85,8 +85,15 @@ def markdown(report: dict[str, Any]) -> str:
         right |= {RULES[name]: found for name, found in report["rules"].items()}
         rows = [(title, percent(r["known_users"]), percent(r["unknown_users"])) for title, r in right.items()]
         parts += ["What trivial rules reach:", markdown_table(("", "known users", "unknown users"), rows)]
-    parts.append(markdown_table(("user", "comparisons", "accuracy", "as generic user", "as another user"), users))
+    parts += [users.said] if users.said else []
+    rows = [(row["user"], str(row["n"]), *(percent(row[k]) for k in USER_ACCURACIES)) for row in users.rows]
+    parts.append(markdown_table(("user", "comparisons", *USER_ACCURACIES.values()), rows))
     return "\n\n".join(parts) + "\n"
+
+
+def _users(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The known users as rows, in order of name."""
+    return [{"user": user, **row} for user, row in report["per_user"].items()]
 
 
 def _own_record_text(report: dict[str, Any]) -> str:

@@ -11,9 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from prlhf.errors import UserError
 
 
 class Allocations(TorchDispatchMode):
@@ -29,7 +35,10 @@ class Allocations(TorchDispatchMode):
         self.now = self.peak = 0  # bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default:
+            outputs = _grouped_mm(*args, **(kwargs or {}))
+        else:
+            outputs = func(*args, **(kwargs or {}))
         # Autograd adds gradients up in place, but not under a dispatch mode: there one summand is freed right after the sum.
         in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
         replaces_summand = in_backward and func is torch.ops.aten.add.Tensor
@@ -53,9 +62,17 @@ class Allocations(TorchDispatchMode):
 
     @contextmanager
     def fake(self) -> Iterator[None]:
-        """Within the context tensors are fake and nothing is computed; real tensors that come in count as fake ones."""
-        with self.mode, self:
-            yield
+        """Within the context tensors are fake and nothing is computed; real tensors that come in count as fake ones.
+        UserError where a computation asks for values."""
+        try:
+            with self.mode, self:
+                yield
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise UserError(
+                f"--dry-run: how much this model computes depends on values that are not there ({error}); expected a model "
+                "whose tensors have sizes that are known beforehand. Train two updates instead (--set optim.max_steps=2), "
+                "and read peak_memory_gb in metrics.jsonl"
+            ) from None
 
     def restart(self) -> int:
         """Measure the peak anew from here; returns the bytes that are live."""
@@ -68,6 +85,12 @@ class Allocations(TorchDispatchMode):
             before = self.restart()
             function(*arguments)
             return self.peak - before
+
+
+def _grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """The result of torch._grouped_mm, which multiplies each expert's rows by its matrix, without values: (S, K), (E, K, N)
+    -> (S, N), or for the matrices' gradients (K, S), (S, N) -> (E, K, N). Torch's own rule knows bfloat16 alone."""
+    return a.new_empty(*a.shape[:-1], b.shape[-1]) if b.ndim == 3 else a.new_empty(len(offsets), len(a), b.shape[-1])
 
 
 def give_fake_storage(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from prlhf.backbone.families import blocks
 from prlhf.backbone.loading import weight_files
 from prlhf.backbone.toys import DTYPES
 from prlhf.config.keys import Config, solves_exactly
+from prlhf.errors import expanded
 from prlhf.forecast.phases import (
     CountedUpdate,
     FakeTraining,
@@ -73,10 +74,10 @@ def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes
     states, solver = states_bytes(fake), solver_bytes(fake)
     static = weights + states + moments  # moments are there from the second update on
     waiting = static + (0 if gpu else gradients)  # between updates; a GPU's gradients are dropped
-    read_in_shards = spread and config.model.name
-    loading = weights if gpu or read_in_shards else bytes_of(fake.model.parameters()) + bytes_kept_in_float32(fake)
+    by_rows = spread and fake.by_rows
+    loading = weights if gpu or by_rows else bytes_of(fake.model.parameters()) + bytes_kept_in_float32(fake)
     phases = {
-        "loading": loading + (0 if gpu else file_bytes_beside(config, spread)),
+        "loading": loading + (0 if gpu else file_bytes_beside(config, by_rows)),
         "reference, states, evaluation": waiting + gathered + max(scoring_peak(fake), STATES_COPIES * states),
     }
     if solver:
@@ -147,17 +148,17 @@ def bytes_reduced(parameters: Sequence[nn.Parameter]) -> int:
     return sum(p.nbytes + 4 * p.numel() for p in parameters if p.requires_grad)
 
 
-def file_bytes_beside(config: Config, spread: bool) -> int:
+def file_bytes_beside(config: Config, by_rows: bool) -> int:
     """Bytes of a local model's safetensors that are mapped into memory beside its weights while it is loaded.
 
-    All files where their type is not config.model.dtype; files of that type are the weights themselves. A model that is
-    spread over processes is read into its shards file by file: then the largest file, whatever its type.
+    All files where their type is not config.model.dtype; files of that type are the weights themselves. by_rows: each of
+    several processes reads its rows alone, file by file: then the largest file, whatever its type.
     """
-    folder = Path(config.model.name or "").expanduser()
+    folder = expanded(config.model.name or "")
     if config.model.name is None or not folder.is_dir():
         return 0
     sizes = [file.stat().st_size for file in weight_files(folder) if file.is_file()]
-    if spread:
+    if by_rows:
         return max(sizes, default=0)
     described = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).dtype
     return 0 if described in (None, DTYPES[config.model.dtype]) else sum(sizes)

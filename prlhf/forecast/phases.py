@@ -7,6 +7,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from prlhf.backbone.attention import takes_flex_attention, use_tree_attention
-from prlhf.backbone.loading import empty_backbone
+from prlhf.backbone.loading import empty_backbone, weight_names
+from prlhf.backbone.toys import DTYPES
+from prlhf.backbone.weights import stored_as_named
 from prlhf.batch.datasets import TrainingData
 from prlhf.batch.order import micro_batches
 from prlhf.batch.tokens import EncodedComparison
@@ -48,12 +51,16 @@ class FakeTraining:
     datasets: list[list[EncodedComparison]]  # these, and those of the validation if there is one
     allocations: Allocations
     gpu: bool  # whether it stands for a training on a GPU
+    by_rows: bool  # whether each of several processes reads its rows alone, as the model's files allow it
 
 
 def fake_training(config: Config, tokenizer: PreTrainedTokenizerBase, data: TrainingData, gpu: bool) -> FakeTraining:
     """A training's model and data, without weights. UserError where a comparison is too long for the model."""
     keys = replace(config.model, dtype=config.model.compute_dtype or config.model.dtype, compile=False)
     backbone = empty_backbone(keys, tokenizer)
+    folder = Path(keys.name or "").expanduser()
+    names = weight_names(folder) if keys.name and folder.is_dir() else None
+    by_rows = keys.name is not None and stored_as_named(backbone, names or None, DTYPES[config.model.dtype])
     if gpu:
         if keys.layout == "auto":
             keys = replace(keys, layout="packed" if takes_flex_attention(backbone) else "tree")
@@ -67,7 +74,7 @@ def fake_training(config: Config, tokenizer: PreTrainedTokenizerBase, data: Trai
         model = build_model(replace(config, model=keys), tokenizer, len(data.users), backbone, compute=compute)
     model.check_lengths(data.train.comparisons)
     datasets = [file.comparisons for file in (data.train, data.valid) if file is not None]
-    return FakeTraining(config, model, data.train.comparisons, datasets, allocations, gpu)
+    return FakeTraining(config, model, data.train.comparisons, datasets, allocations, gpu, by_rows)
 
 
 def bytes_of(parameters: Iterable[nn.Parameter], trained: bool = False) -> int:

@@ -9,6 +9,9 @@ A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --o
 """
 
 import argparse
+import csv
+import io
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +21,8 @@ from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import Encoder
 from prlhf.data.comparisons import GENERIC, read_prompts
 from prlhf.data.files import fingerprint_of
+from prlhf.data.unknown import check_users
+from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.generate.decode import Decoding, Request, check_decoding, generate
 from prlhf.generate.responses import ResponseFile
@@ -34,13 +39,16 @@ def main() -> None:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--prompts", help="what to answer")
     task.add_argument("--score", metavar="FILE", help="responses to score, all, each as its own user")
-    parser.add_argument("--users", help="for --prompts: names with commas between, generic, @all, or @own: who asks")
+    parser.add_argument(
+        "--users",
+        help='for --prompts: names with commas between ("Smith, J." in quotes), generic, @all, or @own: who asks',
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=32, help="1: no row's rounding depends on another's")
     parser.add_argument("--limit", type=int, help="with --prompts: the first so many")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override a key")
@@ -65,16 +73,21 @@ def main() -> None:
 
 def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     """Write the responses to --prompts for each of --users, but those that --out has already."""
-    prompts = read_prompts(args.prompts, loaded.config.data)[: args.limit]
+    prompts = read_prompts(args.prompts, loaded.config.data)
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
-    names = [*loaded.users.names, GENERIC] if args.users == "@all" else args.users.split(",")
-    users = {} if args.users == "@own" else {name: loaded.required_number(name) for name in names}
+    if args.users == "@own":
+        said = check_users(args.prompts, [p.user for p in prompts], loaded.users, loaded.config.data, "prompt")
+        if said is not None:
+            print(said)
+    prompts = prompts[: args.limit]
+    users = {name: loaded.required_number(name) for name in asked_names(args.users, loaded.users)}
     model = loaded.model.to(choose_device(loaded.config.device))
     check_agreement(model)
     check_decoding(model)
     encoder = Encoder(loaded.tokenizer, loaded.config.data)
-    prefixes = [encoder.prefix_to_answer(p.text, p.user_text, f"{args.prompts}, prompt {p.id!r}") for p in prompts]
+    read = [encoder.read(p.text, p.where, p.tools) for p in prompts]
+    prefixes = [encoder.prefix_to_answer(x, p.user_text, p.where) for x, p in zip(read, prompts)]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     out = ResponseFile(Path(args.out), {"model": weights_checksum(loaded.path), **asdict(decoding)}, args.overwrite)
 
@@ -82,6 +95,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     for prompt, prefix in zip(prompts, prefixes):
         for name, user in (users or {prompt.user or GENERIC: loaded.number(prompt.user)}).items():
             record = {"id": prompt.id, "user": name, "prompt": prompt.text, "user_text": prompt.user_text}
+            record |= {"tools": prompt.tools} if prompt.tools else {}
             record["prefix"] = fingerprint_of(prefix.ids)[:12]
             if not out.has(record):
                 requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
@@ -89,13 +103,35 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     cut = sum(p.prompt_cut + p.user_text_cut > 0 for p in prefixes)
     print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for users {args.users}")
 
+    ends = encoder.stop_ids(model.backbone.generation_config)
+    if unusual := encoder.unusual_end((p.text for p in prompts), model.backbone.generation_config):
+        print(f"warning: {unusual}", file=sys.stderr)
     for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
         rows = slice(start, start + args.batch_size)
-        responses = generate(model, requests[rows], encoder.eos, decoding)
+        responses = generate(model, requests[rows], ends, decoding)
         texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
         for record, response, text in zip(records[rows], responses, texts):
             out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})
     print(f"{args.out}: {len(requests)} new responses, {len(prompts) * (len(users) or 1)} in all")
+
+
+def asked_names(text: str, users: UserIndex) -> list[str]:
+    """The names of --users, as the model has them; none for @own. They are CSV: a name with a comma stands in double quotes.
+
+    UserError for an unknown name, or where a known one with a comma is written without quotes.
+    """
+    if text in ("@all", "@own"):
+        return [*users.names, GENERIC] if text == "@all" else []
+    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
+    names = [name for row in rows for name in row] or [text]
+    for name in users.names:
+        if "," in name and name in text and name not in names:
+            quoted = '"' + name.replace('"', '""') + '"'
+            raise UserError(
+                f"--users {text}: a name with a comma stands in double quotes, as in --users '{quoted},bob'"
+            )
+    numbers = [users.required_number(name) for name in names]
+    return [users.names[number - 1] if number else GENERIC for number in numbers]
 
 
 if __name__ == "__main__":

@@ -47,9 +47,10 @@ class TextModel:
 
         prompts: texts, taken as they are, or lists of {"role", "content"} messages, which go through the chat template.
         user_texts: text about the user, put before the prompt; one for all, or a list. decoding: max_new_tokens (128),
-        temperature (0: greedy), top_p (1) and seed (0). Responses do not depend on batch_size, and are generate.py's
-        for the same prompts without ids. UserError: a model that does not generate, an unknown user, a setting out of
-        range, a prompt that is none or too long.
+        temperature (0: greedy), top_p (1) and seed (0). Responses are generate.py's for the same prompts without ids. In
+        float32 they do not depend on batch_size, but for near ties; in a half type rounding makes them, and batch_size=1
+        is exact. UserError: a model that does not generate, an unknown user, a setting out of range, a prompt that is none
+        or too long.
         """
         if not isinstance(self.loaded.model, PersonalizedLM):
             raise UserError(f"{self.loaded.path}: method {self.config.method} does not generate, expected pdpo")
@@ -57,14 +58,15 @@ class TextModel:
         requests = []
         for i, (prompt, name, text) in enumerate(zip(prompts, names, texts)):
             where = f"prompts[{i}]"
-            prefix = self.encoder.prefix_to_answer(parse_prompt(prompt, where), text, where)
+            prefix = self.encoder.prefix_to_answer(self.encoder.read(parse_prompt(prompt, where), where), text, where)
             requests.append(Request(prefix.ids, self._number(name), f"{i + 1} {name or GENERIC}"))
         settings, responses = Decoding(**decoding), []
         check_range("max_new_tokens", settings.max_new_tokens, low=1)
         check_range("temperature", settings.temperature, low=0)
         check_range("top_p", settings.top_p, low=1e-6, high=1)
+        ends = self.encoder.stop_ids(self.loaded.model.backbone.generation_config)
         for start in range(0, len(requests), batch_size):
-            responses += generate(self.loaded.model, requests[start : start + batch_size], self.encoder.eos, settings)
+            responses += generate(self.loaded.model, requests[start : start + batch_size], ends, settings)
         return self.loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
 
     def score(

@@ -1,11 +1,12 @@
 """Generation with user vectors: many users in one left-padded batch, with a KV cache, greedy or sampled.
 
 What a row says does not depend on who else is in the batch: padding is masked, positions count from each row's own first
-token, and each row draws from its own random generator, seeded by its name.
+token, and each row draws from its own random generator, seeded by its name. That leaves rounding: kernels add in another order
+for another number of rows. In float32 it decides between near ties alone, in half types many an answer; a row alone is exact.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from prlhf.backbone.families import check_positions, embeddings, head
+from prlhf.backbone.families import embeddings, head
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedLM
@@ -41,7 +42,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """Token ids without EOS, and whether EOS came (or max_new_tokens did)."""
+    """Token ids without the one that ended them, and whether that came (or max_new_tokens did)."""
 
     ids: list[int]
     finished: bool
@@ -57,7 +58,7 @@ class Decoder:
         padding = [self.columns - len(row) for row in rows]
         self.embeddings_BTD = torch.stack([pad(row, (0, 0, left, 0)) for row, left in zip(rows, padding)])
         self.padding_B = torch.tensor(padding, device=model.device)
-        # Keeps every position, for models with a sliding window too: check_positions refuses what would leave it.
+        # Keeps every position, for models with a sliding window too: check_length refuses what would leave it.
         self.cache = DynamicCache()
 
     def prefill(self) -> Tensor:
@@ -159,9 +160,11 @@ def check_decoding(model: PersonalizedLM) -> None:
 
 
 @torch.inference_mode()
-def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decoding: Decoding) -> list[Response]:
-    """One response to each request, in their order. The model should be in eval mode."""
-    check_positions(model.backbone, max(len(r.ids) for r in requests) + model.vectors + decoding.max_new_tokens)
+def generate(
+    model: PersonalizedLM, requests: Sequence[Request], ends: Container[int], decoding: Decoding
+) -> list[Response]:
+    """One response to each request, in their order, up to any token of `ends`. The model should be in eval mode."""
+    model.check_length(max(len(r.ids) for r in requests) + decoding.max_new_tokens)
     decoder = decoder_of(model)(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
     responses: list[list[int]] = [[] for _ in requests]
@@ -170,7 +173,7 @@ def generate(model: PersonalizedLM, requests: Sequence[Request], eos: int, decod
     for count in range(1, decoding.max_new_tokens + 1):
         token_B = choose(logits_BV, decoding, generators)
         for b, token in enumerate(token_B.tolist()):
-            finished[b] = finished[b] or token == eos
+            finished[b] = finished[b] or token in ends
             if not finished[b]:
                 responses[b].append(token)
         if all(finished) or count == decoding.max_new_tokens:

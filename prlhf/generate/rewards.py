@@ -21,8 +21,9 @@ from prlhf.batch.trees import Reading
 from prlhf.config.keys import DataConfig
 from prlhf.data import comparisons as parse
 from prlhf.data.check.rules import prompt_key
-from prlhf.data.comparisons import CANONICAL, GENERIC, Messages
+from prlhf.data.comparisons import CANONICAL, GENERIC, Messages, Tools
 from prlhf.data.files import read_json_lines, write_json_lines
+from prlhf.data.unknown import check_users
 from prlhf.errors import UserError, did_you_mean
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.score.agreement import check_agreement
@@ -38,6 +39,7 @@ class ScoredLine(NamedTuple):
     user_text: str | None
     id: str
     where: str
+    tools: Tools | None = None
 
 
 def read_lines(path: str | Path, config: DataConfig = CANONICAL) -> list[ScoredLine]:
@@ -53,7 +55,8 @@ def read_lines(path: str | Path, config: DataConfig = CANONICAL) -> list[ScoredL
         response = parse.parse_response(record["response"], f"{where}, response")
         user = parse.parse_user(None if record.get("user") == GENERIC else record.get("user"), f"{where}, user")
         user_text = parse.parse_user_text(record, where, config.attributes)
-        lines.append(ScoredLine(prompt, response, user, user_text, parse.id_of(record, number), where))
+        tools = parse.parse_tools(record.get("tools"), where)
+        lines.append(ScoredLine(prompt, response, user, user_text, parse.id_of(record, number), where, tools))
     return lines
 
 
@@ -66,15 +69,16 @@ class EncodedLine(NamedTuple):
 
 def encode(lines: Sequence[ScoredLine], encoder: Encoder, users: Sequence[int]) -> list[EncodedLine]:
     """The lines' token ids; lines of one prompt and user text have one prefix. UserError where too little room is left."""
-    responses = [encoder.response_ids(line.response) for line in lines]
+    prompts = [encoder.read(line.prompt, line.where, line.tools) for line in lines]
+    responses = [encoder.response_ids(x, line.response)[0].ids for x, line in zip(prompts, lines)]
     keys = [(prompt_key(line.prompt), line.user_text) for line in lines]
     longest: dict[Hashable, int] = defaultdict(int)
     for key, response in zip(keys, responses):
         longest[key] = max(longest[key], len(response))
     encoded = []
-    for line, key, response, user in zip(lines, keys, responses, users):
+    for line, prompt, key, response, user in zip(lines, prompts, keys, responses, users):
         room = encoder.config.max_tokens - longest[key]
-        prefix = encoder.prefix_to_answer(line.prompt, line.user_text, line.where, room)
+        prefix = encoder.prefix_to_answer(prompt, line.user_text, line.where, room)
         reading = Reading(user, tuple(prefix.ids), tuple(response))
         encoded.append(EncodedLine(reading, prefix.prompt_cut > 0 or prefix.user_text_cut > 0))
     return encoded
@@ -100,6 +104,8 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     if Path(out).exists() and not overwrite:
         raise UserError(f"{out}: exists; expected another --out or --overwrite")
     lines = read_lines(path, loaded.config.data)
+    if said_of_users := check_users(path, [line.user for line in lines], loaded.users, loaded.config.data, "response"):
+        print(said_of_users)
     encoded = encode(lines, Encoder(loaded.tokenizer, loaded.config.data), [loaded.number(line.user) for line in lines])
     model = loaded.model.to(choose_device(loaded.config.device))
     check_agreement(model)

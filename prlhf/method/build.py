@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf.backbone.families import lora_targets
@@ -22,40 +23,52 @@ from prlhf.method.pairwise import PairwisePreferenceModel
 from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers, UserModel
 
 
+@torch.no_grad()
+def read_words(embedding: nn.Module, weight_VD: Tensor, ids: Tensor) -> Tensor:
+    """Word embeddings (*ids, D) as the input embedding puts them out when its weight is weight_VD."""
+    return functional_call(embedding, {"weight": weight_VD}, (ids.to(weight_VD.device),))
+
+
 class InitialValues:
     """The values that a user model starts from, by `init` (user_model.init), in float32 at least.
 
     vocabulary: word embeddings drawn at random (paper, A.3). random: Gaussian noise. zero: users do not differ, and share
     word embeddings or, with a linear reward head, zero. solved: as zero, until the solution is put in.
 
-    read_as: the word embeddings' type in the model, which a file may hold in another.
-    reward_head: how many hidden states side by side a linear reward head reads; 0: there is no such head.
+    embedding: the backbone's input embedding, which some families scale (Gemma 3: by sqrt(D)), with the weight weight_VD:
+    words are drawn as the blocks read them. What a family does to these later (Granite), it does to user vectors too.
+    reward_head: how many hidden states side by side a linear reward head reads; 0: there is no such head. With one, e_u meets
+    hidden states, e_u . h, as the rows of a tied LM head do: words are then the weight's rows.
     """
 
     def __init__(
-        self, init: str, vocabulary_VD: Tensor, generator: torch.Generator, read_as: torch.dtype, reward_head: int = 0
+        self, init: str, embedding: nn.Module, weight_VD: Tensor, generator: torch.Generator, reward_head: int = 0
     ):
-        self.init, self.vocabulary_VD, self.generator = init, vocabulary_VD.detach(), generator
-        self.read_as, self.dtype = read_as, torch.promote_types(read_as, torch.float32)
+        self.init, self.embedding, self.weight_VD, self.generator = init, embedding, weight_VD.detach(), generator
+        self.dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         self.reward_head, self.width = reward_head, max(1, reward_head)  # in hidden states
         self.from_zero = init in ("zero", "solved")
 
     def noise(self, *shape: int) -> Tensor:
         """Gaussian noise of the word embeddings' standard deviation, (*shape, W)."""
-        W = self.width * self.vocabulary_VD.shape[1]
-        values = torch.randn(*shape, W, generator=self.generator, dtype=self.dtype)
-        return values * self.vocabulary_VD.to(self.read_as).std().cpu()
+        V, D = self.weight_VD.shape
+        values = torch.randn(*shape, self.width * D, generator=self.generator, dtype=self.dtype)
+        return values * self._words(torch.arange(V)).std().cpu()
 
     def vectors(self, *shape: int) -> Tensor:
         """Word embeddings, noise, or zero where rewards start at 0, (*shape, W)."""
         if self.init == "random":
             return self.noise(*shape)
-        V, D = self.vocabulary_VD.shape
+        V, D = self.weight_VD.shape
         if self.from_zero and self.reward_head:
             return torch.zeros(*shape, self.width * D, dtype=self.dtype)
         drawn = torch.randint(V, (*shape, self.width), generator=self.generator)
-        words = self.vocabulary_VD[drawn.to(self.vocabulary_VD.device)]
-        return words.to("cpu", self.read_as).to(self.dtype).flatten(-2)
+        return self._words(drawn).to("cpu", self.dtype).flatten(-2)
+
+    def _words(self, ids: Tensor) -> Tensor:
+        if self.reward_head:
+            return self.weight_VD[ids.to(self.weight_VD.device)]
+        return read_words(self.embedding, self.weight_VD, ids)
 
     def weights(self, rows: int, K: int, mean: float) -> Tensor:
         """Coordinates around `mean` (rows, K), with noise of size 1/K where users differ or archetypes are zero."""
@@ -96,18 +109,18 @@ def build_model(
 ) -> PersonalizedModel:
     """The model of a config for `users` known users: backbone (loaded unless given), LoRA, user model, aggregator.
 
-    vocabulary_VD: the word embeddings that user vectors start from, where the given backbone has no values yet.
+    vocabulary_VD: the weight of the input embedding, from which user vectors start, where the given backbone has no values.
     compute: by default as this device computes.
     """
     backbone = backbone if backbone is not None else load_backbone(config.model, tokenizer, config.seed)
-    embeddings_VD = backbone.get_input_embeddings().weight
-    D, dtype = embeddings_VD.shape[1], torch.promote_types(embeddings_VD.dtype, torch.float32)
+    embedding = backbone.get_input_embeddings()
+    D, dtype = embedding.weight.shape[1], torch.promote_types(embedding.weight.dtype, torch.float32)
     linear = config.user_model.aggregator == "linear"
     pooled = 2 if config.model.pooling == "both" else 1  # hidden states side by side
-    words_VD = embeddings_VD if vocabulary_VD is None else vocabulary_VD
+    weight_VD = embedding.weight if vocabulary_VD is None else vocabulary_VD.to(embedding.weight.dtype)  # files differ
     generator = torch.Generator().manual_seed(config.seed)
     head = pooled if is_linear(config) else 0
-    start = InitialValues(config.user_model.init, words_VD, generator, embeddings_VD.dtype, head)
+    start = InitialValues(config.user_model.init, embedding, weight_VD, generator, head)
     user_model = build_user_model(config.user_model, users, start)
     choose_trained_weights(config, backbone)
     prepare_blocks(backbone, config.model, config.lora.rank)

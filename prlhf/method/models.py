@@ -21,7 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import Cache, PreTrainedModel
 
 from prlhf.backbone.attention import attention_mask, takes_flex_attention
-from prlhf.backbone.families import check_positions, embeddings, head, hidden_states
+from prlhf.backbone.families import check_positions, check_tokens, embeddings, head, hidden_states
 from prlhf.backbone.lora import adapters_off
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import Layout, PreferenceBatch, Reading, ReadingBatch, collate, lay_out
@@ -99,9 +99,15 @@ class PersonalizedModel(nn.Module):
         return self.user_model.tokens if self.backbone_reads_users else 0
 
     def check_lengths(self, comparisons: Sequence[EncodedComparison]) -> None:
-        """UserError where a comparison has more positions than the backbone reads."""
-        longest = max(len(c.prefix) + max(len(c.chosen), len(c.rejected)) for c in comparisons)
-        check_positions(self.backbone, longest + self.vectors)
+        """UserError where a comparison has more positions than the backbone reads, or a token that it has no embedding of."""
+        self.check_length(max(len(c.prefix) + max(len(c.chosen), len(c.rejected)) for c in comparisons))
+        check_tokens(
+            self.backbone, max(max(ids) for c in comparisons for ids in (c.prefix, c.chosen, c.rejected) if ids)
+        )
+
+    def check_length(self, tokens: int) -> None:
+        """UserError where a sequence of so many tokens has more positions than the backbone reads."""
+        check_positions(self.backbone, tokens + self.vectors, windows=self.layout.kind != "rows")
 
     @property
     def layout(self) -> Layout:
@@ -248,7 +254,7 @@ class PersonalizedRewardModel(PersonalizedModel):
 
     def rewards(self, readings: Sequence[Reading]) -> Tensor:
         """r_P(x, y, u) of single responses, (M,)."""
-        check_positions(self.backbone, max(len(r.prefix) + len(r.response) for r in readings) + self.vectors)
+        self.check_length(max(len(r.prefix) + len(r.response) for r in readings))
         return self.read_rewards(lay_out(readings, self.layout).to(self.device))
 
 

@@ -1,5 +1,7 @@
 """FSDP2 around a finished model. The model knows nothing of it."""
 
+import sys
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -13,29 +15,38 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedTokenizerBase
 
 from prlhf.backbone.families import blocks
-from prlhf.backbone.loading import empty_backbone, weights_folder, word_embeddings
+from prlhf.backbone.loading import empty_backbone, weight_names, weights_folder, word_embeddings
 from prlhf.backbone.toys import DTYPES
+from prlhf.backbone.weights import stored_as_named
 from prlhf.config.keys import Config
 from prlhf.method.build import build_model
 from prlhf.method.models import PersonalizedModel, PersonalizedRewardModel
-from prlhf.parallel.ranks import sharded, world_size
+from prlhf.parallel.ranks import rank, sharded, world_size
 from prlhf.parallel.tensors import load_weights_into
 
 
 def training_model(config: Config, tokenizer: PreTrainedTokenizerBase, users: int, device: str) -> PersonalizedModel:
-    """The model of a config for `users` known users on `device`, sharded over the ranks where `sharded` says so. No rank
-    ever holds all weights of a sharded model that has a name: it is built empty, sharded, and each rank reads its rows."""
+    """The model of a config for `users` known users on `device`, sharded over the ranks where `sharded` says so. Where the
+    files of a named model hold its weights as they are, no rank ever holds all of them: the model is built empty, sharded,
+    and each rank reads its rows. Any other model is whole on every rank while it is loaded, as one without a name is."""
     if not sharded(config):
         return build_model(config, tokenizer, users).to(device)
-    if config.model.name is None:
-        model = build_model(config, tokenizer, users)
-        shard(model, config, device)
-        return model
-    folder = weights_folder(config.model.name)
-    backbone = empty_backbone(config.model, tokenizer)
-    model = build_model(config, tokenizer, users, backbone, word_embeddings(backbone, folder))
+    if config.model.name is not None:
+        folder = weights_folder(config.model.name)
+        backbone = empty_backbone(config.model, tokenizer)
+        if stored_as_named(backbone, weight_names(folder), DTYPES[config.model.dtype]):
+            model = build_model(config, tokenizer, users, backbone, word_embeddings(backbone, folder))
+            shard(model, config, device)
+            load_weights_into(model, folder, device, "cpu" if config.fsdp.offload else device)
+            return model
+        if rank() == 0:
+            print(
+                f"{folder}: not stored weight by weight as the model has them (docs/scaling.md); every process holds the whole "
+                "model once while it loads",
+                file=sys.stderr,
+            )
+    model = build_model(config, tokenizer, users)
     shard(model, config, device)
-    load_weights_into(model, folder, device, "cpu" if config.fsdp.offload else device)
     return model
 
 

@@ -14,19 +14,22 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 
 from prlhf.backbone.loading import weight_files
+from prlhf.backbone.weights import check_finite, not_finite, stored_tensors
 from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedModel
-from prlhf.parallel.ranks import rank, reason, world_size
+from prlhf.parallel.ranks import rank, reason, summed, world_size
 
 FILE_BYTES = 2**28  # about the size of a checkpoint's files: the writer holds a file twice in memory
 
 
 def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weights_on: str) -> None:
-    """Fill the parameters on meta of a sharded model from the safetensors in `folder`; each rank reads its own rows.
-    weights_on: the device that the weights wait on; buffers go to `device`, which computes. What has values already
-    (buffers, LoRA, user model) keeps them. UserError where a weight is missing in the files."""
+    """Fill a sharded model, whose parameters are on meta, from the safetensors in `folder`; each rank reads its own rows.
+    weights_on: the device that the weights wait on; buffers go to `device`, which computes. What the files do not hold
+    (rotary tables, LoRA, user model) keeps its values. UserError where a weight is missing in the files, or not finite."""
     backbone = model.backbone
-    kept = {name: t.detach().clone() for name, t in _tensors(backbone).items() if not t.is_meta}
+    buffers = dict(backbone.named_buffers()).keys() & stored_tensors(backbone).keys()
+    has_values = {name: t for name, t in _tensors(backbone).items() if not t.is_meta and name not in buffers}
+    kept = {name: t.detach().clone() for name, t in has_values.items()}
     backbone.to_empty(device=weights_on)
     for module in backbone.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -36,6 +39,10 @@ def load_weights_into(model: PersonalizedModel, folder: Path, device: str, weigh
         tensors[name].detach().copy_(values)
     wanted = {name.replace(".base.", "."): t.detach() for name, t in tensors.items() if name not in kept}
     read_tensors(wanted, folder, weight_files(folder))
+    own = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in wanted.items()}
+    on_this_rank = not_finite(own)
+    bad = summed(torch.tensor([float(name in on_this_rank) for name in wanted]))
+    check_finite(str(folder), [name for name, count in zip(wanted, bad.tolist()) if count])
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -88,6 +95,12 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP shards the model's weights."""
     return isinstance(model, FSDPModule)
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All that a model's files hold, by name: `named_parameters`, and the persistent buffers."""
+    named_parameters(model)  # puts a sharded model into its sharded state
+    return stored_tensors(model)
 
 
 def full(tensor: Tensor) -> Tensor:

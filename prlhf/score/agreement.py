@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.backbone.attention import as_hugging_face_has_it, dense_mask
-from prlhf.backbone.families import base, blocks, embeddings
+from prlhf.backbone.families import COUNT_BY_ROW, base, blocks, embeddings
 from prlhf.backbone.toys import DTYPES
 from prlhf.batch.trees import Layout, Reading, lay_out
 from prlhf.errors import UserError
@@ -45,10 +45,13 @@ def check_agreement(model: Model) -> Model:
 
     In float32; sharded and compiled models in their own type. A collective operation where the model is sharded.
     """
-    what = _difference(model, model.layout)
+    kind = model.backbone.config.model_type
+    if kind in COUNT_BY_ROW and model.layout.kind != "rows":
+        what: str | None = "it counts positions by the row"
+    else:
+        what = _difference(model, model.layout)
     if what is None:
         return model
-    kind = model.backbone.config.model_type
     if model.layout.kind == "rows" or _difference(model, model.layout._replace(kind="rows")):
         raise UserError(
             f"model.name: a {kind} model cannot be computed right here ({what}); docs/models.md lists the families that can"

@@ -20,7 +20,7 @@ from prlhf.data.sources import cache_dir
 from prlhf.method.losses import ResponseLogProbs
 from prlhf.method.models import PersonalizedLM
 from prlhf.parallel.ranks import rank, summed, world_size
-from prlhf.parallel.tensors import full, named_parameters
+from prlhf.parallel.tensors import full, named_weights
 from prlhf.score.cache import bytes_of_tensor, from_cache
 from prlhf.score.score import score
 
@@ -32,7 +32,7 @@ def weights_fingerprint(backbone: nn.Module) -> str:
     """A hash of the backbone's architecture and weights, without LoRA's."""
     shape = {k: v for k, v in backbone.config.to_dict().items() if k not in NOT_ARCHITECTURE}
     digest = hashlib.blake2b(json.dumps(shape, sort_keys=True, default=str).encode(), digest_size=16)
-    weights = _base_parameters(backbone)
+    weights = _base_weights(backbone)
     hashes = torch.zeros(len(weights), 16, dtype=torch.int32)  # each weight is hashed by one rank
     for i, (_, weight) in enumerate(weights):
         whole = full(weight)
@@ -74,7 +74,7 @@ def reference_log_probs(
     return ResponseLogProbs(cached[0], cached[1], lengths[0], lengths[1])
 
 
-def _base_parameters(backbone: nn.Module) -> list[tuple[str, Tensor]]:
+def _base_weights(backbone: nn.Module) -> list[tuple[str, Tensor]]:
     adapters = {id(p) for m in backbone.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)}
-    named = named_parameters(backbone).items()
-    return sorted((name.replace(".base.", "."), p) for name, p in named if id(p) not in adapters)
+    named = named_weights(backbone).items()
+    return sorted((name.replace(".base.", "."), t) for name, t in named if id(t) not in adapters)

@@ -46,8 +46,9 @@ class Task:
 def prepare_task(config: Config, model: PersonalizedModel, data: Dataset, base: str) -> Task:
     """A task with the reference log-probs and states that the config needs, from the cache or computed.
 
-    The backbone must still be the reference. base: its `weights_fingerprint`.
+    The backbone must still be the reference. base: its `weights_fingerprint`. UserError: a comparison that is too long.
     """
+    model.check_lengths(data.comparisons)  # in training nothing else does
     size = config.evaluate.batch_size
     states = fixed_states(model, data.comparisons, size, base)
     reference = None

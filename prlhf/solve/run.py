@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.config.keys import Config, is_linear, solves_exactly
 from prlhf.errors import UserError
+from prlhf.method.build import read_words
 from prlhf.method.models import PersonalizedModel, PersonalizedRewardModel
 from prlhf.method.prior import Prior, Strength, counts_of, embedding_scale, stated_strength
 from prlhf.parallel.ranks import from_main, on_main, say, text_from_main
@@ -70,7 +71,9 @@ def set_prior(
     counts = counts_of([c.user for c in comparisons], model.users)
     if not is_linear(config):
         strength = stated_strength(config.user_model)
-        scale_W = embedding_scale(full(model.backbone.get_input_embeddings().weight))
+        embedding = model.backbone.get_input_embeddings()
+        weight_VD = full(embedding.weight.detach()).to(model.device)
+        scale_W = embedding_scale(read_words(embedding, weight_VD, torch.arange(len(weight_VD))))
         model.prior = Prior(strength, scale_W, len(comparisons), counts)
         return {"prior": strength.users, "shared_prior": strength.shared}
     assert isinstance(model, PersonalizedRewardModel)

@@ -21,12 +21,12 @@ from prlhf.backbone.toys import DTYPES
 from prlhf.config.keys import Config
 from prlhf.config.load import differing_keys, dump, load_resolved
 from prlhf.data.users import UserIndex
-from prlhf.errors import UserError, did_you_mean
+from prlhf.errors import UserError, did_you_mean, expanded
 from prlhf.method.build import build_model
 from prlhf.method.models import Core, PersonalizedLM, PersonalizedModel
 from prlhf.method.users import UniformUsers, is_personal
 from prlhf.parallel.ranks import on_main
-from prlhf.parallel.tensors import named_parameters, whole
+from prlhf.parallel.tensors import named_weights, whole
 from prlhf.score.reference import weights_fingerprint
 from prlhf.store.checkpoints import steps
 from prlhf.store.files import checksum, written_aside
@@ -39,10 +39,10 @@ def save_final(
 
     base: the initial weights' fingerprint. Rank 0 holds all weights while it writes. TrainingError where that fails.
     """
-    named_parameters(model)  # puts a sharded model into its sharded state, from which `whole` gathers
+    stored = named_weights(model.backbone)
     adapters = whole(lora_state(model.backbone))
     full_tuning = not config.lora.rank and not config.model.frozen
-    weights = whole(dict(model.backbone.named_parameters()) if full_tuning else {})
+    weights = whole(stored if full_tuning else {})
     user_weights = whole(_user_modules(model).state_dict())
 
     def write() -> None:
@@ -90,7 +90,7 @@ class Loaded(NamedTuple):
 
 def find_final(checkpoint: str | Path) -> Path:
     """The final/ folder that a path means: itself, or the run's. UserError where there is none."""
-    path = Path(checkpoint).expanduser()
+    path = expanded(checkpoint)
     for candidate in (path, path / "final"):
         if (candidate / "users.json").is_file():
             return candidate

@@ -7,18 +7,20 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from prlhf.config.keys import Config
 from prlhf.config.load import differing_keys, dump, load_resolved
 from prlhf.data.files import replace_text
-from prlhf.errors import UserError
-from prlhf.parallel.ranks import on_any, on_main, rank
+from prlhf.errors import UserError, expanded
+from prlhf.parallel.ranks import on_any, on_main, rank, text_from_main
 from prlhf.store.checkpoints import steps
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what a file system without flock says (Lustre, some NFS)
-FREE_GROUP = "fsdp."  # how processes share the work may differ from one start to the next
+FREE_TO_CHANGE = ("fsdp.", "data.new_users")  # may differ from one start to the next: no number depends on them
 WRITTEN = ("config.yaml", "metrics.jsonl", "checkpoints", "final", "eval", "tensorboard")  # what --overwrite removes
 
 
@@ -44,9 +46,25 @@ class Run(NamedTuple):
         return self.path / "metrics.jsonl"
 
     @property
+    def begun(self) -> bool:
+        """Whether the folder holds what a run has computed."""
+        return self.metrics.exists() or self.checkpoints.exists() or self.final.exists()
+
+    @property
     def finished(self) -> bool:
         """Whether rank 0 sees the finished model."""
         return on_any(rank() == 0 and (self.final / "users.json").is_file())
+
+    def dated(self, config: Config, overwrite: bool) -> Config:
+        """The config with a data.template_date: its own, else that with which this run began, else today."""
+
+        def day() -> str:
+            began = (
+                load_resolved(self.path / "config.yaml").data.template_date if self.begun and not overwrite else None
+            )
+            return (began or date.today()).isoformat()
+
+        return _at_date(config, date.fromisoformat(text_from_main(day)))
 
     def begin(self, config: Config, overwrite: bool) -> None:
         """Write config.yaml; where `overwrite`, first remove what an earlier run left."""
@@ -83,13 +101,15 @@ def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
 
     UserError where it has another config (with the keys that differ; not if `overwrite`), other files, or is in use.
     """
-    run = Run(Path(config.run_dir or Path("runs") / name).expanduser(), None)
+    run = Run(expanded(config.run_dir or Path("runs") / name), None)
 
     def lock() -> IO[str]:
         opened = _locked(run.path)
-        begun = run.metrics.exists() or run.checkpoints.exists() or run.final.exists()
-        differing = differing_keys(load_resolved(run.path / "config.yaml"), config) if begun and not overwrite else []
-        lines = [f"  {line}\n" for line in differing if not line.startswith(FREE_GROUP)]
+        differing = []
+        if run.begun and not overwrite:
+            stored = load_resolved(run.path / "config.yaml")
+            differing = differing_keys(stored, _at_date(config, stored.data.template_date))
+        lines = [f"  {line}\n" for line in differing if not line.startswith(FREE_TO_CHANGE)]
         if lines:
             raise UserError(
                 f"run_dir: {run.path} belongs to a run with another config:\n{''.join(lines)}"
@@ -98,6 +118,11 @@ def open_run(config: Config, name: str, overwrite: bool = False) -> Run:
         return opened
 
     return run._replace(lock=on_main(lock))
+
+
+def _at_date(config: Config, day: date | None) -> Config:
+    """The config with this data.template_date where it has none of its own."""
+    return replace(config, data=replace(config.data, template_date=config.data.template_date or day))
 
 
 def _locked(path: Path) -> IO[str]:

@@ -11,12 +11,13 @@ from typing import NoReturn
 
 from prlhf.backbone.loading import choose_device, load_tokenizer
 from prlhf.batch.datasets import encode_training_data
+from prlhf.batch.tokens import Encoder
 from prlhf.config.keys import Config, solves_exactly
 from prlhf.config.load import find_config, load_config
 from prlhf.data.comparisons import ComparisonFile, read_comparisons
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.forecast.dry_run import available_memory, predict, render
-from prlhf.parallel.ranks import process_group, say, started_processes, started_rank
+from prlhf.parallel.ranks import process_group, rank, say, started_processes, started_rank
 from prlhf.parallel.shard import training_model
 from prlhf.score.agreement import check_agreement
 from prlhf.score.reference import weights_fingerprint
@@ -57,7 +58,7 @@ def main() -> None:
         if run.finished and not args.overwrite:
             say(f"{run.final} is finished; --overwrite trains anew")
         else:
-            run_training(config, run, device, (train_file, valid_file), args.overwrite)
+            run_training(run.dated(config, args.overwrite), run, device, (train_file, valid_file), args.overwrite)
 
 
 def run_training(config: Config, run: Run, device: str, files: Files, overwrite: bool) -> None:
@@ -67,10 +68,17 @@ def run_training(config: Config, run: Run, device: str, files: Files, overwrite:
     say(f"train: {train_data.report.lines()}; {len(users)} known users")
     if valid_data is not None:
         say(f"valid: {valid_data.report.lines()}")
+    for data in (train_data, valid_data):
+        if data is not None and data.said_of_users is not None:
+            say(data.said_of_users)
 
     # Until the first update the model is its own reference, so the reference's log-probs are computed now.
     reproducible(config, device)
     model = training_model(config, tokenizer, len(users), device)
+    prompts, encoder = (c.prompt for c in train_data.raw), Encoder(tokenizer, config.data)
+    unusual = encoder.unusual_end(prompts, model.backbone.generation_config) if config.method == "pdpo" else None
+    if unusual and rank() == 0:
+        print(f"warning: {unusual}", file=sys.stderr)
     base = weights_fingerprint(model.backbone)
     check_agreement(model)
     training = prepare_task(config, model, train_data, base)

@@ -17,7 +17,8 @@ def build(*overrides, users=3):
 
 
 def starting(config, table, reward_head=0):
-    return InitialValues(config.init, table, torch.Generator().manual_seed(0), table.dtype, reward_head)
+    embedding = torch.nn.Embedding.from_pretrained(table)
+    return InitialValues(config.init, embedding, table, torch.Generator().manual_seed(0), reward_head)
 
 
 def test_uniform():

@@ -10,6 +10,7 @@ data.limit say. Texts that differ only in white space or in how Unicode is compo
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from prlhf.data.check.leaks import JUDGED, leaks
 from prlhf.data.check.rules import RULES, FittedRules, as_read, conflicts, fit, majority_share, pair_key, prompt_key
 from prlhf.data.check.tables import Cell, markdown_table, percent_text
 from prlhf.data.comparisons import CANONICAL, Comparison, ComparisonFile, read_comparisons, words
+from prlhf.data.unknown import alike, check_users, without_users
 from prlhf.data.users import UserIndex
 
 FEW = 5  # fewer training comparisons than this tell little about a user
@@ -74,6 +76,7 @@ def check(files: Sequence[str], form: DataConfig, encode: Encode | None, warning
         known = [users.number(c.user) > 0 for c in file.comparisons]
         splits.append(CheckedFile(str(path), str(label), file, known, [as_read(c) for c in file.comparisons]))
     rules = fit(splits[0].read, users)
+    warnings += users_warnings(splits, users, form)
     yield contents_section(splits, users)
     yield activity_section(splits, users, warnings)
     yield votes_section(splits, warnings)
@@ -83,6 +86,22 @@ def check(files: Sequence[str], form: DataConfig, encode: Encode | None, warning
     if encode is not None:
         yield tokens_section(splits, users, encode, warnings)
     yield rules_section(splits, rules)
+
+
+def users_warnings(splits: Sequence[CheckedFile], users: UserIndex, form: DataConfig) -> list[str]:
+    """A warning for a file without users, for names in training that look the same, and for held-out users who are unknown
+    though a known name looks the same, or of whom none is known."""
+    found = []
+    for i, split in enumerate(splits):
+        names = [c.user for c in split.read]
+        unknown = {name for name in names if name and not users.number(name)}
+        if not any(names):
+            found.append(without_users(split.path, form))
+        elif i == 0:
+            found.append(alike(split.path, names))
+        elif users.near(unknown) or not any(split.known):
+            found.append(check_users(split.path, names, users, replace(form, new_users=True)))
+    return [said for said in found if said]
 
 
 def spread(numbers: Sequence[float]) -> list[float]:

@@ -6,6 +6,7 @@ model's personal gain may be no more than that. Each rule is a margin in favour 
 positive, wrong where negative, one half where it is zero. Texts are the same where they are equal `as_read`.
 """
 
+import json
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
@@ -33,13 +34,16 @@ def as_read(comparison: Comparison) -> Comparison:
 
     prompt = comparison.prompt
     messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
-    prompt = tuple({**m, "content": read(m["content"])} for m in messages)
+    prompt = tuple({**m, "content": read(m.get("content") or "")} for m in messages)
     return replace(comparison, prompt=prompt, chosen=read(comparison.chosen), rejected=read(comparison.rejected))
 
 
 def prompt_key(prompt: str | Messages) -> Hashable:
     """The exact prompt as a dictionary key."""
-    return prompt if isinstance(prompt, str) else tuple((m["role"], m["content"]) for m in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    plain = {"role", "content"}
+    return tuple((m["role"], m["content"]) if m.keys() == plain else json.dumps(m, sort_keys=True) for m in prompt)
 
 
 def pair_key(comparison: Comparison) -> Hashable:

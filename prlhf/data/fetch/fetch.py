@@ -25,7 +25,7 @@ from huggingface_hub.errors import HTTPError as HubHTTPError
 from prlhf.data.fetch.download import NETWORK, download
 from prlhf.data.files import sha256, write_json
 from prlhf.data.sources import SOURCES, Source, raw_folder, source_name
-from prlhf.errors import UserError
+from prlhf.errors import UserError, expanded
 
 HUB_NETWORK = (HubHTTPError, EntryNotFoundError, ConnectionError, TimeoutError, RuntimeError)  # the last is hf_xet's
 MEASURED = "{bytes} bytes of SHA-256 {sha256}"
@@ -82,7 +82,7 @@ def run(name: str, out: str | None) -> None:
     """The command: download data set `name` to folder `out`, by default in the cache. UserError says what to do."""
     origin = source_name(name)
     source, default = SOURCES[origin], raw_folder(origin).resolve()
-    path = Path(out).expanduser().resolve() if out else default
+    path = expanded(out).resolve() if out else default
     print(f"{source.title}\npage: {source.page}\nlicence: {source.licence}")
     if source.needs:
         print(f"gated: {source.needs}")

@@ -19,7 +19,8 @@ from prlhf.data.sets import multipref, persona, prism, psoups, tldr
 from prlhf.data.sets.raw import Count, Options, RawSet, raw_files, text_key
 from prlhf.data.sets.splits import Judged, Shares, Split, judged, recurring, split, split_by_response, with_few_shot
 from prlhf.data.sources import raw_folder, source_name
-from prlhf.errors import UserError
+from prlhf.data.unknown import alike, without_users
+from prlhf.errors import UserError, expanded
 
 PROMPTS = 50  # held-out prompts to generate answers to
 OUTPUTS = ("train.jsonl", "valid.jsonl", "few_shot.jsonl", "prompts.jsonl")
@@ -40,8 +41,8 @@ SAMPLE_SIZES = {"prism": (6_431, 3_982)}  # published: comparisons trained on, a
 def prepare(name: str, raw: str | None, out: str | None, options: Options, overwrite: bool) -> None:
     """Read, split and write a data set. UserError for bad raw files, or where `out` holds another split."""
     source, (read, files) = source_name(name), READERS[name]
-    folder = Path(raw).expanduser() if raw else raw_folder(source)
-    target = Path(out or f"runs/data/{name}").expanduser()
+    folder = expanded(raw) if raw else raw_folder(source)
+    target = expanded(out or f"runs/data/{name}")
     made_of = {path.name: sha256(path) for path in raw_files(folder, source, *files)}
     settings = {"data": name, **asdict(options), "raw": made_of}
     if is_there(target, settings, overwrite):
@@ -71,7 +72,7 @@ class Division(NamedTuple):
 
 def split_file(file: str, out: str, division: Division, form: DataConfig, options: Options, overwrite: bool) -> None:
     """Split a file of comparisons. form: its format and user_column. UserError for a bad file, or as of `prepare`."""
-    path, target, by = Path(file).expanduser(), Path(out).expanduser(), division.by
+    path, target, by = expanded(file), expanded(out), division.by
     records, comparisons = read_for_split(file, None if by in ("prompt", "response") else by, form)
     if by is None:
         by = choose_by(comparisons)
@@ -91,16 +92,21 @@ def split_file(file: str, out: str, division: Division, form: DataConfig, option
 
 
 def read_for_split(file: str, dialogue: str | None, form: DataConfig) -> tuple[list[Record], list[Judged]]:
-    """The records of a file, grouped by prompt or by the dialogue that a field names, and what each of them says."""
+    """The records of a file, grouped by prompt or by the dialogue that a field names, and what each of them says.
+
+    Prints a warning where no comparison has a user, or names of users look the same.
+    """
     records, comparisons = [], []
     for where, record, comparison in read_parsed(file, form):
         if dialogue is not None and not isinstance(record.get(dialogue), str | int):
             raise UserError(f"{where}, {dialogue}: expected text or a number, the dialogue's name")
         record = split_conversations(record)
         group = text_key(json.dumps(record["prompt" if dialogue is None else dialogue], ensure_ascii=False))
-        user = None if comparison.user is None else record["user"]
-        records.append({"id": comparison.id, **record, "user": user, "split_group": group})
+        records.append({"id": comparison.id, **record, "user": comparison.user, "split_group": group})
         comparisons.append(judged(comparison))
+    names = [user for user, _ in comparisons]
+    if said := alike(file, names) if any(names) else without_users(file, form):
+        print(f"warning: {said}")
     return records, comparisons
 
 
@@ -175,7 +181,7 @@ def write(target: Path, made: Split, settings: dict[str, Any], raw: RawSet) -> N
         "files": files,
         "left_out": dropped,
         "on_trained_prompts": leaking,
-        "known_users": sorted(known, key=lambda user: (isinstance(user, str), user)),  # whole numbers are names too
+        "known_users": sorted(known),
         "counts": [count._asdict() for count in raw.counts],
     }
     write_json(target / "split.json", record)

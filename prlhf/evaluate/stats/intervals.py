@@ -14,6 +14,7 @@ import numpy as np
 
 MISSED = 0.05  # the share of 95% intervals that miss
 Z = NormalDist().inv_cdf(1 - MISSED / 2)
+DRAWN_SINGLY = 1000  # so many users at most are drawn one by one
 
 
 class Interval(NamedTuple):
@@ -79,11 +80,19 @@ def _alike_interval(ratio: float, users: float, lowest: float) -> Interval | Non
 def _resampled(
     numerator_U: np.ndarray, denominator_U: np.ndarray, samples: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """The ratio in each of `samples` draws of U users with replacement, in blocks that bound the memory."""
+    """The ratio in each of `samples` draws of U users with replacement, in blocks that bound the memory.
+
+    Users of the same numerator and denominator are exchangeable, so only how many of each kind are drawn matters: among
+    many users, that is drawn at once. Few users are drawn one by one, which keeps the draws that published numbers have.
+    """
     users = len(numerator_U)
-    block, ratios = max(1, 2_000_000 // users), []
+    counts = np.ones(users, dtype=int)
+    if users > DRAWN_SINGLY:
+        kinds, counts = np.unique(np.stack([numerator_U, denominator_U]), axis=1, return_counts=True)
+        numerator_U, denominator_U = kinds
+    block, ratios = max(1, 2_000_000 // len(counts)), []
     for start in range(0, samples, block):
-        drawn = rng.multinomial(users, np.full(users, 1 / users), size=min(block, samples - start))
+        drawn = rng.multinomial(users, counts / users, size=min(block, samples - start))
         ratios.append((drawn @ numerator_U) / (drawn @ denominator_U))
     return np.concatenate(ratios)
 
@@ -116,8 +125,8 @@ def worst_user_interval(correct_U: np.ndarray, n_U: np.ndarray) -> Interval | No
     """
     if not len(n_U):
         return None
-    pairs = [(float(k), int(n)) for k, n in zip(correct_U, n_U)]
-    miss = 1 - (1 - MISSED / 2) ** (1 / len(pairs))
+    pairs = {(float(k), int(n)) for k, n in zip(correct_U, n_U)}
+    miss = 1 - (1 - MISSED / 2) ** (1 / len(n_U))
     low = min(exact_bound(k, n, MISSED / 2) for k, n in pairs)
     return Interval(low, min(1 - exact_bound(n - k, n, miss) for k, n in pairs))
 

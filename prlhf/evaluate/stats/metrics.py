@@ -40,7 +40,7 @@ def distinct(users: Sequence[str] | np.ndarray) -> tuple[list[str], np.ndarray]:
     """The distinct users in order of name, and the index of each entry's user among them."""
     names = sorted(set(users))  # np.unique would take names for equal that differ in a last \0
     number = {name: i for i, name in enumerate(names)}
-    return names, np.fromiter((number[user] for user in users), dtype=int, count=len(users))
+    return names, np.fromiter(map(number.__getitem__, users), dtype=int, count=len(users))
 
 
 def by_user(users: Sequence[str] | np.ndarray, margins: np.ndarray) -> UserCounts:
