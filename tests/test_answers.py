@@ -116,7 +116,12 @@ def test_where_the_template_puts_no_special_token_behind_an_answer_eos_does_and_
     enc = encoder(tokenizer, *(["data.template=tulu"] if template == "tulu" else []))
     assert encode(enc, TALK)[0].chosen == [*ids("water"), 2]
     assert enc.stop_ids(GenerationConfig(eos_token_id=7)) == {2, 7}
-    assert "puts no special token behind an answer; the tokenizer's EOS '</s>'" in enc.unusual_end([TALK], None)
+    said = (
+        "refuses made-up talks, so its turn end is not known"
+        if "raise" in template
+        else "puts no special token behind an answer"
+    )
+    assert f"{said}; the tokenizer's EOS '</s>'" in enc.unusual_end([TALK], None)
 
 
 def test_a_generation_config_that_cannot_be_saved_keeps_its_ends():
@@ -130,3 +135,29 @@ def test_a_generation_config_that_cannot_be_saved_keeps_its_ends():
 def test_a_pairwise_question_holds_no_eos():
     enc = Encoder(TOKENIZER, tiny_config().data, "pairwise")
     assert encode(enc, "hi", "water</s>", "no\n")[0] == encode(enc, "hi", "water", "no\n")[0]
+
+
+def test_a_template_that_wants_a_system_message_first_tells_its_turn_end_too():
+    """And one that refuses every made-up talk is not said to have none."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    refusing = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusing + CHATML
+    talk = [{"role": "system", "content": "Be brief."}, *TALK]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encode(encoder(tokenizer), talk)[0].chosen == [*ids("water"), end]
+    tokenizer.chat_template = refusing.replace("system", "tool") + CHATML
+    said = encoder(tokenizer).unusual_end([talk], GenerationConfig())
+    assert "refuses made-up talks, so its turn end is not known" in said
+
+
+def test_a_turn_end_that_a_text_prompts_response_says_stays():
+    """A text is taken as it is; only the EOS that would stand twice goes."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    found, _ = encode(encoder(tokenizer), "hi", "water<|im_end|>", "no</s>")
+    assert found.chosen == [*ids("water"), end, 2] and found.rejected == [*ids("no"), 2]
+    in_chat, _ = encode(encoder(tokenizer), TALK, "water<|im_end|>", "no</s>")
+    assert in_chat.chosen == [*ids("water"), end] and in_chat.rejected == [*ids("no"), end]

@@ -90,3 +90,18 @@ def test_a_response_is_text_alone_and_faults_of_messages_and_tools_are_told_with
             read_comparisons(file_of(tmp_path, **record))
     whole = read_comparisons(file_of(tmp_path, chosen=[{**answer, "tool_calls": [], "id": 7}])).comparisons[1]
     assert whole.chosen == "a"  # what is empty or no part of the text is no fault
+
+
+@pytest.mark.parametrize(
+    "mention", ["{# tools, function_call #}", "You have no tools, no function_call.\n", "{{ 'no tools' }}"]
+)
+def test_what_a_template_only_mentions_is_refused(tmp_path, mention):
+    talk = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    call = {"role": "assistant", "content": "", "function_call": {"name": "rain", "arguments": "{}"}}
+    for record, name in (
+        ({"tools": TOOLS, "prompt": TALK[:1]}, "tools"),
+        ({"prompt": [TALK[0], call]}, "function_call"),
+    ):
+        file = read_comparisons(file_of(tmp_path, **record))
+        with pytest.raises(UserError, match=f"line 2, prompt: found {name}, which the chat template does not read"):
+            encode_file(file, encoder(mention + talk), UserIndex([]))

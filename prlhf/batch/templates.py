@@ -1,12 +1,13 @@
 """Chat templates: a prompt, text or messages, as the text that the model reads, and what ends an answer to it."""
 
+import contextlib
 import inspect
 import re
 from datetime import date
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
 from transformers import PreTrainedTokenizerBase
 
 from prlhf.config.keys import DataConfig
@@ -23,6 +24,9 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
 }
 ANSWER = "AnswerOfTheAssistant"  # stands in for an answer, to see what a template puts around it
+ASKED = {"role": "user", "content": "Question"}
+MADE_UP = [[ASKED], [{"role": "system", "content": "Help."}, ASKED]]  # some templates want a system message first
+ENVIRONMENT = Environment(extensions=["jinja2.ext.loopcontrols"])  # to parse with, as Hugging Face does
 # What a template in Jinja's sandbox raises for a conversation that it does not take.
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
@@ -31,11 +35,12 @@ class AroundAnswer(NamedTuple):
     """What a template puts around an answer: white space between the prompt and it, and the token that ends it.
 
     That is the first special token behind the answer, None where there is none. Special is any added token but UNK: some
-    families' turn ends are not marked as special (Phi-3).
+    families' turn ends are not marked as special (Phi-3). `found` is False where the template refuses the talks that would tell.
     """
 
     space: str
     end: int | None
+    found: bool = True
 
 
 class ChatTemplate:
@@ -73,14 +78,16 @@ class ChatTemplate:
 
     @cached_property
     def around(self) -> AroundAnswer:
-        """What the template puts around an assistant's message, from a made-up talk; nothing where it takes none."""
-        asked = [{"role": "user", "content": "Question"}]
-        try:
-            prompt = self._render(asked, None, "", add_generation_prompt=True)
-            talk = [*asked, {"role": "assistant", "content": ANSWER}]
-            before, found, behind = self._render(talk, None, "", add_generation_prompt=False).rpartition(ANSWER)
-        except UserError:
-            return AroundAnswer("", None)
+        """What the template puts around an assistant's message, from the first of MADE_UP that it takes."""
+        for asked in MADE_UP:
+            with contextlib.suppress(UserError):
+                return self._around(asked)
+        return AroundAnswer("", None, found=False)
+
+    def _around(self, asked: list[dict[str, Any]]) -> AroundAnswer:
+        prompt = self._render(asked, None, "", add_generation_prompt=True)
+        talk = [*asked, {"role": "assistant", "content": ANSWER}]
+        before, found, behind = self._render(talk, None, "", add_generation_prompt=False).rpartition(ANSWER)
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.content.strip()}
         special.discard(self.tokenizer.unk_token_id)
         ids = self.tokenizer(behind, add_special_tokens=False)["input_ids"] if found else []
@@ -94,7 +101,9 @@ class ChatTemplate:
         source = self._source(given)
         for name in self.config.template_args or {}:
             if not _reads(source, name):
-                raise UserError(f"data.template_args: found {name!r}, which the chat template does not read")
+                raise UserError(
+                    f"data.template_args: found {name!r}, which the chat template does not read; expected names that it does"
+                )
         told = ["tools"] if tools else []
         for name in [*told, *(name for name in BESIDE_CONTENT if any(m.get(name) for m in messages))]:
             if not _reads(source, name):
@@ -137,5 +146,10 @@ class ChatTemplate:
 
 
 def _reads(source: str, name: str) -> bool:
-    """Whether a template mentions a name. Jinja leaves out what is not mentioned without a word."""
-    return re.search(rf"\b{re.escape(name)}\b", source) is not None
+    """Whether a template reads a variable, attribute or key of this name. Jinja leaves out all others without a word."""
+    try:
+        tree = ENVIRONMENT.parse(source)
+    except TemplateSyntaxError:  # a tag of Hugging Face's own
+        return re.search(rf"\b{re.escape(name)}\b", source) is not None
+    names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
+    return name in names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}

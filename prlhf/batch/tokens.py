@@ -151,8 +151,6 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, config)
         end = self.template.around.end
         self.ends = {self.eos, self.eos if end is None else end}
-        names = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens(sorted(self.ends))))
-        self.said_end = re.compile(rf"(?:(?:{names})\s*)+\Z")
         self.question = pair_question(tokenizer) if method == "pairwise" else None
 
     def _ids(self, text: str) -> list[int]:
@@ -164,7 +162,7 @@ class Encoder:
         ids = self._without_bos(self._ids(text))
         if not self.template.takes(prompt):
             return ReadPrompt(text, ids, "", self.eos)
-        space, end = self.template.around
+        space, end, _ = self.template.around
         return ReadPrompt(text, ids, space if self.spaced else "", self.eos if end is None else end)
 
     def _without_bos(self, ids: list[int]) -> list[int]:
@@ -186,6 +184,8 @@ class Encoder:
         if not any(map(self.template.takes, prompts)) or self.template.around.end in self._eos_ids(generation):
             return None
         eos = self.tokenizer.convert_ids_to_tokens(self.eos)
+        if not self.template.around.found:
+            return f"the chat template refuses made-up talks, so its turn end is not known; the tokenizer's EOS {eos!r} ends an answer"
         if self.template.around.end is None:
             return f"the chat template puts no special token behind an answer; the tokenizer's EOS {eos!r} ends it"
         end = self.tokenizer.convert_ids_to_tokens(self.template.around.end)
@@ -196,7 +196,7 @@ class Encoder:
 
     def response_ids(self, prompt: ReadPrompt, *responses: str) -> list[Behind]:
         """Tokens of each y behind x, with the one token that ends it."""
-        texts = [self._open(y) for y in responses]
+        texts = [self._open(y, prompt.end) for y in responses]
         behind = self._behind(prompt.text, prompt.ids, *(prompt.space + y for y in texts))
         return [Behind((self._ids(y) if b is None else b) + [prompt.end], b is None) for y, b in zip(texts, behind)]
 
@@ -213,13 +213,14 @@ class Encoder:
 
     def _in_question(self, response: str) -> list[int]:
         """Tokens of y in a `PairQuestion`, where it stands behind a newline."""
-        y = self._open(response)
+        y = self._open(response, self.eos)
         (ids,) = self._behind("\n", self._ids("\n"), y)
         return self._ids(y) if ids is None else ids
 
-    def _open(self, response: str) -> str:
-        """The response without the end that its text may have already, and white space behind that."""
-        return self.said_end.sub("", response)
+    def _open(self, response: str, end: int) -> str:
+        """The response without the end, or EOS, that its text may have already, and white space behind that."""
+        names = "|".join(map(re.escape, self.tokenizer.convert_ids_to_tokens([end, self.eos])))
+        return re.sub(rf"(?:(?:{names})\s*)+\Z", "", response)
 
     def prefix(self, prompt: ReadPrompt, user_text: str | None, room: int) -> EncodedPrompt:
         """[BOS] u_t x in at most `room` tokens: a long u_t loses its end, a long x its oldest tokens."""
@@ -228,7 +229,8 @@ class Encoder:
         if user_text and self.config.user_text:
             before = user_text + "\n"
             text = self._without_bos(self._ids(before))
-            (behind,) = self._behind(before, text, prompt.text) if self.spaced else [None]
+            x = prompt.text.removeprefix(self.tokenizer.bos_token or "")
+            (behind,) = self._behind(before, text, x) if self.spaced else [None]
             ids = ids if behind is None else self._without_bos(behind)
         kept_text = text[: self.config.max_user_text_tokens]
         room = min(self.config.max_prompt_tokens, room - len(self.bos) - len(kept_text))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from prlhf.config.keys import DataConfig
 from prlhf.data.files import Record, read_json_lines, read_records
-from prlhf.data.names import LOSSY, MISSING, canonical
+from prlhf.data.names import LOSSY, MISSING, canonical, folded
 from prlhf.errors import UserError, did_you_mean
 
 GENERIC = "generic"  # what people type for user 0
@@ -18,7 +18,7 @@ CANONICAL = DataConfig()
 Messages = tuple[dict[str, Any], ...]  # each with a role, a content, and what else a chat template may read
 Tools = tuple[dict[str, Any], ...]  # JSON schemas of the functions that an assistant may call
 # What a message may hold beside its content that the model would read, in Hugging Face's names for it.
-BESIDE_CONTENT = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,8 @@ def parse_user(user: Any, where: str) -> str | None:
     if not whole and not isinstance(user, str):
         raise UserError(f"{where}: expected a string, a whole number or null, found {shortened(user)}")
     name = canonical(str(user))
+    if name and not folded(name):
+        raise UserError(f"{where}: {name!r} has no character that can be seen; expected a name or null")
     if name == GENERIC:
         raise UserError(f"{where}: {GENERIC!r} is the name of the unknown user; expected another name or null")
     if name in MISSING:
