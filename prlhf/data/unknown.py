@@ -34,7 +34,7 @@ def check_users(
     if not any(names):
         found = users_fields(file, form if unit == "comparison" else replace(form, format="jsonl"))
         said = without_users(file, form, found, unit)
-        if found.named and not form.new_users:
+        if found.named and not found.column and not form.new_users:
             raise UserError(f"{said}; expected users, or data.new_users=true for a file without")
         return said
     unknown = Counter(name for name in names if name is not None and not users.number(name))
@@ -57,25 +57,30 @@ class UsersFields(NamedTuple):
 
     named: list[str]
     recurring: list[str]
+    column: bool  # whether a record has the field data.user_column, if only as null
 
 
 def users_fields(file: str | Path, form: DataConfig) -> UsersFields:
     """The fields of a file that may name the user, short texts or numbers. form: its format and user_column."""
     values: dict[str, Counter[str]] = defaultdict(Counter)
+    column = False
     for _, _, record in read_records(file, form.format):
+        column = column or form.user_column in record
         for name, value in record.items():
             if name not in OTHER_FIELDS | {form.user_column} and type(value) in (str, int, float) and value != "":
                 values[name][str(value)] += 1
     short = {name: counts for name, counts in values.items() if max(map(len, counts)) <= LONGEST}
     named = [name for name in short if USERS_FIELD.fullmatch(name.lower())]
-    return UsersFields(named, [name for name, counts in short.items() if 2 <= len(counts) <= counts.total() / 2])
+    return UsersFields(
+        named, [name for name, counts in short.items() if 2 <= len(counts) <= counts.total() / 2], column
+    )
 
 
 def without_users(
     file: str | Path, form: DataConfig, found: UsersFields | None = None, unit: str = "comparison"
 ) -> str:
     """That no comparison (or other `unit`) of a file has a user, and the fields that may name them."""
-    named, recurring = found or users_fields(file, form)
+    named, recurring, _ = found or users_fields(file, form)
     hint, how = "", "(data.user_column, or --user-column of split, says which)"
     if named:
         hint = f"; fields that look like users: {quoted(named, 5)} {how}"
