@@ -5,6 +5,7 @@ import torch
 from helpers import TOKENIZER, random_comparisons, tiny_config
 from transformers import (
     AutoModelForCausalLM,
+    DogeConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -142,3 +143,15 @@ def test_a_training_without_a_reference_is_checked():
     data = Dataset(comparisons, [], EncodingReport())
     with pytest.raises(UserError, match="the model reads 12"):
         prepare_task(config, model, data, "")
+
+
+def test_doges_window_is_a_limit_in_rows_too():
+    """Beyond it Hugging Face keeps the keys of the largest values, among padding too; -1 (XLNet) is no limit."""
+    shape = {name: value for name, value in SHAPE.items() if name != "pad_token_id"}
+    model = AutoModelForCausalLM.from_config(DogeConfig(**shape, keep_window_size=24))
+    for windows in (True, False):
+        check_positions(model, 24, windows)
+        with pytest.raises(UserError, match="takes 25 positions.*the model reads 24"):
+            check_positions(model, 25, windows)
+    model.config.keep_window_size = -1
+    check_positions(model, 64)

@@ -10,7 +10,7 @@ from helpers import TOKENIZER, VOCABULARY, random_comparisons, tiny_config
 from safetensors.torch import load_file, save_file
 from tiny_families import made, saved
 
-from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer
+from prlhf.backbone.loading import empty_backbone, load_backbone, load_tokenizer, load_weights
 from prlhf.backbone.lora import add_lora, save_lora
 from prlhf.backbone.toys import random_backbone
 from prlhf.config.load import load_config
@@ -393,3 +393,11 @@ def test_no_buffer_changes_in_training(family):
     before = {name: tensor.clone() for name, tensor in model.named_buffers()}
     model(torch.arange(12).view(2, 6)).logits.square().sum().backward()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.named_buffers())
+
+
+def test_a_persistent_buffer_that_is_not_finite_is_said_to_be_so(tmp_path):
+    model = made("glm4_moe")
+    name = next(name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    model.get_buffer(name)[0] = float("nan")
+    with pytest.raises(UserError, match=f"NaN or infinite values in {name}"):
+        load_weights(saved(model, tmp_path), "float32")

@@ -17,6 +17,11 @@ def check_whole_model(source: str) -> None:
     folder, adapter = Path(source), find_adapter_config_file(source)
     if adapter is not None:
         base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if base is None:
+            raise UserError(
+                f"model {source!r}: found adapter_config.json, which names no base model; remove it if this is the whole model, "
+                "else merge the adapter into its base (peft's merge_and_unload) and name the result"
+            )
         raise UserError(
             f"model {source!r}: found an adapter of {base!r} (adapter_config.json), expected a whole model (model.name). "
             f"Merge the two once: peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained({base!r}), "

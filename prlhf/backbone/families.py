@@ -20,6 +20,8 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 FACTORS = {"cohere": "logit_scale", "hyperclovax": "logits_scaling", "falcon_h1": "lm_head_multiplier"}
 DIVISORS = {"granite": "logits_scaling", "minicpm3": "logits_scaling"}
 
+# Configs' names for how many positions a model reads, in any layout: Doge's padded rows change beyond its own.
+LIMITS = ("max_position_embeddings", "keep_window_size")
 # Configs' names for how far back attention reaches, or among how many positions it chooses (DeepSeek 3.2).
 WINDOWS = (
     "sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "sliding_window_size", "index_topk",
@@ -142,8 +144,8 @@ def check_positions(model: PreTrainedModel, positions: int, windows: bool = True
     beyond max_position_embeddings.)
     """
     config = model.config.get_text_config()
-    names = ("max_position_embeddings", *(WINDOWS if windows else ()))
-    limit = min((value for name in names if (value := getattr(config, name, None))), default=positions)  # 0: no window
+    names = (*LIMITS, *(WINDOWS if windows else ()))
+    limit = min((value for name in names if (value := getattr(config, name, None) or 0) > 0), default=positions)
     if limit < positions:
         whole = getattr(config, "max_position_embeddings", None) or limit
         rows = f"; model.layout=rows reads up to {whole}, as the model's windows do" if whole > limit else ""

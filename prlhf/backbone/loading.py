@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from prlhf.backbone.attention import use_tree_attention
 from prlhf.backbone.checks import check_vocabulary, check_whole_model, read_config, reason_of
 from prlhf.backbone.toys import DTYPES, byte_tokenizer, random_backbone
-from prlhf.backbone.weights import check_finite, check_keys, not_finite
+from prlhf.backbone.weights import check_finite, check_keys, not_finite, stored_tensors
 from prlhf.config.keys import ModelConfig
 from prlhf.errors import UserError, expanded
 
@@ -75,7 +75,7 @@ def load_weights(name: str | Path, dtype: str) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # `check_keys` says which
         )
     check_keys(str(name), model, info)
-    check_finite(str(name), not_finite(dict(model.named_parameters())))
+    check_finite(str(name), not_finite(stored_tensors(model)))
     make_savable(model)
     return use_tree_attention(model)
 
