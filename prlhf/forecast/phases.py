@@ -7,7 +7,6 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from prlhf.batch.order import micro_batches
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import PreferenceBatch
 from prlhf.config.keys import Config
+from prlhf.errors import expanded
 from prlhf.forecast.allocations import Allocations, give_fake_storage
 from prlhf.forecast.gpu import computation_on_gpu
 from prlhf.method.build import build_model
@@ -58,7 +58,7 @@ def fake_training(config: Config, tokenizer: PreTrainedTokenizerBase, data: Trai
     """A training's model and data, without weights. UserError where a comparison is too long for the model."""
     keys = replace(config.model, dtype=config.model.compute_dtype or config.model.dtype, compile=False)
     backbone = empty_backbone(keys, tokenizer)
-    folder = Path(keys.name or "").expanduser()
+    folder = expanded(keys.name or "")
     names = weight_names(folder) if keys.name and folder.is_dir() else None
     by_rows = keys.name is not None and stored_as_named(backbone, names or None, DTYPES[config.model.dtype])
     if gpu:

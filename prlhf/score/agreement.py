@@ -36,8 +36,6 @@ class TokenStates(NamedTuple):
 
 
 Computed = TypeVar("Computed")
-
-
 Model = TypeVar("Model", bound=PersonalizedModel)
 
 
@@ -135,10 +133,15 @@ def by_own_forward(model: PersonalizedModel, readings: Sequence[Reading], layout
                 row_TD = embeddings(backbone, inputs["input_ids"])[0]
                 e_UD = model.user_model(torch.tensor([reading.user], device=model.device))[0].to(row_TD.dtype)
                 inputs = {"inputs_embeds": torch.cat([row_TD[: layout.slot], e_UD, row_TD[layout.slot :]])[None]}
-            hidden.append(base(backbone)(**inputs, use_cache=False)[0][0, at_N])
+            seen: list[Tensor] = []
+            hook = base(backbone).register_forward_hook(lambda *call, seen=seen: seen.append(call[-1][0]))
             if _uses_head(model):
                 logits_NV = backbone(**inputs, use_cache=False).logits[0, at_N]
                 log_probs.append(logits_NV.double().log_softmax(dim=-1)[torch.arange(len(response_N)), response_N])
+            if not seen:  # a reward model, or a causal LM that goes around its base model (OPT)
+                base(backbone)(**inputs, use_cache=False)
+            hook.remove()
+            hidden.append(seen[-1][0, at_N])
         return TokenStates(torch.cat(hidden), torch.cat(log_probs) if log_probs else None)
 
     with as_hugging_face_has_it(backbone):
