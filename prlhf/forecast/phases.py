@@ -185,7 +185,8 @@ def scoring_peak(fake: FakeTraining) -> int:
         peaks.append(fake.allocations.peak_of(model.states_of, largest))
     else:
         for valid in fake.datasets[1:]:
-            batch = first_batch(fake, valid, [c.user for c in valid])
+            both = [*valid, *valid] if model.users_share else valid  # the generic user reads them in the same pass
+            batch = first_batch(fake, both, [c.user for c in valid] + [0] * (len(both) - len(valid)))
             with torch.no_grad():
                 peaks.append(fake.allocations.peak_of(model, batch))
     return max(peaks)
