@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from prlhf.backbone.families import embeddings, head
 from prlhf.batch.tokens import EncodedComparison
+from prlhf.batch.trees import Reading
 from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedLM
 from prlhf.score.agreement import in_float32, tried
@@ -39,6 +40,7 @@ class Request(NamedTuple):
     ids: list[int]
     user: int
     name: str
+    tail: int = 0  # how many of the ids stand behind the prompt's content
 
 
 class Response(NamedTuple):
@@ -111,13 +113,12 @@ class Rereader:
 def read_prompts(model: PersonalizedLM, requests: Sequence[Request]) -> tuple[Tensor, list[Tensor]]:
     """Each request's user vectors, (B, U, D), and what the backbone reads of it, (T, D), user vectors in their place."""
     user_BUD = model.user_model(torch.tensor([r.user for r in requests], device=model.device))
-    prompt_BUD = model.soft_prompt(user_BUD)
-    rows = []
+    prompt_BUD, layout, rows = model.soft_prompt(user_BUD), model.layout, []
     for b, request in enumerate(requests):
         row_TD = embeddings(model.backbone, torch.tensor(request.ids, device=model.device))
         if prompt_BUD is not None:
-            before, after = row_TD[: model.user_slot], row_TD[model.user_slot :]
-            row_TD = torch.cat([before, prompt_BUD[b].to(row_TD.dtype), after])
+            slot = layout.slot_of(Reading(request.user, tuple(request.ids), (), request.tail))
+            row_TD = torch.cat([row_TD[:slot], prompt_BUD[b].to(row_TD.dtype), row_TD[slot:]])
         rows.append(row_TD)
     return user_BUD, rows
 
@@ -132,12 +133,13 @@ def check_decoding(model: PersonalizedLM) -> None:
     """UserError where decoding, of rows of unequal lengths, gives a response another probability than the model's `forward`.
     That `forward` is the model's own forward pass is for `check_agreement`."""
     user, response = min(1, model.users), [11, 7, 5, 3]
-    pairs = [EncodedComparison(ids, ids, response, response, user) for ids in ([2, 4, 6, 8, 10], [9, 12])]
+    prefixes = ([2, 4, 6, 8, 10], 2), ([9, 12], 0)  # and their tails
+    pairs = [EncodedComparison(ids, ids, response, response, user, tail=tail) for ids, tail in prefixes]
     training = model.training
     model.eval()
 
     def decode() -> Tensor:
-        decoder = decoder_of(model)(model, [Request(pair.prefix, user, "") for pair in pairs])
+        decoder = decoder_of(model)(model, [Request(pair.prefix, user, "", pair.tail) for pair in pairs])
         logits_BV, log_p_B = decoder.prefill(), 0.0
         for token in response:
             log_p_B = log_p_B + logits_BV.log_softmax(dim=-1)[:, token]
