@@ -28,6 +28,7 @@ from prlhf.batch.tokens import EncodedComparison
 PREFIX = 0  # the segment that all of a tree sees
 TREE_TOKENS = 256  # a tree takes further responses up to this length, or that of the longest comparison
 PACK_MULTIPLE = 128  # a packed row's length is a multiple: FlexAttention works in blocks of this size
+PACK_LEAST = 256  # for a row of a single block torch would compile FlexAttention anew
 
 
 class Reading(NamedTuple):
@@ -147,7 +148,7 @@ def lay_out(
     rows = [trees] if packed else [[tree] for tree in trees]
     T = max(sum(U + tree.tokens for tree in row) for row in rows)
     if packed:
-        T = -(-T // PACK_MULTIPLE) * PACK_MULTIPLE
+        T = max(PACK_LEAST, -(-T // PACK_MULTIPLE) * PACK_MULTIPLE)
     cells: list[tuple[int, int, int, int]] = []  # token, tree, segment and position id at each flat position
     vectors_at: list[list[int]] = []
     prefix_end = [0] * len(readings)  # flat position of the last token of each reading's prefix
@@ -163,7 +164,7 @@ def lay_out(
                     prefix_end[m], response_at[m] = end, range(len(cells), len(cells) + len(response))
                 cells += [(token, number, segment, at) for at, token in enumerate(response, start=len(prefix))]
         cells += [(0, 0, PREFIX, 0)] * (-len(cells) % T)
-    input_ids_RT, trees_RT, segments_RT, positions_RT = torch.tensor(cells).T.reshape(4, len(rows), T)
+    input_ids_RT, trees_RT, segments_RT, positions_RT = torch.tensor(cells).T.contiguous().view(4, len(rows), T)
     users = [reading.user for reading in readings]
     return ReadingBatch(
         input_ids_RT=input_ids_RT,

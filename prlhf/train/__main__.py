@@ -26,7 +26,7 @@ from prlhf.solve.run import set_prior
 from prlhf.store.final import save_final
 from prlhf.store.runs import Run, open_run
 from prlhf.train.loop import log_solution, train
-from prlhf.train.process import out_of_memory_explained, reproducible
+from prlhf.train.process import compile_attention, out_of_memory_explained, reproducible
 
 Files = tuple[ComparisonFile, ComparisonFile | None]  # training and held-out comparisons
 
@@ -81,6 +81,7 @@ def run_training(config: Config, run: Run, device: str, files: Files, overwrite:
         print(f"warning: {unusual}", file=sys.stderr)
     base = weights_fingerprint(model.backbone)
     check_agreement(model)
+    compile_attention(model)
     training = prepare_task(config, model, train_data, base)
     valid = prepare_task(config, model, valid_data, base) if valid_data is not None else None
 
