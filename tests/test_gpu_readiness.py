@@ -1,9 +1,12 @@
-"""What a CPU can say about a GPU: how often FlexAttention is compiled."""
+"""What a CPU can say about a GPU: how often FlexAttention is compiled, and what is kept of it."""
 
+import shutil
 import types
 
 import pytest
 import torch
+import torch._higher_order_ops.wrap as wrap
+import torch._inductor.config as inductor
 from helpers import random_comparisons, tiny_config, tiny_model
 from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations import flex_attention as hf_flex
@@ -55,3 +58,35 @@ def test_flex_attention_is_compiled_for_any_length_before_the_first_row(family, 
             model(model.collate(comparisons, None))
     assert len(lengths) == 3 and min(lengths) == PACK_LEAST
     assert len(graphs) == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_elementwise_recomputing_runs_compiled_attention_once(monkeypatch):
+    """As FlexAttention is compiled on a GPU, attention is here: it is kept, and gradients are those without recomputing."""
+    operator, key, ran = wrap.inductor_compiled_code, torch._C.DispatchKey.CompositeExplicitAutograd, []
+    own = operator.py_kernels[key]
+
+    def counted(*arguments, **options):
+        ran.append(torch._C._current_graph_task_id() != -1)  # in the backward pass, where it would be computed again
+        return own(*arguments, **options)
+
+    monkeypatch.setitem(operator.py_kernels, key, counted)
+    operator._dispatch_cache.clear()
+    attention = torch.compile(
+        lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    )
+    monkeypatch.setattr(hf_flex, "compile_friendly_flex_attention", lambda q, k, v, **_: attention(q, k, v))
+    monkeypatch.setattr(inductor, "wrap_inductor_compiled_regions", False)  # set back when the test ends
+    gradients, comparisons = [], random_comparisons(3)
+    for what in ("none", "elementwise"):
+        torch._dynamo.reset()
+        model = tiny_model(tiny_config("model.layout=packed", f"model.recompute={what}"))
+        model.compute = Computation(tree_block_mask)
+        model(model.collate(comparisons, [c.user for c in comparisons])).chosen.sum().backward()
+        gradients.append([p.grad.to_dense() for p in model.parameters() if p.grad is not None])
+    assert ran == [False] * 2  # of the elementwise model's two layers; a region that is not wrapped is no operation
+    for without, again in zip(*gradients, strict=True):
+        assert (without - again).abs().max() < 1e-12
+    operator._dispatch_cache.clear()
+    torch._dynamo.reset()

@@ -43,7 +43,8 @@ class ModelConfig:
         "auto",
         "tree: a prompt and its responses in one row; packed: all trees of a forward pass in one row, without padding; "
         "rows: one response a row, each a sequence of the model's own forward pass; slower, and right for recurrent models. "
-        "auto: packed on a GPU, else tree. The numbers are the same; a model of which that is not true is refused.",
+        "auto: packed on a GPU that computes in a half type, else tree. The numbers are the same; a model of which that is "
+        "not true is refused.",
     )
     share_trees: bool = key(True, "Compute once what comparisons of a forward pass share; the same numbers.")
     log_probs: Literal["torch", "chunked", "triton"] | None = key(

@@ -23,6 +23,7 @@ from transformers import Cache, PreTrainedModel
 from prlhf.backbone.attention import attention_mask, takes_flex_attention
 from prlhf.backbone.families import check_positions, embeddings, head, hidden_states
 from prlhf.backbone.lora import adapters_off
+from prlhf.backbone.toys import DTYPES
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import Layout, PreferenceBatch, Reading, ReadingBatch, collate, lay_out
 from prlhf.config.keys import ModelConfig
@@ -66,6 +67,13 @@ class Core(NamedTuple):
     user_slot: int  # how many tokens of a tree precede the user vectors: BOS, or 0
     config: ModelConfig  # layout, sharing, pooling
     compute: Computation = Computation()
+
+
+def automatic_layout(backbone: PreTrainedModel, config: ModelConfig, device: str) -> str:
+    """packed on a GPU (`device` "cuda") that computes in a half type, where FlexAttention takes the backbone; else tree.
+    In float32 FlexAttention's kernels have no registers left, and spill."""
+    half = DTYPES[config.compute_dtype or config.dtype].itemsize == 2
+    return "packed" if device == "cuda" and half and takes_flex_attention(backbone) else "tree"
 
 
 class PersonalizedModel(nn.Module):
@@ -115,10 +123,10 @@ class PersonalizedModel(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """How readings become rows. "auto" is packed on a GPU whose attention takes it, and tree elsewhere."""
+        """How readings become rows; "auto" as `automatic_layout` says."""
         kind = self.config.layout
         if kind == "auto":
-            kind = "packed" if self.device.type == "cuda" and takes_flex_attention(self.backbone) else "tree"
+            kind = automatic_layout(self.backbone, self.config, self.device.type)
         return Layout(kind, self.vectors, self.user_slot, self.config.share_trees)
 
     def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
