@@ -14,7 +14,7 @@ from transformers.integrations import flex_attention as hf_flex
 from prlhf.backbone.attention import tree_block_mask
 from prlhf.batch.trees import PACK_LEAST
 from prlhf.method.models import Computation
-from prlhf.train.process import compile_attention
+from prlhf.train.process import compile_attention, reproducible
 
 
 @pytest.fixture
@@ -90,3 +90,17 @@ def test_elementwise_recomputing_runs_compiled_attention_once(monkeypatch):
         assert (without - again).abs().max() < 1e-12
     operator._dispatch_cache.clear()
     torch._dynamo.reset()
+
+
+def test_deterministic_kernels_fill_no_empty_tensors(monkeypatch):
+    """torch fills them by default: for GPT-J some 50 GB of writes a micro-batch."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        reproducible(tiny_config(), "cuda")
+        assert torch.are_deterministic_algorithms_enabled()
+        for _ in range(9):  # memory that was freed with ones in it, which a filled tensor would not show
+            torch.ones(4096)
+            assert not torch.empty(4096).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor
+import torch._inductor.config
 from torch import Tensor, nn
 from torch._higher_order_ops.wrap import inductor_compiled_code
 from torch._ops import OperatorBase
@@ -109,7 +109,9 @@ def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) 
         if config.recompute == "elementwise":
             # Attention with dropout is computed again: kept, it would not draw, and later dropouts would draw otherwise.
             kept = frozenset() if attention_dropout(model) else ATTENTION
-            inductor.wrap_inductor_compiled_regions = True  # else a compiled region is no operation that could be kept
+            torch._inductor.config.wrap_inductor_compiled_regions = (
+                True  # else a compiled region is no operation that could be kept
+            )
             options["context_fn"] = functools.partial(elementwise_recomputed, lora_rank, kept)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     for i, block in enumerate(blocks(model)):

@@ -13,7 +13,7 @@ W pooled width.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Core(NamedTuple):
     compute: Computation = Computation()
 
 
-def automatic_layout(backbone: PreTrainedModel, config: ModelConfig, device: str) -> str:
+def automatic_layout(backbone: PreTrainedModel, config: ModelConfig, device: str) -> Literal["packed", "tree"]:
     """packed on a GPU (`device` "cuda") that computes in a half type, where FlexAttention takes the backbone; else tree.
     In float32 FlexAttention's kernels have no registers left, and spill."""
     half = DTYPES[config.compute_dtype or config.dtype].itemsize == 2

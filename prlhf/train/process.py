@@ -40,6 +40,8 @@ def reproducible(config: Config, device: str) -> None:
     if device == "cuda" and config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Else every tensor that is made empty is filled first. Nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def compile_attention(model: PersonalizedModel) -> None:
