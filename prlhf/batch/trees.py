@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from prlhf.batch.moves import moved
 from prlhf.batch.tokens import EncodedComparison
 
 PREFIX = 0  # the segment that all of a tree sees
@@ -64,14 +65,15 @@ class ReadingBatch:
     reading_N: Tensor  # its reading
     response_at_N: Tensor  # flat position of response token n itself
     last_at_M: Tensor  # flat position of each reading's last token (EOS)
+    lengths_M: Tensor  # response tokens of each reading
     users_M: Tensor | None  # who reads; None for the reference, which knows no user
     readings: list[Reading]
     kind: str  # the layout's
 
     def to(self: "AnyBatch", device: torch.device | str) -> "AnyBatch":
         """The same batch with its tensors on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **dict(zip(tensors, moved(list(tensors.values()), device))))
 
 
 @dataclass
@@ -178,6 +180,7 @@ def lay_out(
         reading_N=torch.tensor([m for m, at in enumerate(response_at) for _ in at]),
         response_at_N=torch.tensor([n for at in response_at for n in at]),
         last_at_M=torch.tensor([at[-1] for at in response_at]),
+        lengths_M=torch.tensor([len(at) for at in response_at]),
         users_M=None if None in users else torch.tensor(users),
         readings=list(readings),
         kind=layout.kind,

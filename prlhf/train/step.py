@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prlhf.batch.moves import moved
 from prlhf.data.files import fingerprint_of
-from prlhf.method.losses import preference_loss, reward_margin
+from prlhf.method.losses import ResponseLogProbs, preference_loss, reward_margin
 from prlhf.parallel.ranks import rank, sum_rows
 from prlhf.score.task import Task
 from prlhf.train.log import Sums
@@ -32,10 +33,13 @@ class PartLoss(NamedTuple):
 
 def part_loss(task: Task, part: Part, N: int) -> PartLoss:
     """The forward pass of a part. N: comparisons in the update. loss = sum over the part's rows of weight * loss / N."""
-    config = task.config.loss
-    outputs, reference = task.outputs(part.indices, part.users), task.reference_of(part.indices)
+    config, reference = task.config.loss, task.reference_of(part.indices)
+    # Before the forward pass, so that a GPU has them when it has done that.
+    weights_B, *rows = moved([part.weights_B, *(reference or ())], task.model.device)
+    reference = ResponseLogProbs(*rows) if rows else None
+    outputs = task.outputs(part.indices, part.users)
     losses_B = preference_loss(config, outputs, reference)
-    loss = (part.weights_B.to(losses_B) * losses_B).sum() / N
+    loss = (weights_B.to(losses_B) * losses_B).sum() / N
     return PartLoss(loss, reward_margin(config, outputs, reference).detach())
 
 
