@@ -1,5 +1,6 @@
 """What is said of a training before it runs: counted by hand, by another way of measuring, and by running it."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -21,7 +22,7 @@ from prlhf.backbone.loading import load_backbone
 from prlhf.batch.datasets import encode_training_data
 from prlhf.data.comparisons import read_comparisons
 from prlhf.errors import UserError
-from prlhf.forecast.dry_run import available_memory, predict
+from prlhf.forecast.dry_run import available_memory, fastest_recompute, predict, render
 from prlhf.forecast.memory import file_bytes_beside
 from prlhf.method.build import build_model
 from prlhf.method.losses import ResponseLogProbs
@@ -75,6 +76,8 @@ def test_parameters_as_counted_by_hand(family, backbone, lora):
         ((), (4 + 4 + 4 + 4, 4 + 4), 4 + 4),
         (("model.compute_dtype=bfloat16",), (2 + 2 + 2 + 4, 2 + 2), 2 + 4),
         (("model.compute_dtype=bfloat16", "model.layers=1"), (2 + 2 + 4, 2 + 2), 2 + 4),
+        (("fsdp.reshard_after_forward=false", "model.layers=4"), (4 * 4 + 4 + 4, 4 + 4), 4 + 4),  # all four blocks
+        (("fsdp.sync=last",), (4 + 4 + 4 + 4 + LAYERS * 4, 4 + 4 + 4), 4 + 4 + 4),  # all gradients in float32
     ],
 )
 def test_what_fsdp_holds_whole_as_counted_by_hand(overrides, within, after):
@@ -405,3 +408,25 @@ def test_what_offloading_puts_into_host_memory_as_counted_by_hand():
     assert off.memory.host == pytest.approx(4 * (4 * LLAMA + generic) / 2, abs=counters)
     assert (off.memory.weights, off.memory.gradients, off.memory.optimizer) == (table, 0, 2 * table)
     assert on_gpu.host == 0 and off.memory.peak < on_gpu.peak
+
+
+def test_the_dry_run_says_what_is_faster_and_fits():
+    """Held against predictions of its own: each value of model.recompute, and the fsdp keys, in so much memory."""
+    keys = (CHECKPOINTING, "model.layout=packed")
+    config, data, now = prediction_of(*keys, device="cuda", processes=2)
+
+    def predicted(changed, available=math.inf):
+        return predict(changed, TOKENIZER, data, "cuda", 2, available)
+
+    peaks = {}
+    for what in ("none", "elementwise"):
+        peaks[what] = prediction_of(*keys, f"model.recompute={what}", device="cuda", processes=2)[2].memory.peak
+    said = fastest_recompute(config, now, predicted)
+    assert said == f"the fastest model.recompute that fits: none, {peaks['none'] / 1e9:.2f} GB (now blocks)"
+    little = dataclasses.replace(now, available=now.memory.peak)
+    said = fastest_recompute(config, little, lambda changed: predicted(changed, now.memory.peak))
+    assert said.startswith("the fastest model.recompute that fits: blocks") and "now" not in said
+    both = ("fsdp.sync=last", "fsdp.reshard_after_forward=false")
+    assert now.less_sent.endswith("with " + " ".join(both)) and now.less_sent in render(now)
+    assert not prediction_of(*keys, *both, device="cuda", processes=2)[2].less_sent
+    assert not prediction_of(*keys, device="cuda")[2].less_sent  # one process sends nothing

@@ -205,6 +205,14 @@ class FSDPConfig:
 
     replicas: int = key(1, "Hybrid sharding: so many whole models, each over neighbouring processes (a node).", low=1)
     offload: bool = key(False, "Keep weights, gradients and moments in host memory: slower, for small GPUs.")
+    sync: Literal["every", "last"] = key(
+        "every",
+        "After which micro-batches of an update gradients are summed over processes. last: once, so least is sent, and each "
+        "process holds all gradients in float32 until then.",
+    )
+    reshard_after_forward: bool = key(
+        True, "Free a block's gathered weights after its forward pass. false: keep them for the backward pass."
+    )
 
 
 @dataclass(frozen=True)

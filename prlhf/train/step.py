@@ -18,6 +18,7 @@ from prlhf.batch.moves import moved
 from prlhf.data.files import fingerprint_of
 from prlhf.method.losses import ResponseLogProbs, preference_loss, reward_margin
 from prlhf.parallel.ranks import rank, sum_rows
+from prlhf.parallel.shard import sum_gradients_after_this
 from prlhf.score.task import Task
 from prlhf.train.log import Sums
 from prlhf.train.optimizer import Optimizers, clip, learning_rate_factor
@@ -48,7 +49,9 @@ def accumulate_gradients(task: Task, update: Sequence[int]) -> Sums:
     model, N = task.model, len(update)
     comparisons = [task.comparisons[i] for i in update]
     done: list[tuple[Part, PartLoss]] = []
-    for part in parts_of_this_process(plan_update(task, update)):
+    parts = parts_of_this_process(plan_update(task, update))
+    for n, part in enumerate(parts, start=1):
+        sum_gradients_after_this(model, task.config.fsdp.sync == "every" or n == len(parts))
         loss, margins_B = part_loss(task, part, N)
         loss.backward()
         loss = loss.detach()  # frees the graph before the next one is made
