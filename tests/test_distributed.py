@@ -40,7 +40,7 @@ LLAMA, GPTJ = "model.family=llama", "model.family=gptj"
 HEAD = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")
 CASES = {
     "pdpo": (LLAMA,),
-    "pdpo, clusters, LoRA, GPT-J": (GPTJ, "user_model.kind=cluster", "lora.rank=4", "model.recompute=blocks"),
+    "pdpo, clusters, LoRA, GPT-J": (GPTJ, "user_model.kind=cluster", "lora.rank=4", "model.recompute=blocks", "fsdp.sync=last", "fsdp.reshard_after_forward=false"),
     "pdpo, linear, checkpointing": (LLAMA, "user_model.aggregator=linear", "model.recompute=blocks"),
     "prm": (LLAMA, "method=prm", "loss.alpha=0.7", "loss.center=0.01"),
     # Without centring the final norm's bias has no gradient but rounding, which Adam makes steps of.
@@ -49,7 +49,7 @@ CASES = {
     # Its states come from the cache that one process wrote.
     "prm, frozen, bfloat16": (GPTJ, "method=prm", "user_model.aggregator=linear", "user_model.tokens=1", "model.frozen=true", "model.dtype=bfloat16"),
     "pdpo, elementwise": (LLAMA, "lora.rank=2", "model.recompute=elementwise"),
-    "vanilla": (LLAMA, "user_model.kind=uniform", "user_model.tokens=0"),
+    "vanilla": (LLAMA, "user_model.kind=uniform", "user_model.tokens=0", "fsdp.sync=last"),
     "uniform, prior": (LLAMA, "user_model.kind=uniform", "user_model.prior=0.5", "user_model.shared_prior=0.7"),
     "low rank, prior": (LLAMA, "method=prm", "user_model.rank=2", "user_model.prior=0.5", "user_model.shared_prior=0.7", "optim.max_steps=6"),
     "prm, linear, low rank, prior": (LLAMA, *HEAD, "user_model.rank=2", "user_model.prior=0.5", "model.pooling=mean"),

@@ -1,5 +1,6 @@
 """What is said of a training before it runs: counted by hand, by another way of measuring, and by running it."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -16,11 +17,12 @@ from helpers import TOKENIZER, VOCABULARY, tiny_config
 from tiny_families import made, saved
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prlhf.backbone import recompute
 from prlhf.backbone.loading import load_backbone
 from prlhf.batch.datasets import encode_training_data
 from prlhf.data.comparisons import read_comparisons
 from prlhf.errors import UserError
-from prlhf.forecast.dry_run import available_memory, predict
+from prlhf.forecast.dry_run import available_memory, fastest_recompute, predict, render
 from prlhf.forecast.memory import file_bytes_beside
 from prlhf.method.build import build_model
 from prlhf.method.losses import ResponseLogProbs
@@ -74,6 +76,8 @@ def test_parameters_as_counted_by_hand(family, backbone, lora):
         ((), (4 + 4 + 4 + 4, 4 + 4), 4 + 4),
         (("model.compute_dtype=bfloat16",), (2 + 2 + 2 + 4, 2 + 2), 2 + 4),
         (("model.compute_dtype=bfloat16", "model.layers=1"), (2 + 2 + 4, 2 + 2), 2 + 4),
+        (("fsdp.reshard_after_forward=false", "model.layers=4"), (4 * 4 + 4 + 4, 4 + 4), 4 + 4),  # all four blocks
+        (("fsdp.sync=last",), (4 + 4 + 4 + 4 + LAYERS * 4, 4 + 4 + 4), 4 + 4 + 4),  # all gradients in float32
     ],
 )
 def test_what_fsdp_holds_whole_as_counted_by_hand(overrides, within, after):
@@ -313,21 +317,40 @@ def test_a_gpu_that_is_not_here_must_be_described():
 
 
 def test_a_gpu_keeps_no_mask_and_processes_share_the_backbone():
-    single = "optim.micro_batch_size=1"  # so that four processes compute the same micro-batches
-    _, data, alone = prediction_of(single, device="cuda")
-    four = prediction_of(single, device="cuda", processes=4)[2]
-    assert alone.largest[0] == 1  # heads of 16: packed
+    # One tree a micro-batch, so that four processes compute the same ones; float32 is packed only where that is asked for.
+    single = ("optim.micro_batch_size=1", "model.layout=packed")
+    _, data, alone = prediction_of(*single, device="cuda")
+    four = prediction_of(*single, device="cuda", processes=4)[2]
+    assert alone.largest[0] == 1
     assert alone.memory.heap == 0
     table = 4 * 3 * D * len(data.users)  # each process has the whole of it; its gradient is but of few rows
     for name, replicated in (("weights", table), ("gradients", 0)):
         whole, share = getattr(alone.memory, name), getattr(four.memory, name)
         assert share - replicated == pytest.approx((whole - replicated) / 4, abs=1)
     assert four.memory.activations == alone.memory.activations
-    half = prediction_of(single, "model.compute_dtype=bfloat16", device="cuda", processes=4)[2].memory
+    half = prediction_of(*single, "model.compute_dtype=bfloat16", device="cuda", processes=4)[2].memory
     for name in ("weights", "gradients", "optimizer"):  # float32 either way
         assert getattr(half, name) == pytest.approx(getattr(four.memory, name), abs=8), name
     assert half.activations < 0.75 * four.memory.activations and half.whole_blocks < four.memory.whole_blocks
     assert four.memory.whole_blocks > 0 and alone.memory.whole_blocks == 0
+
+
+@pytest.mark.parametrize(
+    "keys, rows",
+    [((), 8), (("model.compute_dtype=bfloat16",), 1), (("model.dtype=bfloat16", "lora.rank=2"), 1)],
+)
+def test_a_gpu_packs_rows_in_half_types_alone(keys, rows):
+    """FlexAttention's float32 kernels spill. Packed micro-batches have one row, others one for each of eight trees."""
+    assert prediction_of("data.limit=8", *keys, device="cuda")[2].largest[0] == rows
+
+
+def test_elementwise_keeps_flex_attention_with_its_inputs(monkeypatch):
+    """A compiled region returns its inputs: the rotated queries of two heads and keys of one, float32, at 16 dimensions."""
+    keys = ("model.layout=packed", ELEMENTWISE, "data.limit=2", "optim.micro_batch_size=1")
+    found = prediction_of(*keys, device="cuda")[2]
+    monkeypatch.setattr(recompute, "ATTENTION", recompute.ATTENTION - {torch.ops.aten.alias.default})
+    without = prediction_of(*keys, device="cuda")[2]
+    assert found.memory.activations - without.memory.activations == 4 * LAYERS * found.largest[1] * (2 + 1) * 16
 
 
 def test_a_gpus_dense_attention_keeps_keys_and_values_for_each_query_head():
@@ -385,3 +408,25 @@ def test_what_offloading_puts_into_host_memory_as_counted_by_hand():
     assert off.memory.host == pytest.approx(4 * (4 * LLAMA + generic) / 2, abs=counters)
     assert (off.memory.weights, off.memory.gradients, off.memory.optimizer) == (table, 0, 2 * table)
     assert on_gpu.host == 0 and off.memory.peak < on_gpu.peak
+
+
+def test_the_dry_run_says_what_is_faster_and_fits():
+    """Held against predictions of its own: each value of model.recompute, and the fsdp keys, in so much memory."""
+    keys = (CHECKPOINTING, "model.layout=packed")
+    config, data, now = prediction_of(*keys, device="cuda", processes=2)
+
+    def predicted(changed, available=math.inf):
+        return predict(changed, TOKENIZER, data, "cuda", 2, available)
+
+    peaks = {}
+    for what in ("none", "elementwise"):
+        peaks[what] = prediction_of(*keys, f"model.recompute={what}", device="cuda", processes=2)[2].memory.peak
+    said = fastest_recompute(config, now, predicted)
+    assert said == f"the fastest model.recompute that fits: none, {peaks['none'] / 1e9:.2f} GB (now blocks)"
+    little = dataclasses.replace(now, available=now.memory.peak)
+    said = fastest_recompute(config, little, lambda changed: predicted(changed, now.memory.peak))
+    assert said.startswith("the fastest model.recompute that fits: blocks") and "now" not in said
+    both = ("fsdp.sync=last", "fsdp.reshard_after_forward=false")
+    assert now.less_sent.endswith("with " + " ".join(both)) and now.less_sent in render(now)
+    assert not prediction_of(*keys, *both, device="cuda", processes=2)[2].less_sent
+    assert not prediction_of(*keys, device="cuda")[2].less_sent  # one process sends nothing

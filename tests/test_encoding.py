@@ -1,5 +1,6 @@
 import itertools
 import json
+import random
 
 import pytest
 from helpers import TOKENIZER, tiny_config, tiny_model
@@ -7,8 +8,9 @@ from tokenizers import processors
 
 from prlhf.backbone.toys import byte_tokenizer
 from prlhf.batch.datasets import encode_file
-from prlhf.batch.order import micro_batches, updates_of_epoch
+from prlhf.batch.order import even_micro_batches, micro_batches, updates_of_epoch
 from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
+from prlhf.batch.trees import PACK_MULTIPLE
 from prlhf.data.comparisons import ComparisonFile, parse_comparison, read_comparisons
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
@@ -362,6 +364,36 @@ def test_micro_batches_of_an_update_grouped_by_response_hold_few_of_them_too():
         assert sorted(i for part in parts for i in part) == list(range(780))
         counts[group_by] = sum(len(responses_in(comparisons, part)) for part in parts) / len(parts)
     assert counts["response"] <= 10 and counts["response"] < 0.9 * counts["pair"]
+
+
+@pytest.mark.parametrize("known", [1.0, 0.8])
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("processes", [1, 4, 8])
+def test_processes_wait_little_for_each_other(processes, size, known):
+    """TL;DR's lengths, packed rows, both branches: what is computed is at least 0.97 of what could be meanwhile."""
+    rng, shares = random.Random(0), []
+    for _ in range(20):  # updates of 64 comparisons of similar length
+        middle = rng.lognormvariate(5.9, 0.4)
+        readers = [(b, u) for b in range(64) for u in ((0, 1) if rng.random() < known else (0,))]
+        length = [int(middle * rng.uniform(0.95, 1.05)) for _ in range(64)]
+        groups = even_micro_batches(readers, [length[b] for b, _ in readers], size, processes, packed=True)
+        assert sorted(i for group in groups for i in group) == list(range(len(readers)))
+        assert len(groups) % processes == 0 and max(map(len, groups)) <= size
+        assert len(groups) < len(readers) / size + processes  # no more than it takes
+        T = [-(-sum(length[readers[i][0]] for i in group) // PACK_MULTIPLE) * PACK_MULTIPLE for group in groups]
+        rounds = [T[start : start + processes] for start in range(0, len(T), processes)]
+        shares.append(sum(T) / (processes * sum(map(max, rounds))))
+    assert sum(shares) / len(shares) >= 0.97
+
+
+def test_even_micro_batches_by_hand():
+    trees, lengths = ["a", "b", "c", "d", "a"], [9, 5, 4, 1, 9]
+    assert even_micro_batches(trees, lengths, 2, 1, packed=True) == [[0, 4, 3], [1, 2]]  # 9 + 1, 5 + 4
+    assert even_micro_batches(trees, lengths, 2, 1, packed=False) == [[0, 4, 1], [2, 3]]  # by length: less padding
+    assert even_micro_batches(trees, lengths, 3, 4, packed=False) == [[0, 4], [1], [2], [3]]
+    assert len(even_micro_batches(trees, lengths, 3, 8, packed=True)) == 4  # no more than trees
+    votes = even_micro_batches(["a"] * 40 + ["b"] * 2, [1] * 42, 2, 1, packed=True)
+    assert sorted(map(len, votes)) == [10, 32]  # no more than 16 comparisons a tree, on average
 
 
 def test_micro_batches_put_the_longest_first_and_equal_trees_together():

@@ -1,8 +1,9 @@
 """Attention that takes the preference tree's mask, for every family that takes Hugging Face's attention interface."""
 
 import contextlib
+import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def use_tree_attention(model: PreTrainedModel, as_on_gpu: bool = False) -> PreTr
     A model without the attention interface keeps its own."""
     if model.config.model_type == "gptj":
         for block in model.transformer.h:
-            block.attn._attn = types.MethodType(_gptj_attention, block.attn)
+            compute = functools.partial(_gptj_attention, _as_on_a_gpu if as_on_gpu else _tree_attention)
+            block.attn._attn = types.MethodType(compute, block.attn)
             if isinstance(block.mlp.act, NewGELUActivation):
                 block.mlp.act = nn.GELU(approximate="tanh")
     elif _takes_interface(model):
@@ -112,6 +114,22 @@ def _tree_attention(
     return forward(attention, query, key, value, attention_mask, **options)
 
 
+def _as_on_a_gpu(
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """As `_tree_attention`, for the dry run: FlexAttention keeps what causal scaled_dot_product_attention keeps. Its inputs pass
+    `alias`, which marks them for `recompute.ATTENTION`."""
+    if isinstance(attention_mask, BlockMask):
+        query, key, value = (torch.ops.aten.alias(t) for t in (query, key, value))
+        attention_mask = None
+    return sdpa_attention_forward(attention, query, key, value, attention_mask, **options)
+
+
 def _explicit_attention(
     query: Tensor,
     key: Tensor,
@@ -143,16 +161,21 @@ def _explicit_attention(
 
 
 def _gptj_attention(
-    attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None
+    compute: Callable[..., tuple[Tensor, Any]],
+    attention: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | BlockMask | None,
 ) -> tuple[Tensor, None]:
-    """GPTJAttention._attn, softmax(Q K^T / sqrt(d) + mask) V, by `_tree_attention`; heads (R, H, T, d) in and out."""
+    """GPTJAttention._attn, softmax(Q K^T / sqrt(d) + mask) V, by `compute`; heads (R, H, T, d) in and out."""
     dropout = attention.attn_dropout.p if attention.training else 0.0
     query, key = query.to(value.dtype), key.to(value.dtype)
-    output_RTHd, _ = _tree_attention(attention, query, key, value, mask, dropout=dropout)
+    output_RTHd, _ = compute(attention, query, key, value, mask, dropout=dropout)
     return output_RTHd.transpose(1, 2), None
 
 
 AttentionInterface.register("trees", _tree_attention)
-AttentionInterface.register("trees_as_on_a_gpu", sdpa_attention_forward)
+AttentionInterface.register("trees_as_on_a_gpu", _as_on_a_gpu)
 for name in ("trees", "trees_as_on_a_gpu"):  # of layout rows, where the model makes the mask
     AttentionMaskInterface.register(name, eager_mask)

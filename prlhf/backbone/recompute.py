@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
-from torch._ops import OpOverload
+from torch._higher_order_ops.wrap import inductor_compiled_code
+from torch._ops import OperatorBase
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -31,16 +33,20 @@ ATTENTION = frozenset(
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
+        # FlexAttention, the one compiled region in a block. It returns its inputs too, so they are kept as well; in the dry run
+        # `alias` marks them.
+        inductor_compiled_code,
+        aten.alias.default,
     )
 )
 
 
-def elementwise_recomputed(narrow: int, attention: frozenset[OpOverload]) -> tuple[AbstractContextManager, ...]:
+def elementwise_recomputed(narrow: int, attention: frozenset[OperatorBase]) -> tuple[AbstractContextManager, ...]:
     """Two contexts for torch.utils.checkpoint: keep matrix products and the operations `attention`, recompute all else.
     A product over at most `narrow` columns (LoRA's B) is recomputed too: that is cheaper than keeping it. Selective
     activation checkpointing: Korthikanti et al. 2022, arXiv 2205.05198, section 5."""
 
-    def policy(_: SelectiveCheckpointContext, op: OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def policy(_: SelectiveCheckpointContext, op: OperatorBase, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         kept = op in attention or (op in PRODUCTS and args[PRODUCTS[op]].shape[-1] > narrow)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -110,6 +116,9 @@ def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) 
         if config.recompute == "elementwise":
             # Attention with dropout is computed again: kept, it would not draw, and later dropouts would draw otherwise.
             kept = frozenset() if attention_dropout(model) else ATTENTION
+            torch._inductor.config.wrap_inductor_compiled_regions = (
+                True  # else a compiled region is no operation that could be kept
+            )
             options["context_fn"] = functools.partial(elementwise_recomputed, lora_rank, kept)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     for i, block in enumerate(blocks(model)):

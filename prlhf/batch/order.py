@@ -84,3 +84,35 @@ def micro_batches(trees: Sequence[Hashable], lengths: Sequence[int], size: int) 
         groups[-1].append(i)
         inside.add(trees[i])
     return groups
+
+
+def even_micro_batches(
+    trees: Sequence[Hashable], lengths: Sequence[int], size: int, processes: int, packed: bool
+) -> list[list[int]]:
+    """The indices of `trees` in groups of at most `size` different trees, as few and as even as a multiple of `processes` allows;
+    one tree each where there are not enough. Equal trees stay together, as in `micro_batches`. The longest group is the first.
+
+    packed: rows have no padding, so each next longest tree goes where there are the fewest positions so far, and the groups
+    take equally long. Otherwise trees of similar length go together.
+    """
+    limit = READERS_PER_TREE * size
+    units = [of[start : start + limit] for of in equal_ones(trees) for start in range(0, len(of), limit)]
+    units.sort(key=lambda unit: -lengths[unit[0]])
+    count = min(len(units), -(-len(units) // (size * processes)) * processes)
+    groups: list[list[list[int]]] = [[] for _ in range(count)]
+    positions = [0] * count
+    for n, unit in enumerate(units):
+        fitting = [g for g, of in enumerate(groups) if len(of) < size and sum(map(len, of)) + len(unit) <= limit]
+        if not fitting:  # too many comparisons a tree
+            fitting = [len(groups)]
+            groups.append([])
+            positions.append(0)
+        g = (
+            min(fitting, key=positions.__getitem__)
+            if packed
+            else next((g for g in fitting if g >= n * count // len(units)), fitting[0])
+        )
+        groups[g].append(unit)
+        positions[g] += lengths[unit[0]]
+    order = sorted(range(len(groups)), key=lambda g: -positions[g])
+    return [sum(groups[g], []) for g in order]

@@ -37,11 +37,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from prlhf.batch.moves import moved
 from prlhf.batch.tokens import EncodedComparison
 
 TREE_TOKENS = 256  # a tree takes further responses up to this length, or that of the longest comparison
 USERS_PER_TREE = 3  # where users share a prompt, up to so many times that: as many users as usually read a comparison
 PACK_MULTIPLE = 128  # a packed row's length is a multiple: FlexAttention works in blocks of this size
+PACK_LEAST = 256  # for a row of a single block torch would compile FlexAttention anew
 
 
 class Reading(NamedTuple):
@@ -113,14 +115,15 @@ class ReadingBatch:
     reading_N: Tensor  # its reading
     response_at_N: Tensor  # flat position of response token n itself
     last_at_M: Tensor  # flat position of each reading's end: EOS, or the last user vector behind it
+    lengths_M: Tensor  # response tokens of each reading
     users_M: Tensor | None  # who reads; None for the reference, which knows no user
     readings: list[Reading]
     kind: str  # the layout's
 
     def to(self: "AnyBatch", device: torch.device | str) -> "AnyBatch":
         """The same batch with its tensors on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **dict(zip(tensors, moved(list(tensors.values()), device))))
 
 
 @dataclass
@@ -249,14 +252,16 @@ def lay_out(
     rows = [trees] if layout.kind == "packed" else [[tree] for tree in trees]
     T = max(sum(tree.positions for tree in row) for row in rows)
     if layout.kind == "packed":
-        T = -(-T // PACK_MULTIPLE) * PACK_MULTIPLE
+        T = max(PACK_LEAST, -(-T // PACK_MULTIPLE) * PACK_MULTIPLE)
     written = Cells(len(readings))
     for number, row in enumerate(rows):
         written.row = number * T
         for tree, root in enumerate(row, start=1):
             written.write(root, tree)
         written.cells += [(0, 0, T, 0)] * (-len(written.cells) % T)
-    input_ids_RT, trees_RT, seen_until_RT, positions_RT = torch.tensor(written.cells).T.reshape(4, len(rows), T)
+    input_ids_RT, trees_RT, seen_until_RT, positions_RT = (
+        torch.tensor(written.cells).T.contiguous().view(4, len(rows), T)
+    )
     users = [reading.user for reading in readings]
     return ReadingBatch(
         input_ids_RT=input_ids_RT,
@@ -270,6 +275,7 @@ def lay_out(
         reading_N=torch.tensor([m for m, (_, at) in enumerate(written.spans) for _ in at]),
         response_at_N=torch.tensor([n for _, at in written.spans for n in at]),
         last_at_M=torch.tensor(written.last_at),
+        lengths_M=torch.tensor([len(at) for _, at in written.spans]),
         users_M=None if None in users else torch.tensor(users),
         readings=list(readings),
         kind=layout.kind,

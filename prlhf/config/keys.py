@@ -4,8 +4,7 @@ import dataclasses
 import datetime
 import operator
 from dataclasses import dataclass, field
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 # The bounds of a key: how a value compares to one, its sign in the table, its words in an error.
 BOUNDS = {
@@ -13,9 +12,6 @@ BOUNDS = {
     "high": (operator.le, "<=", "at most"),
     "above": (operator.gt, ">", "more than"),
 }
-TYPE_NAMES = {str: "string", bool: "true | false", int: "int", float: "number"}
-TYPE_NAMES |= {NoneType: "null", tuple[str, ...]: "list of strings"}
-TYPE_NAMES |= {dict[str, Any]: "names with values", datetime.date: "date"}
 
 
 def key(default: Any, doc: str, **bounds: float) -> Any:
@@ -43,7 +39,8 @@ class ModelConfig:
         "auto",
         "tree: a prompt and its responses in one row; packed: all trees of a forward pass in one row, without padding; "
         "rows: one response a row, each a sequence of the model's own forward pass; slower, and right for recurrent models. "
-        "auto: packed on a GPU, else tree. The numbers are the same; a model of which that is not true is refused.",
+        "auto: packed on a GPU that computes in a half type, else tree. The numbers are the same; a model of which that is "
+        "not true is refused.",
     )
     share_trees: bool = key(True, "Compute once what comparisons of a forward pass share; the same numbers.")
     log_probs: Literal["torch", "chunked", "triton"] | None = key(
@@ -210,6 +207,14 @@ class FSDPConfig:
 
     replicas: int = key(1, "Hybrid sharding: so many whole models, each over neighbouring processes (a node).", low=1)
     offload: bool = key(False, "Keep weights, gradients and moments in host memory: slower, for small GPUs.")
+    sync: Literal["every", "last"] = key(
+        "every",
+        "After which micro-batches of an update gradients are summed over processes. last: once, so least is sent, and each "
+        "process holds all gradients in float32 until then.",
+    )
+    reshard_after_forward: bool = key(
+        True, "Free a block's gathered weights after its forward pass. false: keep them for the backward pass."
+    )
 
 
 @dataclass(frozen=True)
@@ -267,23 +272,6 @@ GROUPS = {outer.name: outer.type for outer in dataclasses.fields(Config) if data
 KEYS = {outer.name: outer for outer in dataclasses.fields(Config) if outer.name not in GROUPS} | {
     f"{group}.{inner.name}": inner for group, of in GROUPS.items() for inner in dataclasses.fields(of)
 }
-
-
-def types_of(declared: dataclasses.Field) -> tuple[Any, ...]:
-    """The types that a key's value may have; strings of which only some are allowed are a Literal."""
-    return get_args(declared.type) if get_origin(declared.type) in (Union, UnionType) else (declared.type,)
-
-
-def choices_of(declared: dataclasses.Field) -> list[str]:
-    """The strings that a key takes; empty where it takes any, or none."""
-    literals = [option for option in types_of(declared) if get_origin(option) is Literal]
-    return [choice for literal in literals for choice in get_args(literal)]
-
-
-def type_name(declared: dataclasses.Field) -> str:
-    """'int or null', 'number', 'llama | gptj or null': what a value may be, in words."""
-    choices = " | ".join(choices_of(declared))
-    return " or ".join(TYPE_NAMES.get(option, choices) for option in types_of(declared))
 
 
 def is_linear(config: Config) -> bool:

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from prlhf.config.faults import cross_faults
-from prlhf.config.keys import BOUNDS, GROUPS, KEYS, Config, choices_of, type_name, types_of
+from prlhf.config.keys import BOUNDS, GROUPS, KEYS, Config
+from prlhf.config.types import choices_of, type_name, types_of
 from prlhf.errors import UserError, did_you_mean
 
 BESIDE = Path(__file__).resolve().parent.parent.parent / "configs"

@@ -4,7 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from prlhf.config.keys import BOUNDS, KEYS, type_name
+from prlhf.config.keys import BOUNDS, KEYS
+from prlhf.config.types import type_name
 from prlhf.errors import UserError, run_command
 
 BEGIN, END = "<!-- configuration: made by `make config-table` -->", "<!-- end of configuration -->"

@@ -18,8 +18,9 @@ from typing import Any
 from prlhf.backbone.loading import load_tokenizer
 from prlhf.batch.datasets import encode_file
 from prlhf.batch.tokens import Encoder
-from prlhf.config.keys import KEYS, DataConfig, choices_of
+from prlhf.config.keys import KEYS, DataConfig
 from prlhf.config.load import find_config, load_config
+from prlhf.config.types import choices_of
 from prlhf.data.check import report as data_check
 from prlhf.data.comparisons import ComparisonFile
 from prlhf.data.fetch import fetch

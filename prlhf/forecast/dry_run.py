@@ -6,8 +6,9 @@ The real model, without values, computes the two largest micro-batches of the tr
 
 import math
 import os
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,13 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from prlhf.batch.datasets import TrainingData
 from prlhf.config.keys import Config, solves_exactly
 from prlhf.errors import UserError
-from prlhf.forecast.memory import Memory, predicted_memory
+from prlhf.forecast.memory import Memory, less_sent, predicted_memory
 from prlhf.forecast.phases import bytes_of, counted_update, fake_training
 from prlhf.method.models import PersonalizedModel
 from prlhf.parallel.ranks import check_processes
 from prlhf.score.states import readings_of
 from prlhf.solve.run import check_size, needs_solver
 from prlhf.train.plan import schedule
+
+# Of model.recompute; what recomputes least is the fastest.
+RECOMPUTE: tuple[Literal["none", "cheap", "elementwise", "blocks"], ...] = ("none", "cheap", "elementwise", "blocks")
 
 
 class ParameterCount(NamedTuple):
@@ -46,6 +50,7 @@ class Prediction:
     checkpoint: int  # bytes on disk, by all processes: trained weights and moments
     checkpoints: int  # how many there are at most: those kept, the best one, and the one being written
     change: list[str]  # keys that would save memory, the most promising first
+    less_sent: str  # fsdp keys that would send less and still fit; empty where there are none
 
     @property
     def fits(self) -> bool:
@@ -98,6 +103,7 @@ def predict(
         checkpoint=checkpoint,
         checkpoints=checkpoints,
         change=change,
+        less_sent=less_sent(fake, memory, available),
     )
 
 
@@ -133,6 +139,25 @@ def keys_to_change(config: Config, memory: Memory, processes: int) -> list[str]:
     ]
     possible = [(saved, key) for is_possible, saved, key in options if is_possible]
     return [key for _, key in sorted(possible, key=lambda option: -option[0])]
+
+
+def fastest_recompute(config: Config, prediction: Prediction, predicted: Callable[[Config], Prediction]) -> str:
+    """A line with the value of model.recompute that computes least again among those that fit. prediction: of `config`;
+    predicted: gives that of a config which differs in this key."""
+    if not prediction.updates:
+        return ""
+    for what in RECOMPUTE:
+        if what == "elementwise" and config.model.compile:
+            continue
+        keys = replace(config.model, recompute=what)
+        same = what == config.model.recompute
+        found = prediction if same else predicted(replace(config, model=keys))
+        if found.fits:
+            gb = f"{found.memory.peak / 1e9:.2f} GB"
+            return f"the fastest model.recompute that fits: {what}, {gb}" + (
+                "" if same else f" (now {config.model.recompute})"
+            )
+    return "no value of model.recompute fits"
 
 
 def available_memory(device: str, gigabytes: float | None, processes: int = 1) -> int:
@@ -177,7 +202,7 @@ def render(prediction: Prediction) -> str:
         lines.append("  beside the process each has a fifth more, which the C library's heap wastes (docs/scaling.md)")
     verdict = f"{m.peak / 1e9:.2f} GB of {p.available / 1e9:.2f} GB"
     if p.fits:
-        return "\n".join([*lines, "", f"fits: {verdict}"])
+        return "\n".join([*lines, "", f"fits: {verdict}", *([p.less_sent] if p.less_sent else [])])
     return "\n".join([*lines, "", f"does not fit: {verdict}; change one of:", *(f"  {key}" for key in p.change)])
 
 

@@ -8,7 +8,7 @@ All sizes are in bytes.
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from prlhf.backbone.families import blocks
 from prlhf.backbone.loading import weight_files
 from prlhf.backbone.toys import DTYPES
-from prlhf.config.keys import Config, solves_exactly
+from prlhf.config.keys import Config, FSDPConfig, solves_exactly
 from prlhf.errors import expanded
 from prlhf.forecast.phases import (
     CountedUpdate,
@@ -70,7 +70,8 @@ def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes
     spread = processes > 1 or sharded(config)
     share = config.fsdp.replicas / processes if spread else 1.0
     weights, gradients, moments, host = kept_by_each(fake, update, share)
-    gathered = gathered_bytes(fake.model) if spread else 0
+    gathered = gathered_bytes(fake.model, config.fsdp) if spread else 0
+    whole = whole_bytes(fake.model, config.fsdp) if spread else 0
     states, solver = states_bytes(fake), solver_bytes(fake)
     static = weights + states + moments  # moments are there from the second update on
     waiting = static + (0 if gpu else gradients)  # between updates; a GPU's gradients are dropped
@@ -85,7 +86,7 @@ def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes
     activations, temporaries = 0, solver
     if update is not None:
         file = 0 if gpu else min(FILE_BYTES, math.ceil((update.gradients + update.moments) * share))
-        phases["forward and backward"] = static + gathered + gradients + update.micro_batch
+        phases["forward and backward"] = static + whole + gradients + update.micro_batch
         phases["optimiser's step"] = static + gradients + math.ceil(update.step * share)
         phases["saving"] = waiting + 2 * file  # the writer holds a file twice
         activations = update.activations
@@ -99,7 +100,7 @@ def predicted_memory(fake: FakeTraining, update: CountedUpdate | None, processes
         weights=weights,
         gradients=gradients,
         optimizer=moments,
-        whole_blocks=gathered,
+        whole_blocks=whole,
         activations=activations,
         temporaries=temporaries,
         states=states,
@@ -126,11 +127,12 @@ def kept_by_each(fake: FakeTraining, update: CountedUpdate | None, share: float)
     return weights, gradients, moments, 0
 
 
-def gathered_bytes(model: PersonalizedModel) -> int:
+def gathered_bytes(model: PersonalizedModel, keys: FSDPConfig) -> int:
     """The most that FSDP holds whole of the backbone, either within its blocks or after them.
 
-        within  weights and gradients outside the blocks, the weights of two blocks (one is fetched ahead), the gradients of
-                one, and those of the block behind it once more in float32, which the reduce-scatter sends
+        within  weights and gradients outside the blocks, the weights of two blocks (one is fetched ahead; of all, where
+                fsdp.reshard_after_forward is false), the gradients of one, and those of the block behind it once more in
+                float32, which the reduce-scatter sends
         after   gradients outside the blocks, and these once more in float32; the weights are freed by then
 
     (torch 2.13, FSDPParamGroup.post_backward and foreach_reduce.)
@@ -138,9 +140,33 @@ def gathered_bytes(model: PersonalizedModel) -> int:
     of_blocks = [list(block.parameters()) for block in blocks(model.backbone)]
     inside = {p for block in of_blocks for p in block}
     outside = [p for p in model.backbone.parameters() if p not in inside]
-    two = sum(sorted(bytes_of(block) for block in of_blocks)[-2:])
-    within = bytes_of(outside) + bytes_of(outside, trained=True) + two + max(map(bytes_reduced, of_blocks))
+    gathered = sum(sorted(bytes_of(block) for block in of_blocks)[-2 if keys.reshard_after_forward else 0 :])
+    within = bytes_of(outside) + bytes_of(outside, trained=True) + gathered + max(map(bytes_reduced, of_blocks))
     return max(within, bytes_reduced(outside))
+
+
+def whole_bytes(model: PersonalizedModel, keys: FSDPConfig) -> int:
+    """What an update holds whole: `gathered_bytes`, and with fsdp.sync=last all of the backbone's gradients in float32."""
+    added_up = sum(4 * p.numel() for p in model.backbone.parameters() if p.requires_grad)
+    return gathered_bytes(model, keys) + (added_up if keys.sync == "last" else 0)
+
+
+def less_sent(fake: FakeTraining, memory: Memory, available: float) -> str:
+    """A line with the values of fsdp.sync and fsdp.reshard_after_forward that send least among those that fit, where they are
+    not set. Empty where there are none, or nothing is sharded over GPUs."""
+    now = fake.config.fsdp
+    if not (fake.gpu and memory.whole_blocks):
+        return ""
+    both = replace(now, sync="last", reshard_after_forward=False)
+    options = [both, replace(now, sync="last"), replace(now, reshard_after_forward=False)]
+    for keys in options[: options.index(now)] if now in options else options:
+        peak = memory.peak + whole_bytes(fake.model, keys) - whole_bytes(fake.model, now)
+        if peak <= available:
+            reshard = str(keys.reshard_after_forward).lower()
+            return (
+                f"less is sent, in {peak / 1e9:.2f} GB, with fsdp.sync={keys.sync} fsdp.reshard_after_forward={reshard}"
+            )
+    return ""
 
 
 def bytes_reduced(parameters: Sequence[nn.Parameter]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from prlhf.backbone.attention import takes_flex_attention, use_tree_attention
+from prlhf.backbone.attention import use_tree_attention
 from prlhf.backbone.loading import empty_backbone, weight_names
 from prlhf.backbone.toys import DTYPES
 from prlhf.backbone.weights import stored_as_named
@@ -27,7 +27,7 @@ from prlhf.forecast.allocations import Allocations, give_fake_storage
 from prlhf.forecast.gpu import computation_on_gpu
 from prlhf.method.build import build_model
 from prlhf.method.losses import ResponseLogProbs, needs_reference
-from prlhf.method.models import Computation, PersonalizedModel, PersonalizedRewardModel
+from prlhf.method.models import Computation, PersonalizedModel, PersonalizedRewardModel, automatic_layout
 from prlhf.score.score import tree_keys
 from prlhf.score.states import States, has_fixed_states, readings_of
 from prlhf.score.task import Task
@@ -63,7 +63,7 @@ def fake_training(config: Config, tokenizer: PreTrainedTokenizerBase, data: Trai
     by_rows = keys.name is not None and stored_as_named(backbone, names or None, DTYPES[config.model.dtype])
     if gpu:
         if keys.layout == "auto":
-            keys = replace(keys, layout="packed" if takes_flex_attention(backbone) else "tree")
+            keys = replace(keys, layout=automatic_layout(backbone, keys, "cuda"))
         use_tree_attention(backbone, as_on_gpu=True)
         compute = computation_on_gpu(keys.layout, keys.log_probs)
     else:

@@ -13,7 +13,7 @@ W pooled width.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers import Cache, PreTrainedModel
 from prlhf.backbone.attention import attention_mask, takes_flex_attention
 from prlhf.backbone.families import check_positions, check_tokens, embeddings, head, hidden_states
 from prlhf.backbone.lora import adapters_off
+from prlhf.backbone.toys import DTYPES
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import Layout, PreferenceBatch, Reading, ReadingBatch, collate, lay_out
 from prlhf.config.keys import ModelConfig
@@ -66,6 +67,13 @@ class Core(NamedTuple):
     config: ModelConfig  # layout, sharing, pooling
     compute: Computation = Computation()
     place: str = "before_prompt"  # where the vectors of a soft prompt stand (user_model.place)
+
+
+def automatic_layout(backbone: PreTrainedModel, config: ModelConfig, device: str) -> Literal["packed", "tree"]:
+    """packed on a GPU (`device` "cuda") that computes in a half type, where FlexAttention takes the backbone; else tree.
+    In float32 FlexAttention's kernels have no registers left, and spill."""
+    half = DTYPES[config.compute_dtype or config.dtype].itemsize == 2
+    return "packed" if device == "cuda" and half and takes_flex_attention(backbone) else "tree"
 
 
 class PersonalizedModel(nn.Module):
@@ -117,16 +125,20 @@ class PersonalizedModel(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """How readings become rows. "auto" is packed on a GPU whose attention takes it, and tree elsewhere."""
+        """How readings become rows; "auto" as `automatic_layout` says."""
         kind = self.config.layout
         if kind == "auto":
-            kind = "packed" if self.device.type == "cuda" and takes_flex_attention(self.backbone) else "tree"
+            kind = automatic_layout(self.backbone, self.config, self.device.type)
         return Layout(kind, self.vectors, self.user_slot, self.config.share_trees, self.place)
 
     def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
         """The batch that `forward` takes: each comparison as its entry of `users` reads it; None: for the reference."""
+        return self.on_the_host(comparisons, users).to(self.device)
+
+    def on_the_host(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
+        """The batch of `collate`, on the CPU."""
         layout = self.layout if users is not None else self.layout._replace(vectors=0)
-        return collate(comparisons, users, layout).to(self.device)
+        return collate(comparisons, users, layout)
 
     def states(
         self, embeddings_RTD: Tensor, mask: Tensor | BlockMask, positions_RT: Tensor, cache: Cache | None = None
@@ -227,12 +239,11 @@ class PersonalizedRewardModel(PersonalizedModel):
             return self.states_at(batch, batch.last_at_M)
         states_ND = self.states_at(batch, batch.response_at_N)
         states_ND = states_ND.to(torch.promote_types(states_ND.dtype, torch.float32))
-        counts_M = torch.tensor([len(reading.response) for reading in batch.readings], device=states_ND.device)
-        sums_MD = states_ND.new_zeros(len(counts_M), states_ND.shape[1]).index_add(0, batch.reading_N, states_ND)
-        mean_MD = sums_MD / counts_M[:, None]
+        sums_MD = states_ND.new_zeros(len(batch.readings), states_ND.shape[1]).index_add(0, batch.reading_N, states_ND)
+        mean_MD = sums_MD / batch.lengths_M[:, None]
         if pooling == "mean":
             return mean_MD
-        return torch.cat([states_ND.index_select(0, counts_M.cumsum(0) - 1), mean_MD], dim=1)
+        return torch.cat([states_ND.index_select(0, batch.lengths_M.cumsum(0) - 1), mean_MD], dim=1)
 
     @torch.no_grad()
     def states_of(self, readings: Sequence[Reading]) -> Tensor:
@@ -276,6 +287,6 @@ def of_comparisons(values_M: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Te
 
 def sum_by_response(token_log_probs_N: Tensor, batch: PreferenceBatch) -> ResponseLogProbs:
     """log p(y|x), the sum of the tokens' log-probs, of both responses of each comparison."""
-    zeros_M, ones_N = token_log_probs_N.new_zeros(len(batch.readings)), torch.ones_like(token_log_probs_N.detach())
-    sums_M, lengths_M = (zeros_M.index_add(0, batch.reading_N, values_N) for values_N in (token_log_probs_N, ones_N))
+    zeros_M = token_log_probs_N.new_zeros(len(batch.readings))
+    sums_M, lengths_M = zeros_M.index_add(0, batch.reading_N, token_log_probs_N), batch.lengths_M.to(zeros_M)
     return ResponseLogProbs(*of_comparisons(sums_M, batch), *of_comparisons(lengths_M, batch))

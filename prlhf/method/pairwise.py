@@ -20,7 +20,7 @@ class PairwisePreferenceModel(PersonalizedModel):
         super().__init__(core)
         self.answers = [question.answer_a, question.answer_b]
 
-    def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
+    def on_the_host(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
         """The batch, in which the order of a question's two forms does not depend on which response is y1.
 
         Comparisons and the same ones swapped are then one forward pass, bit for bit: P(y1 over y2) + P(y2 over y1) = 1.
@@ -28,10 +28,10 @@ class PairwisePreferenceModel(PersonalizedModel):
         swapped = [c.rejected < c.chosen for c in comparisons]
         in_order = (sorted((c.chosen, c.rejected)) for c in comparisons)
         ordered = [c._replace(chosen=a, rejected=b) for c, (a, b) in zip(comparisons, in_order)]
-        batch = super().collate(ordered, users)
-        swapped_B1 = torch.tensor(swapped, device=batch.chosen_rejected_B2.device)[:, None]
+        batch = super().on_the_host(ordered, users)
         both_B2 = batch.chosen_rejected_B2
-        return replace(batch, chosen_rejected_B2=torch.where(swapped_B1, both_B2.flip(1), both_B2))
+        swapped_B2 = torch.where(torch.tensor(swapped)[:, None], both_B2.flip(1), both_B2)
+        return replace(batch, chosen_rejected_B2=swapped_B2)
 
     def forward(self, batch: PreferenceBatch) -> Answers:
         """The logit of y1's letter minus that of y2's, in both orders."""

@@ -55,7 +55,7 @@ def shard(model: PersonalizedModel, config: Config, device: str) -> None:
 
     Gradients are summed in float32. model.compute_dtype is the type that the backbone computes in. fsdp.replicas: hybrid
     sharding, one whole model on every W / replicas neighbours. fsdp.offload: parameters, gradients and the optimiser's
-    moments wait in host memory. The backbone's parameters may be on meta; `load_weights_into` gives them values.
+    moments wait in host memory. fsdp.reshard_after_forward: whether blocks are gathered again for the backward pass. The backbone's parameters may be on meta; `load_weights_into` gives them values.
     """
     model.device = torch.device(device)
     compute = DTYPES[config.model.compute_dtype] if config.model.compute_dtype else None
@@ -71,7 +71,7 @@ def shard(model: PersonalizedModel, config: Config, device: str) -> None:
         if set(part.parameters()) - unsharded:
             fully_shard(part, **in_float32, ignored_params=unsharded)
     for block in blocks(model.backbone):
-        fully_shard(block, **options)
+        fully_shard(block, **options, reshard_after_forward=config.fsdp.reshard_after_forward)
     fully_shard(model, **options, ignored_params=unsharded)
     # FSDP gathers parameters around `forward`; these methods compute with them too.
     register_fsdp_forward_method(model, "within_forward")
@@ -83,6 +83,13 @@ def shard(model: PersonalizedModel, config: Config, device: str) -> None:
         if isinstance(module, FSDPModule):  # sums over ranks, not means
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+
+
+def sum_gradients_after_this(model: PersonalizedModel, summed: bool) -> None:
+    """Whether the next backward pass of a sharded model sums gradients over ranks. Where not, they are added up, whole and in
+    float32, on each rank until a pass that does. Does nothing to a model that is not sharded."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(summed)
 
 
 def device_mesh(config: Config, device: str) -> DeviceMesh:

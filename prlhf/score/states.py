@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prlhf.batch.moves import moved
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import Reading
 from prlhf.data.files import fingerprint_of
@@ -29,7 +30,8 @@ class States:
     def of(self, readings: Sequence[Reading]) -> Tensor:
         """The states (R, W) of R readings; their users do not matter. KeyError for a response that has no state here."""
         rows = [self._row[reading._replace(user=0)] for reading in readings]
-        return self.states_MW.index_select(0, torch.tensor(rows, device=self.states_MW.device))
+        (rows_R,) = moved([torch.tensor(rows)], self.states_MW.device)
+        return self.states_MW.index_select(0, rows_R)
 
 
 def readings_of(comparisons: Sequence[EncodedComparison]) -> list[Reading]:

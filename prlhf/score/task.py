@@ -36,11 +36,11 @@ class Task:
         return forward(self.model, [self.comparisons[i] for i in indices], users, self.states)
 
     def reference_of(self, indices: Sequence[int]) -> ResponseLogProbs | None:
-        """The reference's log-probs of comparisons[indices], on the model's device."""
+        """The reference's log-probs of comparisons[indices], on the CPU."""
         if self.reference is None:
             return None
         rows = torch.as_tensor(indices)
-        return ResponseLogProbs(*(t[rows].to(self.model.device) for t in self.reference))
+        return ResponseLogProbs(*(t[rows] for t in self.reference))
 
 
 def prepare_task(config: Config, model: PersonalizedModel, data: Dataset, base: str) -> Task:

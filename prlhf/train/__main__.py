@@ -16,7 +16,7 @@ from prlhf.config.keys import Config, solves_exactly
 from prlhf.config.load import find_config, load_config
 from prlhf.data.comparisons import ComparisonFile, read_comparisons
 from prlhf.errors import UserError, check_range, run_command
-from prlhf.forecast.dry_run import available_memory, predict, render
+from prlhf.forecast.dry_run import Prediction, available_memory, fastest_recompute, predict, render
 from prlhf.parallel.ranks import process_group, rank, say, started_processes, started_rank
 from prlhf.parallel.shard import training_model
 from prlhf.score.agreement import check_agreement
@@ -26,7 +26,7 @@ from prlhf.solve.run import set_prior
 from prlhf.store.final import save_final
 from prlhf.store.runs import Run, open_run
 from prlhf.train.loop import log_solution, train
-from prlhf.train.process import out_of_memory_explained, reproducible
+from prlhf.train.process import compile_attention, out_of_memory_explained, reproducible
 
 Files = tuple[ComparisonFile, ComparisonFile | None]  # training and held-out comparisons
 
@@ -81,6 +81,7 @@ def run_training(config: Config, run: Run, device: str, files: Files, overwrite:
         print(f"warning: {unusual}", file=sys.stderr)
     base = weights_fingerprint(model.backbone)
     check_agreement(model)
+    compile_attention(model)
     training = prepare_task(config, model, train_data, base)
     valid = prepare_task(config, model, valid_data, base) if valid_data is not None else None
 
@@ -102,9 +103,14 @@ def dry_run(args: argparse.Namespace, config: Config, files: Files) -> NoReturn:
     memory = available_memory(device, args.memory, args.world_size)
     tokenizer = load_tokenizer(config.model)
     data = encode_training_data(config, tokenizer, *files)
-    prediction = predict(config, tokenizer, data, device, args.world_size, memory)
+
+    def predicted(config: Config) -> Prediction:
+        return predict(config, tokenizer, data, device, args.world_size, memory)
+
+    prediction = predicted(config)
     if started_rank() == 0:
         print(render(prediction))
+        print(fastest_recompute(config, prediction, predicted))
     sys.exit(0 if prediction.fits else 1)
 
 

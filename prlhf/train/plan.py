@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prlhf.batch.order import micro_batches, updates_of_epoch
+from prlhf.batch.order import even_micro_batches, micro_batches, updates_of_epoch
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.config.keys import Config, OptimConfig
 from prlhf.method.losses import branch_weights
@@ -43,26 +43,24 @@ def plan_update(task: Task, update: Sequence[int], processes: int | None = None)
     """Cut an update (indices of comparisons) into parts, in the order in which they are computed.
 
     A known user's comparison has a row of weight alpha, read by that user, and one of weight 1 - alpha, read by user 0. An
-    unknown user's has one row of weight 1, read by user 0. Rows of weight 0 are left out. Parts are small enough that
-    each of `processes` (default: this run's) has some.
+    unknown user's has one row of weight 1, read by user 0. Rows of weight 0 are left out. A part may have rows of both
+    branches. The parts are a multiple of `processes` (default: this run's) and alike in size, so that none waits long.
     """
     config, model, update = task.config, task.model, list(update)
     users, n = [task.comparisons[i].user for i in update], len(update)
     alpha = config.loss.alpha
     weights = branch_weights(torch.tensor(users), alpha, is_personal(model.user_model, alpha))
     both = Part(update * 2, ["user"] * n + ["generic"] * n, users + [0] * n, torch.cat(weights))
-    rows = [[row for row in branch if both.weights_B[row]] for branch in (range(n), range(n, 2 * n))]
-    if model.users_share:
-        rows = [rows[0] + rows[1]]  # both branches of a comparison in one pass of the backbone
-    parts = []
-    for branch in (both.of(some) for some in rows if some):
-        comparisons = [task.comparisons[i] for i in branch.indices]
-        trees = tree_keys(model, comparisons, branch.users)
-        size = min(config.optim.micro_batch_size, math.ceil(len(set(trees)) / (processes or world_size())))
-        # With group_by=response neighbours share most, so they keep their order. Else similar lengths go together.
-        lengths = [0 if config.optim.group_by == "response" else c.length for c in comparisons]
-        parts += [branch.of(some) for some in micro_batches(trees, lengths, size)]
-    return parts
+    rows = both.of([row for row in range(2 * n) if both.weights_B[row]])
+    comparisons = [task.comparisons[i] for i in rows.indices]
+    trees = tree_keys(model, comparisons, rows.users)
+    size, W = config.optim.micro_batch_size, processes or world_size()
+    if config.optim.group_by == "response":  # neighbours share most, so they keep their order
+        groups = micro_batches(trees, [0] * len(trees), min(size, math.ceil(len(set(trees)) / W)))
+    else:
+        lengths = [model.vectors + c.length for c in comparisons]
+        groups = even_micro_batches(trees, lengths, size, W, model.layout.kind == "packed")
+    return [rows.of(some) for some in groups]
 
 
 def parts_of_this_process(parts: Sequence[Part]) -> list[Part]:

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prlhf.batch.moves import moved
 from prlhf.data.files import fingerprint_of
-from prlhf.method.losses import preference_loss, reward_margin
+from prlhf.method.losses import ResponseLogProbs, preference_loss, reward_margin
 from prlhf.parallel.ranks import rank, sum_rows
+from prlhf.parallel.shard import sum_gradients_after_this
 from prlhf.score.task import Task
 from prlhf.train.log import Sums
 from prlhf.train.optimizer import Optimizers, clip, learning_rate_factor
@@ -32,10 +34,13 @@ class PartLoss(NamedTuple):
 
 def part_loss(task: Task, part: Part, N: int) -> PartLoss:
     """The forward pass of a part. N: comparisons in the update. loss = sum over the part's rows of weight * loss / N."""
-    config = task.config.loss
-    outputs, reference = task.outputs(part.indices, part.users), task.reference_of(part.indices)
+    config, reference = task.config.loss, task.reference_of(part.indices)
+    # Before the forward pass, so that a GPU has them when it has done that.
+    weights_B, *rows = moved([part.weights_B, *(reference or ())], task.model.device)
+    reference = ResponseLogProbs(*rows) if rows else None
+    outputs = task.outputs(part.indices, part.users)
     losses_B = preference_loss(config, outputs, reference)
-    loss = (part.weights_B.to(losses_B) * losses_B).sum() / N
+    loss = (weights_B.to(losses_B) * losses_B).sum() / N
     return PartLoss(loss, reward_margin(config, outputs, reference).detach())
 
 
@@ -44,7 +49,9 @@ def accumulate_gradients(task: Task, update: Sequence[int]) -> Sums:
     model, N = task.model, len(update)
     comparisons = [task.comparisons[i] for i in update]
     done: list[tuple[Part, PartLoss]] = []
-    for part in parts_of_this_process(plan_update(task, update)):
+    parts = parts_of_this_process(plan_update(task, update))
+    for n, part in enumerate(parts, start=1):
+        sum_gradients_after_this(model, task.config.fsdp.sync == "every" or n == len(parts))
         loss, margins_B = part_loss(task, part, N)
         loss.backward()
         loss = loss.detach()  # frees the graph before the next one is made
