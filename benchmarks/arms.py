@@ -2,6 +2,8 @@
 
 prlhf      plain DPO (uniform user, T_u = 0); the reference is computed once, before the steps
 prlhf pdpo P-DPO with both branches (individual users, T_u = 10, alpha 0.5); reference as above
+prlhf pdpo prompt_end
+           as prlhf pdpo, with the users behind the prompt, which both branches then share
 rows       the same P-DPO in the obvious way: DPO's loss for each branch, the two responses as separate rows, the model's logits
            at all positions, the reference computed in the step for each branch
 rows once  as rows, but both branches share one reference
@@ -9,7 +11,7 @@ trl        TRL's DPOTrainer with its defaults, except: precision as here (a floa
            model.compute_dtype says so), reference precomputed, dropout and checkpointing as here. One arm per per-device batch
            size, of which the fastest counts. On a GPU with Liger's kernels if they are installed
 
-The first two do what train.py does, on a GPU with deterministic kernels (--set deterministic=false turns them off).
+The first three do what train.py does, on a GPU with deterministic kernels (--set deterministic=false turns them off).
 """
 
 import argparse
@@ -47,8 +49,11 @@ from prlhf.train.step import accumulate_gradients, part_loss
 
 P_DPO = ("user_model.kind=individual", "user_model.tokens=10", "loss.alpha=0.5")
 PLAIN = ("user_model.kind=uniform", "user_model.tokens=0")
-ARMS = {"prlhf": PLAIN, "prlhf pdpo": P_DPO, "rows": P_DPO, "rows once": P_DPO}
-OURS = ("prlhf", "prlhf pdpo")  # the arms that do what train.py does
+BEHIND = "prlhf pdpo prompt_end"
+ARMS = {
+    "prlhf": PLAIN, "prlhf pdpo": P_DPO, BEHIND: (*P_DPO, "user_model.place=prompt_end"), "rows": P_DPO, "rows once": P_DPO,
+}  # fmt: skip
+OURS = ("prlhf", "prlhf pdpo", BEHIND)  # the arms that do what train.py does
 USERS = 4
 NOISE = 0.5  # change of a layer's output, relative to its input; without it the policy's margins are 0
 

@@ -78,14 +78,22 @@ def training_data(comparisons: list[EncodedComparison], users: int) -> TrainingD
 
 
 def useful_flops(
-    config: PretrainedConfig, comparisons: Sequence[EncodedComparison], vectors: int, branches: int, lora: bool
+    config: PretrainedConfig,
+    comparisons: Sequence[EncodedComparison],
+    vectors: int,
+    branches: int,
+    lora: bool,
+    shared_prompt: bool = False,
 ) -> int:
-    """FLOPs in matrix products that one update needs at least: each prompt once per branch, logits at response positions only.
+    """FLOPs in matrix products that one update needs at least: each prompt once per branch, or once for all branches
+    (shared_prompt), logits at response positions only.
 
-    Forward, for a tree of P prefix positions (T_u = `vectors` included) and responses of y1 and y2 tokens, with W weights in
-    the blocks' linear layers, L layers, width D and vocabulary V (a multiplication and an addition are 2 FLOPs):
+    Forward, for a prompt of S positions that the branches share (S = 0: none), R further ones in each branch (T_u = `vectors`
+    included) and responses of y1 and y2 tokens, with W weights in the blocks' linear layers, L layers, width D and vocabulary V
+    (a multiplication and an addition are 2 FLOPs):
 
-        2 W (P + y1 + y2) + 2 V D (y1 + y2) + 4 L D (P (P + 1) / 2 + sum_y [y P + y (y + 1) / 2])
+        2 W S + 4 L D S (S + 1) / 2  +  for each branch
+        2 W (R + y1 + y2) + 2 V D (y1 + y2) + 4 L D (R S + R (R + 1) / 2 + sum_y [y (S + R) + y (y + 1) / 2])
 
     Backward: twice as much; with LoRA once for products with frozen weights, which need no weight gradient. Adapters, the
     precomputed reference, checkpointing, padding and the masked half of attention are not counted.
@@ -95,12 +103,14 @@ def useful_flops(
     layers = blocks(model)
     W = sum(m.weight.numel() for block in layers for m in block.modules() if isinstance(m, torch.nn.Linear))
     D, V = config.hidden_size, config.vocab_size
-    weights = attention = 0
+    weights = pairs = 0
     for c in comparisons:
-        P, ys = vectors + len(c.prefix), (len(c.chosen), len(c.rejected))
-        weights += 2 * W * (P + sum(ys)) + 2 * V * D * sum(ys)
-        attention += 4 * len(layers) * D * (P * (P + 1) // 2 + sum(y * P + y * (y + 1) // 2 for y in ys))
-    return branches * ((2 if lora else 3) * weights + 3 * attention)
+        S, R = (len(c.prefix), vectors) if shared_prompt else (0, vectors + len(c.prefix))
+        ys = (len(c.chosen), len(c.rejected))
+        weights += 2 * W * S + branches * (2 * W * (R + sum(ys)) + 2 * V * D * sum(ys))
+        in_branch = R * S + R * (R + 1) // 2 + sum(y * (S + R) + y * (y + 1) // 2 for y in ys)
+        pairs += S * (S + 1) // 2 + branches * in_branch
+    return (2 if lora else 3) * weights + 3 * 4 * len(layers) * D * pairs
 
 
 def main() -> None:

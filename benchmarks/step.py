@@ -4,7 +4,7 @@
     python benchmarks/step.py [--shape tldr | chat] [--rounds 5] [--comparisons 4] [--lora 0] [--out FILE.json]
 
 One step is one update: forward and backward passes over the same comparisons in the same order, clipping, AdamW. The arms are
-those of benchmarks/arms.py: prlhf, "prlhf pdpo", rows, "rows once", trl. They take turns within a run, and medians over the
+those of benchmarks/arms.py: prlhf, "prlhf pdpo", "prlhf pdpo prompt_end", rows, "rows once", trl. They take turns within a run, and medians over the
 rounds are compared, since separate runs on a shared machine differ by up to a factor of two. First, arms that compute the same
 thing must agree on the update's loss and on each comparison's reward margin in each branch (`check_equal`).
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from arms import ARMS, OURS, USERS, Computed, computing_type, config_of, is_plain, made, surroundings
+from arms import ARMS, BEHIND, OURS, USERS, Computed, computing_type, config_of, is_plain, made, surroundings
 from shapes import SHAPES, random_comparisons, training_data, useful_flops
 from transformers import AutoConfig
 
@@ -56,14 +56,15 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "liger-kernel"
 
 
 def check_equal(computed: dict[str, Computed], dtype: str) -> None:
-    """Check that all plain DPO arms compute the same, and all P-DPO arms.
+    """Check that all plain DPO arms compute the same, and all P-DPO arms with users before the prompt.
 
     SystemExit if the update's loss or a reward margin differs between arms by more than TOLERANCE times the largest margin, or
     is not finite. The margins tell arms apart; a loss is near log 2 for any weights.
     """
     plain = {label: found for label, found in computed.items() if is_plain(label)}
-    personal = {label: found for label, found in computed.items() if label not in plain}
-    for group in (plain, personal):
+    behind = {label: found for label, found in computed.items() if label == BEHIND}  # alone: checks that it is finite
+    personal = {label: found for label, found in computed.items() if label not in (*plain, BEHIND)}
+    for group in (plain, behind, personal):
         if not group:
             continue
         found = torch.tensor([[loss, *margins] for loss, margins in group.values()], dtype=torch.float64)
@@ -268,10 +269,12 @@ def shares_of_rate(
 ) -> dict[str, float]:
     """Each arm's useful FLOPs per second, as a share of the matmul rate."""
     config = AutoConfig.from_pretrained(str(expanded(args.model)))
-    plain, personal = (
-        useful_flops(config, comparisons, vectors, branches, args.lora > 0) for vectors, branches in ((0, 1), (10, 2))
-    )
-    return {name: (plain if is_plain(name) else personal) / (time_taken * rate) for name, time_taken in seconds.items()}
+    found = {}
+    for name, time_taken in seconds.items():
+        vectors, branches = (0, 1) if is_plain(name) else (10, 2)
+        flops = useful_flops(config, comparisons, vectors, branches, args.lora > 0, shared_prompt=name == BEHIND)
+        found[name] = flops / (time_taken * rate)
+    return found
 
 
 def predicted_gb(name: str, args: argparse.Namespace, comparisons: list[EncodedComparison]) -> float:

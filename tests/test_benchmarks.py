@@ -90,7 +90,7 @@ def in_process(step, arms, monkeypatch):
 
 def test_step_prints_a_table_and_writes_json(model, tmp_path):
     out = tmp_path / "step.json"
-    arms = ["prlhf", "prlhf pdpo", "rows", "rows once"]
+    arms = ["prlhf", "prlhf pdpo", "prlhf pdpo prompt_end", "rows", "rows once"]
     options = ("--comparisons", 2, "--shape", "short", "--rounds", 2, "--trl-batch", 1)
     table = run("step.py", "--model", model, *options, "--out", out, "--arms", *arms, "trl")
     if find_spec("trl") is None:
@@ -103,11 +103,11 @@ def test_step_prints_a_table_and_writes_json(model, tmp_path):
     assert written["matmul_rate"] > 0 and written["dtype"] == "float32" and written["device"] in table
     assert written["versions"].keys() >= {"torch", "transformers", "trl", "peft", "liger-kernel"}
     rows = {row["arm"]: row for row in written["rows"]}
-    assert [len(rows[arm]["margins"]) for arm in arms[:4]] == [2, 4, 4, 4]
+    assert [len(rows[arm]["margins"]) for arm in arms[:5]] == [2, 4, 4, 4, 4]
     # share times seconds is an arm's useful work: the same for both ways to compute P-DPO, less without a user
     work = {arm: rows[arm]["share_of_matmul_rate"] * statistics.median(written["seconds"][arm]) for arm in arms}
     assert [work["rows"], work["rows once"]] == pytest.approx([work["prlhf pdpo"]] * 2)
-    assert 0 < work["prlhf"] < work["rows"]
+    assert 0 < work["prlhf"] < work["prlhf pdpo prompt_end"] < work["rows"]
 
 
 ALIKE = [
@@ -397,3 +397,16 @@ def test_positions_of_both_branches_by_hand(monkeypatch):
     c = EncodedComparison([5] * 5, [5] * 5, [7] * 2, [8] * 3, 1, tail=1)
     assert positions([c]) == 40 and positions([c, c._replace(user=0, prefix=[6] * 5)]) == (40 + 20) / 2
     assert positions([c], "user_model.place=prompt_end") == 36
+
+
+def test_useful_flops_with_a_shared_prompt_are_those_of_one_branch_and_what_another_adds(monkeypatch):
+    """One branch costs the same either way; two that share save the prompt's own products and pairs, once."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from shapes import useful_flops
+
+    config = random_backbone(ModelConfig(family="llama", width=32, heads=2), 300, 0).config
+    c = EncodedComparison([5] * 40, [5] * 40, [7] * 30, [8] * 20, 1)
+    prompt = EncodedComparison([5] * 40, [5] * 40, [], [], 1)
+    one, two = (useful_flops(config, [c], 10, branches, False) for branches in (1, 2))
+    assert useful_flops(config, [c], 10, 1, False, shared_prompt=True) == one and two == 2 * one
+    assert useful_flops(config, [c], 10, 2, False, True) == two - useful_flops(config, [prompt], 0, 1, False)
