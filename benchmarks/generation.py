@@ -41,6 +41,8 @@ from prlhf.generate.decode import Decoding, Request, batches, generate, read_pro
 from prlhf.method.build import build_model
 from prlhf.method.models import PersonalizedLM
 
+TAIL = 5  # tokens behind a prompt's content, as many as ChatML puts there
+
 
 class Task(NamedTuple):
     """What every arm does."""
@@ -58,8 +60,8 @@ class Task(NamedTuple):
 
 def rows_of(model: PersonalizedLM, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
     """What the backbone reads of each request, (B, T, D), padded on the left, and the padding's lengths (B,)."""
-    _, prompts = read_prompts(model, requests)
-    rows = [torch.cat([prompt.shared_TD, prompt.own_SD]) for prompt in prompts]
+    _, contexts = read_prompts(model, requests)
+    rows = [torch.cat([context.shared_TD, context.own_SD]) for context in contexts]
     padding = [max(map(len, rows)) - len(row) for row in rows]
     padded = torch.stack([pad(row, (0, 0, left, 0)) for row, left in zip(rows, padding)])
     return padded, torch.tensor(padding, device=model.device)
@@ -141,7 +143,7 @@ def make_task(args: argparse.Namespace) -> Task:
     requests = []
     for _ in range(args.prompts):
         ids = [rng.randrange(len(tokenizer)) for _ in range(max(2, round(rng.gauss(*SHAPES[args.shape].prompt))))]
-        requests += [Request(ids, user, "") for user in range(1, args.users + 1)]
+        requests += [Request(ids, user, "", TAIL) for user in range(1, args.users + 1)]
     ends = set(range(0, len(tokenizer), args.end_every)) if args.end_every else set()
     return Task(model, requests, ends, args.new_tokens, args.batch_size)
 

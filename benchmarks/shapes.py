@@ -1,4 +1,9 @@
-"""Random comparisons with the lengths of real ones, models of real shapes, and the FLOPs of an update."""
+"""Random comparisons with the lengths of real ones, models of real shapes, the FLOPs of an update, and its positions:
+
+    python benchmarks/shapes.py
+
+counts the positions that P-DPO with both branches computes a comparison, with the user vectors at each place.
+"""
 
 import random
 from collections.abc import Sequence
@@ -8,9 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PretrainedConfig
 
 from prlhf.backbone.families import blocks
+from prlhf.backbone.toys import byte_tokenizer
 from prlhf.batch.datasets import Dataset, TrainingData
 from prlhf.batch.tokens import EncodedComparison, EncodingReport
+from prlhf.config import load as config_module
 from prlhf.data.users import UserIndex
+from prlhf.method.build import build_model
+from prlhf.score.task import Task
+from prlhf.train.plan import plan_update
 
 MODELS = {
     "GPT-J 6B": GPTJConfig(),
@@ -50,6 +60,17 @@ def random_comparisons(shape: str, count: int, vocabulary: int, users: int, seed
     return found
 
 
+def positions(comparisons: Sequence[EncodedComparison], *keys: str) -> float:
+    """Positions that an update of P-DPO computes a comparison, without padding: counted in the rows that training lays out, by
+    a model of one narrow block. keys: of the config, beside individual users of T_u = 10."""
+    small = ("model.family=llama", "model.layers=1", "model.width=16", "model.heads=1", "user_model.tokens=10")
+    config = config_module.load_config(None, [*small, *keys])
+    task = Task(config, build_model(config, byte_tokenizer(), max(c.user for c in comparisons)), comparisons)
+    parts = plan_update(task, range(len(comparisons)))
+    batches = (task.model.collate([comparisons[i] for i in part.indices], part.users) for part in parts)
+    return sum(int((batch.trees_RT > 0).sum()) for batch in batches) / len(comparisons)
+
+
 def training_data(comparisons: list[EncodedComparison], users: int) -> TrainingData:
     """The comparisons as training takes them, with users user0, user1, ..."""
     index = UserIndex([f"user{i}" for i in range(users)])
@@ -80,3 +101,18 @@ def useful_flops(
         weights += 2 * W * (P + sum(ys)) + 2 * V * D * sum(ys)
         attention += 4 * len(layers) * D * (P * (P + 1) // 2 + sum(y * P + y * (y + 1) // 2 for y in ys))
     return branches * ((2 if lora else 3) * weights + 3 * attention)
+
+
+def main() -> None:
+    """Positions a comparison of each shape; a chat's template puts five tokens behind the user's words."""
+    print("| | before_prompt | prompt_end | times less |\n" + "|---" * 4 + "|")
+    for shape, tail in (("tldr", 0), ("chat", 5)):
+        comparisons = [c._replace(tail=tail) for c in random_comparisons(shape, 256, 1000, users=16)]
+        before, behind = (
+            positions(comparisons, f"user_model.place={place}") for place in ("before_prompt", "prompt_end")
+        )
+        print(f"| {shape} | {before:.0f} | {behind:.0f} | {before / behind:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

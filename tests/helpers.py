@@ -16,7 +16,7 @@ from prlhf.config.keys import Config
 from prlhf.method.build import build_model
 from prlhf.method.losses import ResponseLogProbs
 from prlhf.method.models import PersonalizedModel
-from prlhf.method.plain import Preference, user_vectors
+from prlhf.method.plain import HERE, Preference, user_vectors
 from prlhf.score.score import score
 from prlhf.score.task import Task
 from prlhf.train.step import accumulate_gradients
@@ -115,6 +115,22 @@ def as_plain(c: EncodedComparison) -> Preference:
     return c.reference_prefix, c.chosen, c.rejected, c.prefix[1 : 1 + text], c.user
 
 
+def with_tails(comparisons: Sequence[EncodedComparison]) -> list[EncodedComparison]:
+    """The comparisons with 0, 1 and 2 tokens, in turn, behind their prompts' content."""
+    return [c._replace(tail=min(i % 3, len(c.reference_prefix) - 1)) for i, c in enumerate(comparisons)]
+
+
+def at_place(c: EncodedComparison, place: str) -> EncodedComparison:
+    """The comparison with HERE, as the plain method takes it, where user vectors stand."""
+    if place == "response_end":
+        return c._replace(chosen=[*c.chosen, HERE], rejected=[*c.rejected, HERE])
+    if place == "before_prompt":
+        return c
+    ends = (len(ids) - c.tail for ids in (c.prefix, c.reference_prefix))
+    prefix, reference = ([*ids[:n], HERE, *ids[n:]] for ids, n in zip((c.prefix, c.reference_prefix), ends))
+    return c._replace(prefix=prefix, reference_prefix=reference)
+
+
 def gradients(module) -> dict[str, torch.Tensor]:
     return {name: p.grad.to_dense().clone() for name, p in module.named_parameters() if p.grad is not None}
 
@@ -135,7 +151,7 @@ def assert_updates_are_plain(
 ) -> None:
     """A model's outputs, its loss at ALPHA and every gradient, in all layouts, are those of the plain method.
 
-    read(model, backbone, c, e_UD): the outputs for c's two responses, by passes of the plain `backbone`.
+    read(model, backbone, c, e_UD): the outputs for c's two responses, by passes of the plain `backbone`; c has HERE.
     loss_of(model, backbone, plain_comparisons): the loss. `model` holds the weights of all that is not the backbone.
     """
     overrides = (*overrides, f"loss.alpha={ALPHA}", "optim.micro_batch_size=3")
@@ -144,11 +160,10 @@ def assert_updates_are_plain(
     config = tiny_config(*overrides, family=family)
     twin, backbone = tiny_model(config, noise=0.05), plain_backbone(config)
     backbone.load_state_dict(twin.backbone.state_dict())
+    placed = [at_place(c, config.user_model.place) for c in comparisons]
     with torch.no_grad():
-        outputs = [
-            torch.stack(tuple(read(twin, backbone, c, user_vectors(twin.user_model, c.user)))) for c in comparisons
-        ]
-    loss = loss_of(twin, backbone, [as_plain(c) for c in comparisons])
+        outputs = [torch.stack(tuple(read(twin, backbone, c, user_vectors(twin.user_model, c.user)))) for c in placed]
+    loss = loss_of(twin, backbone, [as_plain(c) for c in placed])
     loss.backward()
     expected = {f"backbone.{name}": g for name, g in gradients(backbone).items()} | gradients(twin)
     small = {name for name, g in expected.items() if g.abs().max() < 1e-6}  # a tolerance of 1e-10 would say little

@@ -10,6 +10,7 @@ from prlhf.batch.tokens import EncodedComparison
 from prlhf.errors import UserError
 from prlhf.generate.decode import Decoding, Request, check_decoding, generate
 from prlhf.method.build import build_model
+from prlhf.score import agreement
 from prlhf.score.agreement import check_agreement
 from prlhf.score.score import score
 from prlhf.train import __main__ as train
@@ -17,6 +18,9 @@ from prlhf.train import __main__ as train
 SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2}
 LLAMA = {**SMALL, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
 MAMBA = Mamba2Config(**SMALL, num_heads=8, head_dim=8, state_size=8, n_groups=2, chunk_size=8, pad_token_id=0)
+
+
+PROMPT_END = "user_model.place=prompt_end"
 
 
 def random_model(config) -> PreTrainedModel:
@@ -40,6 +44,30 @@ def test_a_recurrent_model_is_refused_where_one_response_reads_another():
         with pytest.raises(UserError, match="mamba2 model does not compute what it computes alone .*expected 'rows'"):
             check_agreement(built(MAMBA, f"model.layout={layout}"))
     check_agreement(built(MAMBA, "model.layout=rows"))
+
+
+@pytest.mark.parametrize(
+    "keys", [(PROMPT_END,), ("method=prm", PROMPT_END), ("method=prm", "user_model.place=response_end")]
+)
+def test_what_a_layout_computes_is_checked_at_each_place(keys, monkeypatch):
+    """A right model passes. A recurrent one is refused in trees, and passes in rows. Where a reader would see the one before it,
+    which no single reader shows, that is found."""
+    check_agreement(built(LlamaConfig(**LLAMA), *keys))
+    with pytest.raises(UserError, match="mamba2 model does not compute what it computes alone .*expected 'rows'"):
+        check_agreement(built(MAMBA, *keys))
+    check_agreement(built(MAMBA, *keys, "model.layout=rows"))
+
+    def lay_out(*arguments):
+        batch = right(*arguments)
+        seen_until = batch.seen_until_RT.flatten()
+        seen_until[batch.vectors_at_SU.flatten()] = batch.seen_until_RT.shape[1]
+        return batch
+
+    right = agreement.lay_out
+    monkeypatch.setattr(agreement, "lay_out", lay_out)
+    with pytest.raises(UserError, match="hidden states differ"):
+        check_agreement(built(LlamaConfig(**LLAMA), *keys))
+    check_agreement(built(LlamaConfig(**LLAMA), *(key for key in keys if "place" not in key)))
 
 
 def test_local_attention_that_counts_by_the_row_is_refused_in_trees():

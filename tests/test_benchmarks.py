@@ -386,3 +386,14 @@ def test_a_step_with_a_million_users_costs_what_one_with_ten_costs(tmp_path):
     for row in json.loads(out.read_text())["rows"]:
         assert row["over_smallest"] <= 1.2 and row["answer_late_over_first"] <= 1.2, row
         assert row["extra_mb"] < 40, row  # a table of width 64 with its moments has 768 or more
+
+
+def test_positions_of_both_branches_by_hand(monkeypatch):
+    """A prompt of 5, one of them its tail, responses of 2 and 3, ten vectors: 2 (10 + 5 + 5) before the prompt, 4 + 2 (10 + 1 + 5)
+    behind it; an unknown user has one branch."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from shapes import positions
+
+    c = EncodedComparison([5] * 5, [5] * 5, [7] * 2, [8] * 3, 1, tail=1)
+    assert positions([c]) == 40 and positions([c, c._replace(user=0, prefix=[6] * 5)]) == (40 + 20) / 2
+    assert positions([c], "user_model.place=prompt_end") == 36

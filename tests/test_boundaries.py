@@ -8,7 +8,8 @@ from helpers import tiny_config
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from prlhf.batch.tokens import QUESTION, Encoder, EncodingReport, pair_question
+from prlhf.batch.questions import QUESTION, pair_question
+from prlhf.batch.tokens import Encoder, EncodingReport
 from prlhf.data.comparisons import parse_comparison
 from prlhf.data.users import UserIndex
 
@@ -46,10 +47,10 @@ def tokenizer(request, pieces):
     return made
 
 
-def encode(tokenizer, prompt, chosen, *overrides, method="pdpo", **more):
+def encode(tokenizer, prompt, chosen, *overrides, method="pdpo", place="before_prompt", **more):
     record = {"prompt": prompt, "chosen": chosen, "rejected": "no", **more}
     report, config = EncodingReport(), tiny_config(*overrides)
-    encoder = Encoder(tokenizer, config.data, method)
+    encoder = Encoder(tokenizer, config.data, method, place)
     return encoder.encode(parse_comparison(record, "f", "i"), UserIndex([]), report), report
 
 
@@ -113,3 +114,16 @@ def test_the_end_of_a_long_prompt_tells_what_the_whole_tells(pieces, tokenizer):
         merged += found.merged
         assert found.ids == [*(pieces.encode(y) if found.merged else both[len(known) :]), 2]
     assert 20 < merged < 280
+
+
+@pytest.mark.parametrize(
+    "content, tail", [("What is rain?", " \n<|assistant|>\n"), ("What is rain? ", " \n<|assistant|>\n")]
+)
+def test_the_tail_is_tokens_of_the_whole_prompt(pieces, tokenizer, content, tail):
+    """User vectors stand where sentencepiece's tokens of the content end, in the tokens of the whole, or before a token that
+    reaches from one into the other. User text before the prompt leaves it there."""
+    head, whole = pieces.encode("<|user|>\n" + content), pieces.encode("<|user|>\n" + content + tail)
+    same = next((i for i, (a, b) in enumerate(zip(head, whole)) if a != b), len(head))
+    for more in ({}, {"user_text": "I like the old jokes"}):
+        found, _ = encode(tokenizer, content, "Water", "data.template=tulu", place="prompt_end", **more)
+        assert found.prefix[len(found.prefix) - found.tail :] == whole[same:]

@@ -77,6 +77,9 @@ def test_numbers(value, good):
         assert load_config(None, overrides).optim.lr == good
 
 
+LINEAR_HEAD = ("user_model.aggregator=linear", "user_model.tokens=1")
+
+
 @pytest.mark.parametrize(
     "overrides, expected",
     [
@@ -94,11 +97,38 @@ def test_numbers(value, good):
         ),
         (["model.family=llama", "model=3"], "model is a group of keys"),
         (["model.family=llama", "lora.targets=q_proj"], "expected list of strings or null"),
+        (
+            ["model.family=llama", "user_model.place=response_end"],
+            "expected another for method pdpo: it is for rewards",
+        ),
+        (
+            ["model.family=llama", "method=prm", "user_model.place=response_end", "model.pooling=both"],
+            "model.pooling=both: found 'both', expected 'last' with user_model.place 'response_end'",
+        ),
+        (
+            ["model.family=llama", "method=pairwise", "user_model.place=prompt_end"],
+            "user_model.place=prompt_end: found 'prompt_end', expected 'before_prompt' with method pairwise",
+        ),
+        (
+            ["model.family=llama", "user_model.place=prompt_end", "user_model.aggregator=linear"],
+            "found 'prompt_end', expected 'before_prompt' with user_model.aggregator 'linear', which has no soft prompt",
+        ),
+        (
+            ["model.family=llama", "method=prm", *LINEAR_HEAD, "user_model.place=response_end"],
+            "found 'response_end', expected 'before_prompt' with user_model.aggregator 'linear'",
+        ),
     ],
 )
 def test_faults_between_keys(overrides, expected):
     with pytest.raises(UserError, match=expected):
         load_config(None, overrides)
+
+
+def test_a_reward_model_takes_its_users_at_each_place():
+    for place in ("before_prompt", "prompt_end", "response_end"):
+        keys = ("model.family=llama", "method=prm", f"user_model.place={place}")
+        assert load_config(None, keys).user_model.place == place
+    assert load_config(None, keys[:2]).user_model.place == "before_prompt"
 
 
 def test_early_stopping_needs_evaluations_and_says_all_that_is_missing(tmp_path):

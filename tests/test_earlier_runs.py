@@ -14,7 +14,7 @@ from prlhf.train import __main__ as train
 ROOT = Path(__file__).resolve().parent.parent
 LATER = {
     "model": ["pooling"],
-    "user_model": ["rank", "prior", "shared_prior"],
+    "user_model": ["rank", "prior", "shared_prior", "place"],
     "optim": ["solver"],
     "train": ["best_by", "patience"],
 }

@@ -24,8 +24,8 @@ def with_bos():
     return tokenizer
 
 
-def encoder(*overrides, tokenizer=TOKENIZER):
-    return Encoder(tokenizer, tiny_config(*overrides).data)
+def encoder(*overrides, tokenizer=TOKENIZER, place="before_prompt"):
+    return Encoder(tokenizer, tiny_config(*overrides).data, place=place)
 
 
 def comparison(prompt="What is rain?", chosen="water", rejected="no", **more):
@@ -197,6 +197,67 @@ def test_user_text_loses_its_end_and_can_be_kept_from_reference_or_from_both():
     assert found.prefix == ids("abcdef\nWhat is rain?") and found.reference_prefix == ids("What is rain?")
     found, _ = encode(encoder("data.user_text=false"), c)
     assert found.prefix == found.reference_prefix == ids("What is rain?")
+
+
+TALK = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "assistant:"},
+]
+
+
+@pytest.mark.parametrize(
+    "template, prompt, tail",
+    [
+        ("auto", "hi", ""),
+        ("chat", "hi", "\nassistant:"),
+        ("auto", TALK, "\nassistant:"),
+        ("tulu", TALK, " \n<|assistant|>\n"),
+        (
+            "llama3",
+            [{"role": "user", "content": " hi "}],
+            "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        ("auto", [*TALK, {"role": "tool", "content": "3 mm"}], "\ntool: 3 mm\nassistant:"),
+    ],
+)
+def test_the_tail_of_a_prompt_is_what_the_template_puts_behind_the_users_words(template, prompt, tail):
+    """By hand. With the vectors before the prompt no tail is looked for, and the tokens are the same."""
+    c, key = comparison(prompt=prompt, user_text="old"), f"data.template={template}"
+    found, _ = encode(encoder(key, place="prompt_end", tokenizer=with_bos()), c)
+    assert found.tail == len(ids(tail)) and found.prefix[len(found.prefix) - found.tail :] == ids(tail)
+    before, _ = encode(encoder(key, tokenizer=with_bos()), c)
+    assert before == found._replace(tail=0)
+
+
+def test_a_long_prompt_loses_its_words_and_never_its_tail():
+    """11 tokens of tail; a prompt of which nothing but the tail, or less, would be left is dropped."""
+    c, keys = comparison(prompt="x" * 40), ("data.template=chat", "data.min_prompt_tokens=1")
+    found, _ = encode(encoder(*keys, "data.max_prompt_tokens=12", place="prompt_end"), c)
+    assert found.prefix == ids("x\nassistant:") and found.tail == 11
+    for room in (11, 5):
+        tight = encoder(*keys, f"data.max_prompt_tokens={room}", place="prompt_end")
+        assert encode(tight, c)[0] is None
+        with pytest.raises(UserError, match=f"f.jsonl: {room} tokens are left of the prompt"):
+            tight.prefix_to_answer(tight.read("x" * 40, "f.jsonl"), None, "f.jsonl")
+    assert encode(encoder(*keys, "data.max_prompt_tokens=11"), c)[0].prefix == ids("\nassistant:")
+
+
+@pytest.mark.parametrize(
+    "source, messages, found",
+    [
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}!", TALK, "content that the chat template changes"),
+        ("{{ messages | length }}", TALK, "content that the chat template changes"),
+        ("{% for m in messages %}{{ m.content[:3] }}{% endfor %}", TALK, "content that the chat template changes"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", [{"role": "system", "content": "a"}], "no user message"),
+    ],
+)
+def test_where_users_have_no_place_behind_the_prompt_it_is_refused(source, messages, found):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = source
+    with pytest.raises(UserError, match=f"f.jsonl, line 3, prompt: found {found}.*expected user_model.place"):
+        encoder(tokenizer=tokenizer, place="prompt_end").read(messages, "f.jsonl, line 3")
+    encoder(tokenizer=tokenizer).read(messages, "f.jsonl, line 3")
 
 
 def test_nothing_fits_is_an_error_and_the_report_says_what_was_dropped():

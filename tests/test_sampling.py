@@ -28,10 +28,10 @@ def model_of(family, *overrides):
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
-@pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
+@pytest.mark.parametrize("reads", ["place=before_prompt", "place=prompt_end", "aggregator=linear"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_does_not_depend_on_its_batch(family, aggregator, temperature):
-    model = model_of(family, f"user_model.aggregator={aggregator}")
+def test_a_row_does_not_depend_on_its_batch(family, reads, temperature):
+    model = model_of(family, f"user_model.{reads}")
     decoding = Decoding(max_new_tokens=12, temperature=temperature, top_p=0.9, seed=1)
     together = generate(model, requests(), {2}, decoding)
     alone = [generate(model, [request], {2}, decoding)[0] for request in requests()]
@@ -98,17 +98,23 @@ def test_rows_that_share_and_rows_that_leave_read_what_they_would_alone(family):
             assert len(decoder.segments_RT) == 1 and len(layouts) > 3
 
 
-def test_a_prompt_is_read_once_for_all_who_read_it_alike(monkeypatch):
-    """Positions through the backbone, counted. Before the prompt: for each user; with a linear aggregator: for all users."""
-    prompt, other = [1, *range(40, 60)], [1, *range(70, 75)]
-    rows = [Request(ids, user, f"{n}") for n in range(3) for ids in (prompt, other) for user in (1, 2)]
-    for overrides, prefill in (((), 4 * (21 + 3)), (("user_model.aggregator=linear",), 2 * 21)):
-        model, shapes = model_of("llama", *overrides), []
-        states = model.states
-        monkeypatch.setattr(model, "states", lambda e, *rest, s=states, n=shapes: n.append(e.shape) or s(e, *rest))
-        generate(model, rows, (), Decoding(max_new_tokens=3))
-        assert [shape[0] * shape[1] for shape in shapes] == [prefill, 12, 12]
-        assert len(shapes) == 3 and shapes[1][0] < 12  # several responses a row
+# Before the prompt: each prompt for each of two users, padded to the longer, with their vectors. Linear aggregator: each prompt for
+# all users. Prompt end: the same without the tail, which follows the vectors of each response.
+@pytest.mark.parametrize(
+    "reads, prefill",
+    [("place=before_prompt", [4 * (21 + 3)]), ("aggregator=linear", [2 * 21]), ("place=prompt_end", [2 * 19, 12 * 5])],
+)
+def test_a_prompt_is_read_once_for_all_who_read_it_alike(monkeypatch, reads, prefill):
+    """Positions through the backbone, counted: twelve responses to two prompts, of 21 and 6 tokens, for two users."""
+    rows = [
+        Request([1, *range(40, end)], user, f"{n}", tail=2) for n in range(3) for end in (60, 45) for user in (1, 2)
+    ]
+    model, shapes = model_of("llama", f"user_model.{reads}"), []
+    states = model.states
+    monkeypatch.setattr(model, "states", lambda e_RTD, *rest: shapes.append(e_RTD.shape[:2]) or states(e_RTD, *rest))
+    generate(model, rows, (), Decoding(max_new_tokens=3))
+    assert [R * T for R, T in shapes] == [*prefill, 12, 12]
+    assert shapes[-1][0] < 12  # several responses a row
 
 
 def test_responses_share_a_row_where_few_places_stay_empty():

@@ -24,16 +24,16 @@ def attention_mask(batch: ReadingBatch) -> Tensor | BlockMask:
 
 def dense_mask(batch: ReadingBatch) -> Tensor:
     """`tree_mask`; for single sequences (layout rows) which positions are not padding, (R, T): the model does the rest."""
-    return batch.trees_RT > 0 if batch.kind == "rows" else tree_mask(batch.trees_RT, batch.segments_RT)
+    return batch.trees_RT > 0 if batch.kind == "rows" else tree_mask(batch.seen_until_RT)
 
 
 def tree_block_mask(batch: ReadingBatch) -> BlockMask:
     """`tree_mask` as FlexAttention's blocks of 128 x 128 positions."""
 
     def mask(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return sees(batch.trees_RT, batch.segments_RT, row, query, key)
+        return sees(batch.seen_until_RT, row, query, key)
 
-    (R, T), device = batch.trees_RT.shape, batch.trees_RT.device
+    (R, T), device = batch.seen_until_RT.shape, batch.seen_until_RT.device
     return create_block_mask(mask, R, None, T, T, device=device, _compile=device.type == "cuda")
 
 

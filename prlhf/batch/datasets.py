@@ -53,7 +53,7 @@ def encode_training_data(
 
     UserError where a known user is needed and none is, and as of `check_users` for the held-out file.
     """
-    encoder = Encoder(tokenizer, config.data, config.method)
+    encoder = Encoder(tokenizer, config.data, config.method, config.user_model.place)
     source, names = config.data.train or "", [c.user for c in train.comparisons]
     most_active = UserIndex.from_comparisons(train.comparisons, config.data.known_users)
     train = train.sample(config.data.limit, config.seed)

@@ -23,6 +23,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
 }
 ANSWER = "AnswerOfTheAssistant"  # stands in for an answer, to see what a template puts around it
+MARK = "EndOfTheContent"  # stands behind the last user message's content, to see what a template puts there
 # What a template in Jinja's sandbox raises for a conversation that it does not take.
 REFUSALS = (TemplateError, TypeError, ValueError, AttributeError, KeyError, IndexError)
 
@@ -70,6 +71,22 @@ class ChatTemplate:
             return prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         return self._render(messages, tools, where, add_generation_prompt=True)
+
+    def tail(self, prompt: str | Messages, tools: Tools | None, where: str, text: str) -> str:
+        """The end of `text`, the prompt as the model reads it: what the template puts behind the content of the last user message.
+        UserError where it does not put the content there as it is, or where no user speaks."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is not None:
+            messages[last] = {**messages[last], "content": messages[last]["content"] + MARK}
+            before, mark, tail = self._render(messages, tools, where, add_generation_prompt=True).rpartition(MARK)
+            head = text.removesuffix(tail)
+            if mark and head + tail == text and head.rstrip() == before.rstrip():  # many templates strip the content
+                return tail
+        raise UserError(
+            f"{where}, prompt: found {'no user message' if last is None else 'content that the chat template changes'}, so "
+            "that user vectors have no place behind it; expected user_model.place 'before_prompt', or another prompt"
+        )
 
     @cached_property
     def around(self) -> AroundAnswer:

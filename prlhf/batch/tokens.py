@@ -4,8 +4,9 @@
 
 BOS comes first, once, where the tokenizer itself begins a text with it. EOS is the token that ends an answer: what the chat
 template puts behind one (`<|eot_id|>`, `<end_of_turn>`), else the tokenizer's. Responses are never cut, so each has it. A
-prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end. For a pairwise
-preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
+prompt that is too long loses its oldest tokens, so it keeps the assistant header or `TL;DR:` at its end. The last tokens of x
+that the template put behind the prompt's content are its tail; user vectors may stand before it (`user_model.place`). For a
+pairwise preference model the two "responses" are the two orders of one question about both (`PairQuestion`).
 """
 
 import re
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from prlhf.batch.questions import begins_with_space, pair_question
 from prlhf.batch.templates import ChatTemplate
 from prlhf.config.keys import DataConfig
 from prlhf.data.comparisons import Comparison, Messages, Tools
@@ -22,9 +24,6 @@ from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 
 WINDOW = 64  # characters of a text that tell how the tokens of another begin behind it
-# What a pairwise preference model reads after the prompt, and the two words it may answer.
-QUESTION = ("\n\nResponse A:\n", "\n\nResponse B:\n", "\n\nThe better response is Response")
-ANSWERS = (" A", " B")
 
 
 class EncodedComparison(NamedTuple):
@@ -36,6 +35,9 @@ class EncodedComparison(NamedTuple):
     rejected: list[int]
     user: int
     margin: float = 1.0
+    tail: int = (
+        0  # with user_model.place prompt_end, how many tokens of both prefixes stand behind the prompt's content
+    )
 
     @property
     def length(self) -> int:
@@ -57,6 +59,7 @@ class ReadPrompt(NamedTuple):
     ids: list[int]  # without BOS
     space: str  # white space that the template puts before an answer
     end: int  # the token that ends an answer to it
+    tail: int  # with user_model.place prompt_end, how many of the ids stand behind the prompt's content
 
 
 class EncodedPrompt(NamedTuple):
@@ -65,6 +68,7 @@ class EncodedPrompt(NamedTuple):
     bos: list[int]
     user_text: list[int]
     prompt: list[int]
+    tail: int  # how many of the last tokens stand behind the prompt's content, as of `ReadPrompt`
     user_text_cut: int
     prompt_cut: int
 
@@ -91,59 +95,36 @@ class EncodingReport:
         return ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in asdict(self).items() if count)
 
 
-class PairQuestion(NamedTuple):
-    """The tokens of "Response A: ... Response B: ... The better response is Response", and of the answers A and B."""
-
-    before_a: list[int]
-    before_b: list[int]
-    end: list[int]
-    answer_a: int
-    answer_b: int
-
-    def ask(self, a: list[int], b: list[int]) -> list[int]:
-        """The question's tokens; the last one predicts the answer."""
-        return self.before_a + a + self.before_b + b + self.end
-
-
-def pair_question(tokenizer: PreTrainedTokenizerBase) -> PairQuestion:
-    """QUESTION and ANSWERS as tokens. UserError where the answers do not differ in their last token alone."""
-
-    def ids(text: str) -> list[int]:
-        before = "x" if begins_with_space(tokenizer) else ""  # no part of the question begins a text
-        known, both = tokenizer([before, before + text], add_special_tokens=False)["input_ids"]
-        return both[len(known) :]
-
-    before_a, before_b, end, a, b = map(ids, (*QUESTION, *ANSWERS))
-    if a[:-1] != b[:-1] or a[-1] == b[-1]:
-        raise UserError(f"method pairwise: the tokenizer does not tell {ANSWERS[0]!r} from {ANSWERS[1]!r} by one token")
-    return PairQuestion(before_a, before_b, end + a[:-1], a[-1], b[-1])
-
-
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[BOS] where the tokenizer itself begins a text with it (Llama), else [] (GPT-J, SmolLM2)."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def begins_with_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text alone has a space before it that the same text behind a newline has not (SentencePiece)."""
-    alone, behind = tokenizer(["a", "\na"], add_special_tokens=False)["input_ids"]
-    return behind[-len(alone) :] != alone
+def common_start(one: list[int], other: list[int]) -> int:
+    """How many first tokens two texts have in common."""
+    return next((n for n, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 class Encoder:
-    """Token ids of prompts and comparisons for one tokenizer, one `data` group of the config, and one method.
+    """Token ids of prompts and comparisons for one tokenizer, one `data` group of the config, one method, and one place of
+    user vectors (`user_model.place`).
 
     A response has the tokens that the whole text x y has behind those of x: SentencePiece begins a text with a space, which a
     model never reads behind a newline. Where the tokens of x are not the first of the whole text's (x ends in a space, say, which
     joins the first word of y), the boundary merges: generation could not go on from x so, and y has its own tokens.
+
+    The tail of x begins with the first token that is not one of its content's, so that its tokens are the same at each place.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, method: str = "pdpo"):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, config: DataConfig, method: str = "pdpo", place: str = "before_prompt"
+    ):
         if tokenizer.eos_token_id is None:
             raise UserError("the tokenizer has no EOS token, which must end every response")
         self.tokenizer = tokenizer
         self.config = config
+        self.place = place
         self.eos = tokenizer.eos_token_id
         self.bos = bos_ids(tokenizer)
         self.spaced = begins_with_space(tokenizer)
@@ -160,11 +141,16 @@ class Encoder:
     def read(self, prompt: str | Messages, where: str, tools: Tools | None = None) -> ReadPrompt:
         """x as the model reads it. UserError, with `where`, if the chat template refuses it."""
         text = self.template.text(prompt, tools, where)
-        ids = self._without_bos(self._ids(text))
+        all_ids = self._ids(text)
+        ids = self._without_bos(all_ids)
         if not self.template.takes(prompt):
-            return ReadPrompt(text, ids, "", self.eos)
-        space, end = self.template.around
-        return ReadPrompt(text, ids, space if self.spaced else "", self.eos if end is None else end)
+            return ReadPrompt(text, ids, "", self.eos, tail=0)
+        (space, end), tail = self.template.around, 0
+        if self.place == "prompt_end":
+            content = self._ids(text.removesuffix(self.template.tail(prompt, tools, where, text)))
+            tail = len(all_ids) - common_start(content, all_ids)
+        end = self.eos if end is None else end
+        return ReadPrompt(text, ids, space if self.spaced else "", end, min(tail, len(ids)))
 
     def _without_bos(self, ids: list[int]) -> list[int]:
         """The tokens without the BOS that a text or a template may say itself."""
@@ -231,11 +217,12 @@ class Encoder:
         kept_text = text[: self.config.max_user_text_tokens]
         room = min(self.config.max_prompt_tokens, room - len(self.bos) - len(kept_text))
         kept = ids[-room:] if room > 0 else []
-        return EncodedPrompt(self.bos, kept_text, kept, len(text) - len(kept_text), len(ids) - len(kept))
+        tail = min(prompt.tail, len(kept))
+        return EncodedPrompt(self.bos, kept_text, kept, tail, len(text) - len(kept_text), len(ids) - len(kept))
 
     def _too_short(self, prefix: EncodedPrompt) -> bool:
-        """Whether truncation left too little of the prompt."""
-        return prefix.prompt_cut > 0 and len(prefix.prompt) < self.config.min_prompt_tokens
+        """Whether truncation left too little of the prompt: fewer tokens than asked for, or none of its content."""
+        return prefix.prompt_cut > 0 and len(prefix.prompt) < max(self.config.min_prompt_tokens, prefix.tail + 1)
 
     def prefix_to_answer(
         self, prompt: ReadPrompt, user_text: str | None, where: str, room: int | None = None
@@ -271,7 +258,7 @@ class Encoder:
         if prefix.user_text and not self.config.user_text_in_reference:  # the same x, without u_t before it
             reference = self.prefix(prompt, None, len(self.bos) + len(prefix.prompt) if prefix.prompt_cut else room)
         user = users.number(comparison.user)
-        encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, user, comparison.margin)
+        encoded = EncodedComparison(prefix.ids, reference.ids, chosen, rejected, user, comparison.margin, prefix.tail)
         report.comparisons += 1
         report.prompts_truncated += prefix.prompt_cut > 0
         report.user_texts_truncated += prefix.user_text_cut > 0

@@ -64,6 +64,22 @@ def _user_faults(config: Config) -> Iterator[Fault]:
         yield "user_model.tokens", "found 0, with which a frozen model has nothing to train; expected at least 1"
     if users.tokens != 1 and linear:
         yield "user_model.tokens", f"found {users.tokens}, expected 1: the linear reward head is one vector e_u"
+    soft = config.method != "pairwise" and users.aggregator == "soft_prompt"
+    if users.place != "before_prompt" and not soft:
+        who = (
+            "method pairwise"
+            if config.method == "pairwise"
+            else "user_model.aggregator 'linear', which has no soft prompt"
+        )
+        yield "user_model.place", f"found {users.place!r}, expected 'before_prompt' with {who}"
+    elif users.place == "response_end" and config.method != "prm":
+        yield (
+            "user_model.place",
+            f"found 'response_end', expected another for method {config.method}: it is for rewards",
+        )
+    elif users.place == "response_end" and config.model.pooling != "last":
+        pooling = "expected 'last' with user_model.place 'response_end': the response does not read the user"
+        yield "model.pooling", f"found {config.model.pooling!r}, {pooling}"
     if users.kind == "individual" and users.rank is not None and users.shared is False:
         yield "user_model.shared", "found false, expected true or null with user_model.rank: what users share is e_0"
     if users.kind == "cluster" and users.shared and users.softmax and users.prior is not None:

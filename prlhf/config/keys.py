@@ -83,8 +83,14 @@ class UserModelConfig:
     )
     aggregator: Literal["soft_prompt", "linear"] = key(
         "soft_prompt",
-        "How the LM meets e_u: soft_prompt puts vectors before the prompt; linear reads the last hidden state and e_u, by a "
+        "How the LM meets e_u: soft_prompt puts vectors among its inputs; linear reads the last hidden state and e_u, by a "
         "linear layer over both (pdpo) or by their inner product (prm).",
+    )
+    place: Literal["before_prompt", "prompt_end", "response_end"] = key(
+        "before_prompt",
+        "Where a soft prompt stands: before_prompt (the paper); prompt_end: behind the prompt's content, before what the chat "
+        "template puts between that and the answer, so that the prompt is computed once for all users and both branches; "
+        "response_end (reward models): behind the response, which is then computed once for all users.",
     )
     lr: float = key(1e-3, "Learning rate of the user model, linear aggregator and scalar reward head.", above=0)
     weight_decay: float = key(0.0, "AdamW's decay of what `user_model.lr` trains.", low=0)

@@ -122,7 +122,7 @@ def run_check(args: Namespace) -> None:
             raise UserError(f"--set {args.set[0]}: found no --config, expected one with it")
         return data_check.run(args.files)
     config = load_config(find_config(args.config), args.set)
-    encoder = Encoder(load_tokenizer(config.model), config.data, config.method)
+    encoder = Encoder(load_tokenizer(config.model), config.data, config.method, config.user_model.place)
 
     def encode(file: ComparisonFile, users: UserIndex) -> data_check.AsTokens:
         data = encode_file(file, encoder, users)

@@ -46,7 +46,7 @@ def main() -> None:
     run_dir = loaded.path.parent if loaded.path.name == "final" else loaded.path
     out = Path(args.out) if args.out else run_dir / "eval"
     out.mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(loaded.tokenizer, config.data, config.method)
+    encoder = Encoder(loaded.tokenizer, config.data, config.method, config.user_model.place)
     limited = args.data is None or any(text.startswith("data.valid_limit=") for text in args.set)
     file = read_held_out(source, loaded).sample(config.data.valid_limit if limited else None, config.seed)
     data = encode_file(file, encoder, loaded.users)

@@ -185,7 +185,10 @@ def scoring_peak(fake: FakeTraining) -> int:
         peaks.append(fake.allocations.peak_of(model.states_of, largest))
     else:
         for valid in fake.datasets[1:]:
-            batch = first_batch(fake, valid, [c.user for c in valid])
+            places = [*enumerate(c.user for c in valid)]
+            if model.users_share:  # the generic user reads the same in the same pass
+                places = [*dict.fromkeys([*((i, 0) for i, _ in places), *places])]
+            batch = first_batch(fake, [valid[i] for i, _ in places], [user for _, user in places])
             with torch.no_grad():
                 peaks.append(fake.allocations.peak_of(model, batch))
     return max(peaks)

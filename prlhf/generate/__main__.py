@@ -85,7 +85,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     model = loaded.model.to(choose_device(loaded.config.device))
     check_agreement(model)
     check_decoding(model)
-    encoder = Encoder(loaded.tokenizer, loaded.config.data)
+    encoder = Encoder(loaded.tokenizer, loaded.config.data, place=loaded.config.user_model.place)
     read = [encoder.read(p.text, p.where, p.tools) for p in prompts]
     prefixes = [encoder.prefix_to_answer(x, p.user_text, p.where) for x, p in zip(read, prompts)]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
@@ -98,7 +98,7 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
             record |= {"tools": prompt.tools} if prompt.tools else {}
             record["prefix"] = fingerprint_of(prefix.ids)[:12]
             if not out.has(record):
-                requests.append(Request(prefix.ids, user, f"{prompt.id} {name}"))
+                requests.append(Request(prefix.ids, user, f"{prompt.id} {name}", prefix.tail))
                 records.append(record)
     cut = sum(p.prompt_cut + p.user_text_cut > 0 for p in prefixes)
     print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for users {args.users}")

@@ -30,7 +30,8 @@ class TextModel:
 
     def __init__(self, loaded: Loaded):
         self.loaded, self.config = loaded, loaded.config
-        self.encoder = Encoder(loaded.tokenizer, loaded.config.data, loaded.config.method)
+        method, place = loaded.config.method, loaded.config.user_model.place
+        self.encoder = Encoder(loaded.tokenizer, loaded.config.data, method, place)
         check_agreement(loaded.model.to(choose_device(loaded.config.device)))
         if isinstance(loaded.model, PersonalizedLM):
             check_decoding(loaded.model)
@@ -59,7 +60,7 @@ class TextModel:
         for i, (prompt, name, text) in enumerate(zip(prompts, names, texts)):
             where = f"prompts[{i}]"
             prefix = self.encoder.prefix_to_answer(self.encoder.read(parse_prompt(prompt, where), where), text, where)
-            requests.append(Request(prefix.ids, self._number(name), f"{i + 1} {name or GENERIC}"))
+            requests.append(Request(prefix.ids, self._number(name), f"{i + 1} {name or GENERIC}", prefix.tail))
         settings = Decoding(**decoding)
         check_range("max_new_tokens", settings.max_new_tokens, low=1)
         check_range("temperature", settings.temperature, low=0)
@@ -91,7 +92,10 @@ class TextModel:
             lines.append(ScoredLine(x, y, names[i], texts[i], str(i), f"prompts[{i}]"))
         encoded = [line.reading for line in encode(lines, self.encoder, [self._number(name) for name in names])]
         # Each response stands on both sides of a comparison, and is computed once.
-        pairs = [EncodedComparison([*r.prefix], [*r.prefix], [*r.response], [*r.response], r.user) for r in encoded]
+        pairs = [
+            EncodedComparison([*r.prefix], [*r.prefix], [*r.response], [*r.response], r.user, tail=r.tail)
+            for r in encoded
+        ]
         outputs = self._outputs(pairs) if pairs else None
         assert not isinstance(outputs, Answers)  # refused above
         return outputs.chosen.tolist() if outputs else []

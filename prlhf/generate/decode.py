@@ -16,6 +16,7 @@ from torch import Tensor
 from prlhf.backbone.families import embeddings
 from prlhf.backbone.lora import adapters_merged
 from prlhf.batch.tokens import EncodedComparison
+from prlhf.batch.trees import Reading, Segment
 from prlhf.errors import UserError
 from prlhf.generate.decoder import Context, Decoder, Rereader
 from prlhf.method.models import PersonalizedLM
@@ -38,6 +39,7 @@ class Request(NamedTuple):
     ids: list[int]
     user: int
     name: str
+    tail: int = 0  # how many of the ids stand behind the prompt's content
 
 
 class Response(NamedTuple):
@@ -50,19 +52,20 @@ class Response(NamedTuple):
 def read_prompts(model: PersonalizedLM, requests: Sequence[Request]) -> tuple[Tensor, list[Context]]:
     """Each request's user vectors, (B, U, D), and what the backbone reads of it, user vectors in their place."""
     user_BUD = model.user_model(torch.tensor([r.user for r in requests], device=model.device))
-    prompt_BUD = model.soft_prompt(user_BUD)
-    shared: dict[Hashable, Tensor] = {}
-    prompts = []
+    layout, shared, contexts = model.layout, dict[Segment, Tensor](), []
+
+    def read(segment: Segment, b: int) -> Tensor:
+        row_TD = embeddings(model.backbone, torch.tensor(segment.tokens, dtype=torch.long, device=model.device))
+        e_UD = user_BUD[b, : segment.vectors].to(row_TD.dtype)
+        return torch.cat([row_TD[: segment.slot], e_UD, row_TD[segment.slot :]])
+
     for b, request in enumerate(requests):
-        key = (tuple(request.ids), request.user if model.vectors else None)
-        if key not in shared:
-            row_TD = embeddings(model.backbone, torch.tensor(request.ids, device=model.device))
-            if prompt_BUD is not None:
-                before, after = row_TD[: model.user_slot], row_TD[model.user_slot :]
-                row_TD = torch.cat([before, prompt_BUD[b].to(row_TD.dtype), after])
-            shared[key] = row_TD
-        prompts.append(Context(key, shared[key], shared[key][:0]))
-    return user_BUD, prompts
+        first, *rest, _ = layout.path(Reading(request.user, tuple(request.ids), (), request.tail))
+        if first not in shared:
+            shared[first] = read(first, b)
+        own = [read(segment, b) for segment in rest]
+        contexts.append(Context(first, shared[first], torch.cat([shared[first][:0], *own])))
+    return user_BUD, contexts
 
 
 def decoder_of(model: PersonalizedLM, requests: Sequence[Request]) -> Decoder | Rereader:
@@ -75,14 +78,17 @@ def check_decoding(model: PersonalizedLM) -> None:
     """UserError where decoding, of rows of unequal lengths, gives a response another probability than the model's `forward`.
     That `forward` is the model's own forward pass is for `check_agreement`."""
     user, responses = min(1, model.users), ([11, 7, 5, 3], [5, 12, 7, 2])
-    pairs = [EncodedComparison(ids, ids, *responses, user) for ids in ([2, 4, 6, 8, 10], [9, 12])]
+    prefixes = ([2, 4, 6, 8, 10], 2), ([9, 12], 0)  # and their tails
+    pairs = [EncodedComparison(ids, ids, *responses, user, tail=tail) for ids, tail in prefixes]
     training = model.training
     model.eval()
 
     def decode() -> Tensor:
         """log pi_P of both responses to both prompts, (2, 2), of four requests."""
         with adapters_merged(model.backbone):
-            decoder = decoder_of(model, [Request(pair.prefix, user, "") for pair in pairs for _ in responses])
+            decoder = decoder_of(
+                model, [Request(pair.prefix, user, "", pair.tail) for pair in pairs for _ in responses]
+            )
             logits_BV, log_p_B = decoder.prefill(), torch.zeros((), device=model.device)
             for tokens in zip(*responses):
                 token_B = torch.tensor(tokens * len(pairs), device=model.device)

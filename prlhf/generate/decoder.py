@@ -5,7 +5,8 @@ What several requests read first alike is read once, and the responses to it sta
     prefix | own 1 | own 2 | ... | y1_1 | y2_1 | ... | y1_2 | y2_2 | ...        own: what a request alone reads before its response
 
 A response sees the prefix and itself. Where the user vectors stand before the prompt, the prefix is a prompt as one user reads
-it, and nothing is left for `own`. Where the backbone reads no user, all users share the prompt.
+it, and nothing is left for `own`. Where they stand at its end, all users share the prompt up to there, and `own` is a user's
+vectors and what follows them. Where the backbone reads no user, all share the whole prompt.
 
 Shape suffixes: B responses, R rows, L lanes of a row, P = R L places, T columns, S new columns of each place, N pieces, Q = L S
 new columns of a row, U user vectors, D width, V vocabulary.
@@ -19,11 +20,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prlhf.backbone.families import embeddings, head
-from prlhf.batch.trees import PREFIX
 from prlhf.generate.cache import GrowingCache
 from prlhf.method.models import PersonalizedLM
 
-PADDING = -1  # the segment that no response sees
+PREFIX, PADDING = 0, -1  # the segments that all responses see, and that none sees
 LANES = 8  # responses in one row: more read the prefix less often, and compute more of what the mask hides
 FULL = 7 / 8  # of the lanes in use; with fewer the responses are laid out anew
 
@@ -42,25 +42,25 @@ class Decoder:
     A place is row * lanes + lane. The segment of a column is PREFIX, PADDING, or 1 + the place of the one response that sees it.
     """
 
-    def __init__(self, model: PersonalizedLM, user_BUD: Tensor, prompts: Sequence[Context]):
-        """user_BUD: each response's user vectors, for a linear aggregator. prompts: what each response follows."""
-        self.model, self.user_BUD, self.prompts = model, user_BUD, list(prompts)
+    def __init__(self, model: PersonalizedLM, user_BUD: Tensor, contexts: Sequence[Context]):
+        """user_BUD: each response's user vectors, for a linear aggregator. contexts: what each response follows."""
+        self.model, self.user_BUD, self.contexts = model, user_BUD, list(contexts)
         self.lanes, self.cache = 1, GrowingCache()
-        prefixes = {prompt.key for prompt in prompts}
+        prefixes = {context.key for context in contexts}
         self.segments_RT = torch.empty(len(prefixes), 0, dtype=torch.long, device=model.device)
 
     def prefill(self) -> Tensor:
         """Read the prompts; logits (B, V) of each response's first token, in float32."""
         device = self.model.device
-        prefixes = {prompt.key: prompt.shared_TD for prompt in self.prompts}
+        prefixes = {c.key: c.shared_TD for c in self.contexts}
         numbers = {key: number for number, key in enumerate(prefixes)}
-        row_B = torch.tensor([numbers[prompt.key] for prompt in self.prompts], device=device)
+        row_B = torch.tensor([numbers[c.key] for c in self.contexts], device=device)
         new_NSD, lengths_N = padded(list(prefixes.values()))
         every, zeros = torch.arange(len(prefixes), device=device), torch.zeros_like(lengths_N)
         hidden_BD = self._read(new_NSD, lengths_N, every, zeros + PREFIX, zeros)[row_B]
         self.places_B, self.positions_B = row_B, lengths_N[row_B]
         self._lay_out()
-        own = [prompt.own_SD for prompt in self.prompts]
+        own = [context.own_SD for context in self.contexts]
         return self._logits(self._read_own(*padded(own)) if any(map(len, own)) else hidden_BD)
 
     def decode_one_token(self, token_B: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class Decoder:
 
     def keep(self, kept: list[int]) -> None:
         """Go on with these responses alone. Lanes of others stay unused until there are enough to be worth a new layout."""
-        self.prompts = [self.prompts[b] for b in kept]
+        self.contexts = [self.contexts[b] for b in kept]
         self.user_BUD, self.places_B, self.positions_B = (
             state[kept] for state in (self.user_BUD, self.places_B, self.positions_B)
         )
@@ -79,8 +79,8 @@ class Decoder:
     def _lay_out(self) -> None:
         """Put the responses to one prefix into rows of `lanes_of` so many, with the columns that they see, and no others."""
         members: dict[Hashable, list[int]] = {}
-        for b, prompt in enumerate(self.prompts):
-            members.setdefault(prompt.key, []).append(b)
+        for b, context in enumerate(self.contexts):
+            members.setdefault(context.key, []).append(b)
         before_RT, old, (_, T) = self.segments_RT.cpu(), self.places_B.tolist(), self.segments_RT.shape
         old_rows = [place // self.lanes for place in old]
         self.lanes = lanes_of(map(len, members.values()))
@@ -149,9 +149,9 @@ class Rereader:
     """As `Decoder`, for layout rows: each token reads all before it again, by the model's own forward pass. There is no
     cache, since families that need this layout have caches of their own, which left padding would spoil."""
 
-    def __init__(self, model: PersonalizedLM, user_BUD: Tensor, prompts: Sequence[Context]):
+    def __init__(self, model: PersonalizedLM, user_BUD: Tensor, contexts: Sequence[Context]):
         self.model, self.user_BUD = model, user_BUD
-        self.rows = [torch.cat([prompt.shared_TD, prompt.own_SD]) for prompt in prompts]
+        self.rows = [torch.cat([context.shared_TD, context.own_SD]) for context in contexts]
 
     def prefill(self) -> Tensor:
         """Logits (B, V) of each row's next token, in float32."""

@@ -79,7 +79,7 @@ def encode(lines: Sequence[ScoredLine], encoder: Encoder, users: Sequence[int]) 
     for line, prompt, key, response, user in zip(lines, prompts, keys, responses, users):
         room = encoder.config.max_tokens - longest[key]
         prefix = encoder.prefix_to_answer(prompt, line.user_text, line.where, room)
-        reading = Reading(user, tuple(prefix.ids), tuple(response))
+        reading = Reading(user, tuple(prefix.ids), tuple(response), prefix.tail)
         encoded.append(EncodedLine(reading, prefix.prompt_cut > 0 or prefix.user_text_cut > 0))
     return encoded
 
@@ -106,7 +106,8 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     lines = read_lines(path, loaded.config.data)
     if said_of_users := check_users(path, [line.user for line in lines], loaded.users, loaded.config.data, "response"):
         print(said_of_users)
-    encoded = encode(lines, Encoder(loaded.tokenizer, loaded.config.data), [loaded.number(line.user) for line in lines])
+    encoder = Encoder(loaded.tokenizer, loaded.config.data, place=loaded.config.user_model.place)
+    encoded = encode(lines, encoder, [loaded.number(line.user) for line in lines])
     model = loaded.model.to(choose_device(loaded.config.device))
     check_agreement(model)
     scored = rewards(model, [line.reading for line in encoded], batch_size)

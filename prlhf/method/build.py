@@ -9,7 +9,8 @@ from prlhf.backbone.families import lora_targets
 from prlhf.backbone.loading import load_backbone
 from prlhf.backbone.lora import add_lora
 from prlhf.backbone.recompute import prepare_blocks
-from prlhf.batch.tokens import bos_ids, pair_question
+from prlhf.batch.questions import pair_question
+from prlhf.batch.tokens import bos_ids
 from prlhf.config.keys import Config, UserModelConfig, is_linear
 from prlhf.method.models import (
     Computation,
@@ -125,7 +126,7 @@ def build_model(
     choose_trained_weights(config, backbone)
     prepare_blocks(backbone, config.model, config.lora.rank)
     compute = compute or Computation(log_probs=config.model.log_probs)
-    core = Core(backbone, user_model, users, len(bos_ids(tokenizer)), config.model, compute)
+    core = Core(backbone, user_model, users, len(bos_ids(tokenizer)), config.model, compute, config.user_model.place)
     if config.method == "pairwise":
         return PairwisePreferenceModel(core, pair_question(tokenizer))
     if config.method == "pdpo":

@@ -66,17 +66,18 @@ class Core(NamedTuple):
     user_slot: int  # how many tokens of a tree precede the user vectors: BOS, or 0
     config: ModelConfig  # layout, sharing, pooling
     compute: Computation = Computation()
+    place: str = "before_prompt"  # where the vectors of a soft prompt stand (user_model.place)
 
 
 class PersonalizedModel(nn.Module):
-    """What the models share: a backbone that may read user vectors before the prompt."""
+    """What the models share: a backbone that may read user vectors."""
 
     def __init__(self, core: Core, backbone_reads_users: bool = True):
-        """backbone_reads_users: e_u precedes the prompt (soft prompt). Otherwise the head reads it beside hidden states."""
+        """backbone_reads_users: e_u stands among its inputs (soft prompt). Otherwise the head reads it beside hidden states."""
         super().__init__()
         self.backbone_reads_users = backbone_reads_users
         self.config, self.compute = core.config, core.compute
-        self.users, self.user_slot = core.users, core.user_slot
+        self.users, self.user_slot, self.place = core.users, core.user_slot, core.place
         self.backbone, self.user_model = core.backbone, core.user_model
         self.prior: Prior | None = None  # on the user model, in training
         self._device: torch.device | None = None
@@ -96,8 +97,13 @@ class PersonalizedModel(nn.Module):
 
     @property
     def vectors(self) -> int:
-        """How many positions the user vectors take before the prompt: T_u, or 0."""
+        """How many positions the user vectors take among the backbone's inputs: T_u, or 0."""
         return self.user_model.tokens if self.backbone_reads_users else 0
+
+    @property
+    def users_share(self) -> bool:
+        """Whether users who read one prompt share its computation: the backbone reads none of them, or reads them behind it."""
+        return not self.backbone_reads_users or self.place != "before_prompt"
 
     def check_lengths(self, comparisons: Sequence[EncodedComparison]) -> None:
         """UserError where a comparison has more positions than the backbone reads, or a token that it has no embedding of."""
@@ -119,7 +125,7 @@ class PersonalizedModel(nn.Module):
         kind = self.config.layout
         if kind == "auto":
             kind = "packed" if self.device.type == "cuda" and takes_flex_attention(self.backbone) else "tree"
-        return Layout(kind, self.vectors, self.user_slot, self.config.share_trees)
+        return Layout(kind, self.vectors, self.user_slot, self.config.share_trees, self.place)
 
     def collate(self, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None) -> PreferenceBatch:
         """The batch that `forward` takes: each comparison as its entry of `users` reads it; None: for the reference."""
@@ -166,7 +172,7 @@ class PersonalizedLM(PersonalizedModel):
         self.aggregator = aggregator  # None: soft prompt
 
     def soft_prompt(self, user_BUD: Tensor | None) -> Tensor | None:
-        """The user vectors that precede the prompt; None with the linear aggregator."""
+        """The user vectors that the backbone reads; None with the linear aggregator."""
         return user_BUD if self.aggregator is None else None
 
     def read_out(self, hidden_ND: Tensor, user_NUD: Tensor | None) -> Tensor:
@@ -218,7 +224,8 @@ class PersonalizedRewardModel(PersonalizedModel):
         return own if self.config.pooling == "last" else torch.promote_types(own, torch.float32)
 
     def pooled_states(self, batch: ReadingBatch) -> Tensor:
-        """h (M, W) of each reading: the last token's state, the mean over the response's tokens (EOS included), or both."""
+        """h (M, W) of each reading: the last token's state (with place response_end the last user vector's), the mean over the
+        response's tokens (EOS included), or both."""
         pooling = self.config.pooling
         if pooling == "last":
             return self.states_at(batch, batch.last_at_M)

@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 from prlhf.backbone.families import head
-from prlhf.batch.tokens import EncodedComparison, PairQuestion
+from prlhf.batch.questions import PairQuestion
+from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import PreferenceBatch
 from prlhf.method.losses import Answers
 from prlhf.method.models import Core, PersonalizedModel, of_comparisons

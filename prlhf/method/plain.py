@@ -11,7 +11,7 @@ User model (section 4.1): f_P(u) = concat(f(u_p), f_ex(u_t)). f_ex(u_t) is the L
     low rank     f(0) = e_0,  f(i) = e_0 + B z_i      (not in the paper)
 
 Policy (section 4.2). Soft prompt: pi(y | x, u) = LM(y | BOS, f(u_p), u_t, x). Linear aggregator: the LM does not read
-f(u_p); its head reads h' = W [h; f(u_p)] + b in place of each hidden state h.
+f(u_p); its head reads h' = W [h; f(u_p)] + b in place of each hidden state h. Not in the paper: f(u_p) stands at HERE.
 
 P-DPO (eq. 5), with the frozen reference pi_SFT, which reads neither f(u_p) nor u_t:
 
@@ -36,6 +36,7 @@ from prlhf.method.users import ClusterUsers, IndividualUsers, UniformUsers
 
 Tokens = list[int]
 Preference = tuple[Tokens, Tokens, Tokens, Tokens, int]  # a comparison (x, y1, y2, u_t, u_p)
+HERE = -1  # in x or y, where f(u_p) stands if not behind BOS: at the end of what the user said, or (P-RM) behind y
 
 
 def user_vectors(users: nn.Module, u_p: int) -> Tensor:
@@ -59,10 +60,11 @@ def mixture(w_K: Tensor, V_KUD: Tensor, softmax: bool) -> Tensor:
 
 
 def embeddings(lm: nn.Module, x: Tokens, y: Tokens, u_t: Tokens, e_UD: Tensor | None) -> Tensor:
-    """What the LM reads, (1, T, D): the embeddings of [BOS, f(u_p), u_t, x, y]. e_UD is f(u_p); None: no user vectors."""
-    tokens = torch.tensor([*x[:1], *u_t, *x[1:], *y], device=lm.device)
-    read_TD = lm.get_input_embeddings()(tokens)
-    return read_TD[None] if e_UD is None else torch.cat([read_TD[:1], e_UD, read_TD[1:]])[None]
+    """What the LM reads, (1, T, D): the embeddings of [BOS, f(u_p), u_t, x, y], or with f(u_p), e_UD, at HERE. None: without."""
+    tokens = [*x[:1], *u_t, *x[1:], *y]
+    at = tokens.index(HERE) if HERE in tokens else 1
+    read_TD = lm.get_input_embeddings()(torch.tensor([t for t in tokens if t != HERE], device=lm.device))
+    return read_TD[None] if e_UD is None else torch.cat([read_TD[:at], e_UD, read_TD[at:]])[None]
 
 
 def hidden_states(lm: nn.Module, x: Tokens, y: Tokens, u_t: Tokens, e_UD: Tensor | None) -> Tensor:

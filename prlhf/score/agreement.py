@@ -24,11 +24,12 @@ from prlhf.parallel.tensors import is_sharded
 
 AGREEMENT = 1e-3  # in float32: of the length of a hidden state; of a log-prob, or in nats where that is below 1
 HALF_AGREEMENT = 16.0  # where the computation stays in half precision, in units of the type's eps
-LENGTHS = ((7, (5, 3)), (4, (2, 6)))  # tokens of the prefixes, and of their responses
+LENGTHS = ((7, 2, (5, 3)), (4, 0, (2, 6)))  # tokens of the prefixes, of their tails, and of the responses
 
 
 class TokenStates(NamedTuple):
-    """Of response tokens: the hidden states that predict them (N, D), and their log-probs (N,), None for a reward model."""
+    """Of N response tokens: the hidden states that predict them, and after these the last one of each sequence, (N + M, D); and
+    their log-probs (N,), None for a reward model."""
 
     hidden_ND: Tensor
     log_probs_N: Tensor | None
@@ -69,13 +70,14 @@ def _difference(model: PersonalizedModel, layout: Layout) -> str | None:
     def ids(count: int) -> tuple[int, ...]:
         return tuple(rng.randrange(vocabulary) for _ in range(count))
 
-    pairs = [(prefix, ids(n)) for length, responses in LENGTHS for prefix in [ids(length)] for n in responses]
+    pairs = [(prefix, ids(n), tail) for length, tail, ns in LENGTHS for prefix in [ids(length)] for n in ns]
     training, found = model.training, None
     model.eval()
-    for reader in (None, min(1, model.users)):
-        as_read = layout._replace(vectors=0 if reader is None else layout.vectors)
-        if found is None and (reader is None or layout.vectors):
-            found = _differs_for([Reading(reader, *pair) for pair in pairs], model, as_read)
+    user = min(1, model.users)
+    for readers in ([None], [user, 0] if model.users_share else [user]):
+        as_read = layout._replace(vectors=0 if None in readers else layout.vectors)
+        if found is None and (None in readers or layout.vectors):
+            found = _differs_for([Reading(reader, *pair) for reader in readers for pair in pairs], model, as_read)
     model.train(training)
     return found
 
@@ -106,8 +108,9 @@ def by_layout(model: PersonalizedModel, readings: Sequence[Reading], layout: Lay
     batch = lay_out(readings, layout).to(model.device)
 
     def compute() -> TokenStates:
-        hidden_ND = model.states_at(batch, batch.predicted_at_N, dense_mask)
-        return TokenStates(hidden_ND, model.token_log_probs(hidden_ND, batch.targets_N) if _uses_head(model) else None)
+        hidden_ND = model.states_at(batch, torch.cat([batch.predicted_at_N, batch.last_at_M]), dense_mask)
+        predict_ND = hidden_ND[: len(batch.targets_N)]
+        return TokenStates(hidden_ND, model.token_log_probs(predict_ND, batch.targets_N) if _uses_head(model) else None)
 
     return model.within_forward(compute)
 
@@ -117,19 +120,23 @@ def by_own_forward(model: PersonalizedModel, readings: Sequence[Reading], layout
     backbone = model.backbone
 
     def compute() -> TokenStates:
-        hidden, log_probs = [], []
+        hidden, last, log_probs = [], [], []
         for reading in readings:
-            response_N, at_N = torch.tensor(reading.response), slice(-len(reading.response) - 1, -1)
+            response_N, slot, prompt = torch.tensor(reading.response), layout.slot_of(reading), len(reading.prefix)
+            start = prompt + (layout.vectors if slot <= prompt else 0)  # of the response
+            at_N = slice(start - 1, start - 1 + len(response_N))
             inputs = {"input_ids": torch.tensor([[*reading.prefix, *reading.response]], device=model.device)}
             if layout.vectors:
                 row_TD = embeddings(backbone, inputs["input_ids"])[0]
                 e_UD = model.user_model(torch.tensor([reading.user], device=model.device))[0].to(row_TD.dtype)
-                inputs = {"inputs_embeds": torch.cat([row_TD[: layout.slot], e_UD, row_TD[layout.slot :]])[None]}
-            hidden.append(base(backbone)(**inputs, use_cache=False)[0][0, at_N])
+                inputs = {"inputs_embeds": torch.cat([row_TD[:slot], e_UD, row_TD[slot:]])[None]}
+            hidden_TD = base(backbone)(**inputs, use_cache=False)[0][0]
+            hidden.append(hidden_TD[at_N])
+            last.append(hidden_TD[-1:])
             if _uses_head(model):
                 logits_NV = backbone(**inputs, use_cache=False).logits[0, at_N]
                 log_probs.append(logits_NV.double().log_softmax(dim=-1)[torch.arange(len(response_N)), response_N])
-        return TokenStates(torch.cat(hidden), torch.cat(log_probs) if log_probs else None)
+        return TokenStates(torch.cat([*hidden, *last]), torch.cat(log_probs) if log_probs else None)
 
     with as_hugging_face_has_it(backbone):
         return model.within_forward(compute)

@@ -1,5 +1,6 @@
 """Scores of many comparisons without gradients, as read by any users or by the reference."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -7,6 +8,7 @@ from tqdm import tqdm
 
 from prlhf.batch.order import micro_batches, pair_of
 from prlhf.batch.tokens import EncodedComparison
+from prlhf.batch.trees import USERS_PER_TREE
 from prlhf.method.losses import Outputs
 from prlhf.method.models import PersonalizedModel
 from prlhf.parallel.ranks import gathered_rows, rank, share, world_size
@@ -77,7 +79,15 @@ def score_readers(
 def tree_keys(
     model: PersonalizedModel, comparisons: Sequence[EncodedComparison], users: Sequence[int] | None
 ) -> list[Hashable]:
-    """A key for each comparison's tree. Equal keys: the same pair and, if the backbone reads the user, the same user."""
+    """A key for each comparison's tree. Equal keys: the same pair and, if the backbone reads the user, the same user. Of users
+    who share the prompt (user_model.place), USERS_PER_TREE have one key."""
     if users is None or not model.backbone_reads_users:
         return [pair_of(c) for c in comparisons]
-    return [(pair_of(c), user) for c, user in zip(comparisons, users)]
+    if not model.users_share:
+        return [(pair_of(c), user) for c, user in zip(comparisons, users)]
+    numbers: dict[Hashable, dict[int, int]] = defaultdict(dict)  # pair -> its users in the order in which they come
+    keys: list[Hashable] = []
+    for c, user in zip(comparisons, users):
+        of_pair = numbers[pair_of(c)]
+        keys.append((pair_of(c), of_pair.setdefault(user, len(of_pair)) // USERS_PER_TREE))
+    return keys

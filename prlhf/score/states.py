@@ -63,7 +63,8 @@ def response_states(
     """
     readings = readings_of(comparisons)
     pooling = model.config.pooling
-    parts = (weights, model.device.type, readings, *([] if pooling == "last" else [pooling]))
+    seen = [(r.user, r.prefix, r.response) for r in readings]
+    parts = (weights, model.device.type, seen, *([] if pooling == "last" else [pooling]))
     path = cache_dir() / "states" / f"{fingerprint_of(*parts)}.safetensors"
     states = from_cache(path, len(readings), lambda: _compute(model, readings, batch_size).T)
     return readings, states.T.contiguous()

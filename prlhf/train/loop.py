@@ -64,7 +64,8 @@ def train(
     config, model, comparisons = training.config, training.model, training.comparisons
     total = schedule(config.optim, len(comparisons)).total
     optimizer = make_optimizer(config, model, total)
-    progress = resume(run, model, optimizer, fingerprint_of(base, users.names, comparisons))
+    seen = [c if c.tail else c[:-1] for c in comparisons]  # without a tail as versions that knew none
+    progress = resume(run, model, optimizer, fingerprint_of(base, users.names, seen))
     log = TrainingLog(config, run, progress.step, total)
     job = Job(run, users, training, valid, optimizer, progress, total, log)
     if prior is not None and progress.step == 0:

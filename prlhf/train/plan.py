@@ -52,8 +52,8 @@ def plan_update(task: Task, update: Sequence[int], processes: int | None = None)
     weights = branch_weights(torch.tensor(users), alpha, is_personal(model.user_model, alpha))
     both = Part(update * 2, ["user"] * n + ["generic"] * n, users + [0] * n, torch.cat(weights))
     rows = [[row for row in branch if both.weights_B[row]] for branch in (range(n), range(n, 2 * n))]
-    if not model.backbone_reads_users:
-        rows = [rows[0] + rows[1]]  # one pass of the backbone serves both branches and all users
+    if model.users_share:
+        rows = [rows[0] + rows[1]]  # both branches of a comparison in one pass of the backbone
     parts = []
     for branch in (both.of(some) for some in rows if some):
         comparisons = [task.comparisons[i] for i in branch.indices]

@@ -8,7 +8,18 @@ import torch
 from helpers import KINDS, USERS, as_plain, plain_backbone, random_comparisons, tiny_config, tiny_model
 from torch import nn
 
-from prlhf.method.plain import embeddings, hidden_states, log_prob, margin, p_dpo, p_rm, pooled, reward, user_vectors
+from prlhf.method.plain import (
+    HERE,
+    embeddings,
+    hidden_states,
+    log_prob,
+    margin,
+    p_dpo,
+    p_rm,
+    pooled,
+    reward,
+    user_vectors,
+)
 from prlhf.method.users import ClusterUsers, IndividualUsers, LowRankUsers, UniformUsers
 
 BOS, A, B = 0, 1, 2
@@ -76,6 +87,19 @@ def test_the_lm_reads_bos_the_users_vectors_the_users_text_the_prompt_and_the_re
     read = embeddings(SumLM(), [BOS, A], [B, BOS], u_t=[B], e_UD=tensor([5.0, 6.0], [7.0, 8.0]))
     assert read.tolist() == [[[0, 0], [5, 6], [7, 8], [0, 1], [1, 0], [0, 1], [0, 0]]]
     assert embeddings(SumLM(), [BOS, A], [B], [], None).tolist() == [[[0, 0], [1, 0], [0, 1]]]
+
+
+def test_the_users_vectors_stand_where_x_or_y_has_here():
+    e = tensor([5.0, 6.0])
+    behind_a = embeddings(SumLM(), [BOS, A, HERE, B], [A, BOS], u_t=[B], e_UD=e)
+    assert behind_a.tolist() == [[[0, 0], [0, 1], [1, 0], [5, 6], [0, 1], [1, 0], [0, 0]]]
+    at_the_end = embeddings(SumLM(), [BOS, A], [B, BOS, HERE], u_t=[], e_UD=e)
+    assert at_the_end.tolist() == [[[0, 0], [1, 0], [0, 1], [0, 0], [5, 6]]]
+    assert embeddings(SumLM(), [BOS, HERE, A], [B], [], None).tolist() == [[[0, 0], [1, 0], [0, 1]]]
+    # y = (A) behind x = (BOS, B, e): the state that predicts it is the last vector's.
+    assert log_prob(SumLM(), [BOS, B, HERE], [A], [], e).item() == pytest.approx(math.log(p(A, 5, 7)))
+    # the reward reads the state of the last vector, which has seen x and y
+    assert reward(SumLM(), [BOS, A], [B, HERE], [], e, tensor(2.0, 1.0)).item() == 2 * (1 + 5) + (1 + 6)
 
 
 def test_log_probs_by_hand():

@@ -98,7 +98,7 @@ def test_the_cache_of_last_states_has_the_name_it_always_had(tmp_path, monkeypat
     """The fingerprint of weights, device and responses; what others add is their pooling."""
     monkeypatch.setenv("PRLHF_CACHE", str(tmp_path))
     comparisons = random_comparisons(2)
-    responses = [Reading(0, tuple(c.prefix), tuple(y)) for c in comparisons for y in (c.chosen, c.rejected)]
+    responses = [(0, tuple(c.prefix), tuple(y)) for c in comparisons for y in (c.chosen, c.rejected)]
     assert len(set(responses)) == 4
     names = set()
     for pooling in ("last", "mean", "both"):

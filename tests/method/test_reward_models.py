@@ -20,7 +20,8 @@ from helpers import (
     votes,
 )
 
-from prlhf.batch.tokens import Encoder, EncodingReport, pair_question
+from prlhf.batch.questions import pair_question
+from prlhf.batch.tokens import Encoder, EncodingReport
 from prlhf.batch.trees import Reading, lay_out
 from prlhf.data.comparisons import Comparison
 from prlhf.data.users import UserIndex
@@ -115,7 +116,7 @@ def test_responses_to_one_prompt_share_rows_and_see_only_the_prompt():
     batch = lay_out(readings, model.layout, tree_tokens=12)
     assert batch.input_ids_RT.shape[0] < 9 and batch.input_ids_RT.shape[1] <= 12
     states_MD = model.states_at(batch, batch.last_at_M)
-    for (_, prefix, response), state in zip(readings, states_MD):
+    for (_, prefix, response, _), state in zip(readings, states_MD):
         assert (state - hidden_states(plain, prefix, response, [], None)[-1]).abs().max() < 1e-10
 
 

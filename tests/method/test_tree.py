@@ -25,7 +25,7 @@ from prlhf.backbone.attention import tree_block_mask, use_tree_attention
 from prlhf.backbone.families import blocks
 from prlhf.backbone.recompute import prepare_blocks
 from prlhf.backbone.toys import random_backbone
-from prlhf.batch.trees import PACK_MULTIPLE, PREFIX, Layout, collate, tree_mask
+from prlhf.batch.trees import PACK_MULTIPLE, Layout, collate, tree_mask
 from prlhf.method.build import build_model
 from prlhf.method.losses import log_ratio_margin, sigmoid_loss
 from prlhf.method.plain import log_prob, p_dpo
@@ -202,8 +202,8 @@ def test_gptj_sdpa_equals_hugging_faces_attention():
 
 
 def test_tree_mask_by_hand():
-    trees = torch.tensor([[1, 1, 1, 1, 2, 2, 0, 0]])
-    segments = torch.tensor([[PREFIX, PREFIX, 1, 2, PREFIX, 1, PREFIX, PREFIX]])
+    """Two positions of a prompt and two responses of one; another tree of a prompt and a response; padding."""
+    seen_until = torch.tensor([[4, 4, 3, 4, 6, 6, 8, 8]])
     expected = [
         [1, 0, 0, 0, 0, 0, 0, 0],
         [1, 1, 0, 0, 0, 0, 0, 0],
@@ -214,13 +214,13 @@ def test_tree_mask_by_hand():
         [0, 0, 0, 0, 0, 0, 1, 0],  # padding sees padding alone
         [0, 0, 0, 0, 0, 0, 1, 1],
     ]
-    assert tree_mask(trees, segments)[0, 0].int().tolist() == expected
+    assert tree_mask(seen_until)[0, 0].int().tolist() == expected
 
 
 def test_the_block_mask_is_the_dense_mask():
     """Position by position, and in what FlexAttention computes with its blocks (forward: on a CPU it has no backward)."""
     batch = batch_of(tiny_model(tiny_config("model.layout=packed")), random_comparisons(40))
-    dense, blocks = tree_mask(batch.trees_RT, batch.segments_RT), tree_block_mask(batch)
+    dense, blocks = tree_mask(batch.seen_until_RT), tree_block_mask(batch)
     T = dense.shape[-1]
     assert T > 2 * PACK_MULTIPLE and blocks.sparsity() > 0  # some blocks are left out
     assert torch.equal(create_mask(blocks.mask_mod, 1, 1, T, T, device="cpu"), dense)
@@ -251,7 +251,7 @@ def test_a_tree_by_hand():
     batch = collate([c], [4], Layout("tree", vectors=2, slot=1))
     assert batch.input_ids_RT.tolist() == [[1, 0, 0, 10, 11, 20, 21, 2, 30, 2]]
     assert batch.vectors_at_SU.tolist() == [[1, 2]] and batch.users_S.tolist() == [4]
-    assert batch.segments_RT.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 2, 2]]
+    assert batch.seen_until_RT.tolist() == [[10, 10, 10, 10, 10, 8, 8, 8, 10, 10]]
     assert batch.positions_RT.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 5, 6]]
     assert batch.predicted_at_N.tolist() == [4, 5, 6, 4, 8]  # both first tokens are predicted at the prefix's end
     assert batch.targets_N.tolist() == [20, 21, 2, 30, 2]
