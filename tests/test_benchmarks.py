@@ -397,3 +397,16 @@ def test_positions_of_both_branches_by_hand(monkeypatch):
     c = EncodedComparison([5] * 5, [5] * 5, [7] * 2, [8] * 3, 1, tail=1)
     assert positions([c]) == 40 and positions([c, c._replace(user=0, prefix=[6] * 5)]) == (40 + 20) / 2
     assert positions([c], "user_model.place=prompt_end") == 36
+
+
+def test_generation_arms_say_the_same(model, tmp_path):
+    """Ours, the former decoder and Hugging Face's generate, of a random model: greedy in float32, with ends that some rows reach."""
+    out = tmp_path / "seconds.json"
+    small = ("--prompts", 2, "--users", 3, "--new-tokens", 6, "--rounds", 1, "--lora", 2, "--end-every", 5)
+    table = run("generation.py", "--model", model, *small, "--set", "user_model.place=prompt_end", "--out", out)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["prlhf", "former", "hf"] and {row[4] for row in rows} == {"1.00"}
+    assert 0 < int(rows[0][3]) < 36 and len({row[3] for row in rows}) == 1
+    assert {name: len(found) for name, found in json.loads(out.read_text())["seconds"].items()} == dict.fromkeys(
+        ["prlhf", "former", "hf"], 1
+    )
