@@ -410,3 +410,16 @@ def test_useful_flops_with_a_shared_prompt_are_those_of_one_branch_and_what_anot
     one, two = (useful_flops(config, [c], 10, branches, False) for branches in (1, 2))
     assert useful_flops(config, [c], 10, 1, False, shared_prompt=True) == one and two == 2 * one
     assert useful_flops(config, [c], 10, 2, False, True) == two - useful_flops(config, [prompt], 0, 1, False)
+
+
+def test_generation_arms_say_the_same(model, tmp_path):
+    """Ours, the former decoder and Hugging Face's generate, of a random model: greedy in float32, with ends that some rows reach."""
+    out = tmp_path / "seconds.json"
+    small = ("--prompts", 2, "--users", 3, "--new-tokens", 6, "--rounds", 1, "--lora", 2, "--end-every", 5)
+    table = run("generation.py", "--model", model, *small, "--set", "user_model.place=prompt_end", "--out", out)
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["prlhf", "former", "hf"] and {row[4] for row in rows} == {"1.00"}
+    assert 0 < int(rows[0][3]) < 36 and len({row[3] for row in rows}) == 1
+    assert {name: len(found) for name, found in json.loads(out.read_text())["seconds"].items()} == dict.fromkeys(
+        ["prlhf", "former", "hf"], 1
+    )

@@ -6,7 +6,7 @@ from helpers import plain_backbone, random_comparisons, tiny_config, tiny_model
 from safetensors.torch import load_file
 
 from prlhf.backbone.families import lora_targets
-from prlhf.backbone.lora import LoRALinear, adapters_off, add_lora, load_lora, lora_layers, save_lora
+from prlhf.backbone.lora import LoRALinear, adapters_merged, adapters_off, add_lora, load_lora, lora_layers, save_lora
 from prlhf.errors import UserError
 
 
@@ -35,6 +35,24 @@ def test_merging_the_adapters_gives_the_same_model(family):
             merged.get_submodule(path).weight += 2.0 * layer.lora_B @ layer.lora_A
     ids = torch.randint(3, 200, (2, 9))
     assert torch.allclose(model.backbone(ids).logits, merged(ids).logits, atol=1e-10)
+
+
+def test_merged_within_the_context_alone_and_never_in_a_half_type():
+    """One product with W + 4 B A, by hand; the base's own within `adapters_off`; in bfloat16 the two products of before."""
+    layer = LoRALinear(torch.nn.Linear(5, 4).double(), tiny_config("lora.rank=2", "lora.alpha=8").lora).eval()
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        x, apart = torch.randn(3, 5, dtype=torch.float64), layer.base.weight + 4.0 * layer.lora_B @ layer.lora_A
+        with adapters_merged(layer):
+            assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.merged, layer.base.bias))
+            assert torch.allclose(layer.merged, apart, atol=1e-14)
+            with adapters_off(layer):
+                assert torch.equal(layer(x), layer.base(x))
+        assert layer.merged is None
+        layer.base.bfloat16()
+        expected = layer(x.bfloat16())
+        with adapters_merged(layer):
+            assert layer.merged is None and torch.equal(layer(x.bfloat16()), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])

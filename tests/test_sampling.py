@@ -5,9 +5,12 @@ import torch
 import transformers
 from helpers import TOKENIZER, USERS, VOCABULARY, tiny_config, tiny_model
 
+from prlhf.backbone.families import embeddings
 from prlhf.backbone.loading import load_backbone
 from prlhf.errors import UserError
-from prlhf.generate.decode import Decoder, Decoding, Request, choose, generate
+from prlhf.generate.cache import STEP, GrowingCache
+from prlhf.generate.decode import Decoding, Request, batches, choose, decoder_of, generate
+from prlhf.generate.decoder import Context, Decoder, lanes_of
 from prlhf.method.build import build_model
 
 
@@ -25,10 +28,10 @@ def model_of(family, *overrides):
 
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
-@pytest.mark.parametrize("aggregator", ["soft_prompt", "linear"])
+@pytest.mark.parametrize("reads", ["place=before_prompt", "place=prompt_end", "aggregator=linear"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_does_not_depend_on_its_batch(family, aggregator, temperature):
-    model = model_of(family, f"user_model.aggregator={aggregator}")
+def test_a_row_does_not_depend_on_its_batch(family, reads, temperature):
+    model = model_of(family, f"user_model.{reads}")
     decoding = Decoding(max_new_tokens=12, temperature=temperature, top_p=0.9, seed=1)
     together = generate(model, requests(), {2}, decoding)
     alone = [generate(model, [request], {2}, decoding)[0] for request in requests()]
@@ -42,7 +45,7 @@ def test_logits_agree_to_1e_4_with_no_batch_and_no_cache(family):
     model = model_of(family)
     rows = requests()
     with torch.no_grad():
-        decoder = Decoder(model, rows)
+        decoder = decoder_of(model, rows)
         logits = [decoder.prefill()]
         tokens = []
         for _ in range(5):
@@ -54,6 +57,118 @@ def test_logits_agree_to_1e_4_with_no_batch_and_no_cache(family):
             embed = model.backbone.get_input_embeddings()(ids)
             whole = model.backbone(inputs_embeds=torch.cat([embed[:1], vectors, embed[1:]])[None]).logits[0, -6:]
             assert torch.allclose(torch.stack([x[b] for x in logits]), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_rows_that_share_and_rows_that_leave_read_what_they_would_alone(family):
+    """Nine responses to three prefixes, 5, 3 and 1 of them, with beginnings of their own (none, or of unequal lengths): logits
+    against one pass over each whole sequence by the backbone alone, while responses leave until one is left."""
+    model = model_of(family)
+    words = embeddings(model.backbone, torch.arange(VOCABULARY)).detach()
+    lengths = {"long": 30, "short": 4, "one": 1}
+    prefixes = {key: words[[(7 * i + n) % VOCABULARY for i in range(n)]] for key, n in lengths.items()}
+    keys = [*["long", "short", "long"] * 3, "long", "one"][1:]  # the responses to one prefix do not stand together
+    for own_lengths in (0 * torch.arange(9), 1 + torch.arange(9) % 4):
+        own = [words[100 + 10 * b : 100 + 10 * b + int(n)] for b, n in enumerate(own_lengths)]
+        prompts = [Context(key, prefixes[key], mine) for key, mine in zip(keys, own)]
+        rng = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            decoder = Decoder(model, model.user_model(torch.zeros(9, dtype=torch.long)), prompts)
+            sequences, going = [torch.cat([prompt.shared_TD, prompt.own_SD]) for prompt in prompts], list(range(9))
+            found, layouts = decoder.prefill(), set()
+            for left in (
+                [0, 1, 2, 3, 4, 5, 6, 7, 8],
+                [0, 1, 3, 4, 5, 6, 7, 8],
+                [0, 2, 3, 6, 7],
+                [1, 2, 4],
+                [0, 2],
+                [1],
+                [0],
+            ):
+                going, found = [going[row] for row in left], found[left]
+                for row, b in enumerate(going):
+                    whole = model.backbone(inputs_embeds=sequences[b][None]).logits[0, -1]
+                    assert torch.allclose(found[row], whole, atol=1e-4), (left, b)
+                decoder.keep(left)
+                layouts.add((len(decoder.segments_RT), decoder.lanes))
+                token_B = torch.randint(3, VOCABULARY, (len(going),), generator=rng)
+                for b, token in zip(going, token_B.tolist()):
+                    sequences[b] = torch.cat([sequences[b], words[token][None]])
+                found = decoder.decode_one_token(token_B)
+            assert len(decoder.segments_RT) == 1 and len(layouts) > 3
+
+
+# Before the prompt: each prompt for each of two users, padded to the longer, with their vectors. Linear aggregator: each prompt for
+# all users. Prompt end: the same without the tail, which follows the vectors of each response.
+@pytest.mark.parametrize(
+    "reads, prefill",
+    [("place=before_prompt", [4 * (21 + 3)]), ("aggregator=linear", [2 * 21]), ("place=prompt_end", [2 * 19, 12 * 5])],
+)
+def test_a_prompt_is_read_once_for_all_who_read_it_alike(monkeypatch, reads, prefill):
+    """Positions through the backbone, counted: twelve responses to two prompts, of 21 and 6 tokens, for two users."""
+    rows = [
+        Request([1, *range(40, end)], user, f"{n}", tail=2) for n in range(3) for end in (60, 45) for user in (1, 2)
+    ]
+    model, shapes = model_of("llama", f"user_model.{reads}"), []
+    states = model.states
+    monkeypatch.setattr(model, "states", lambda e_RTD, *rest: shapes.append(e_RTD.shape[:2]) or states(e_RTD, *rest))
+    generate(model, rows, (), Decoding(max_new_tokens=3))
+    assert [R * T for R, T in shapes] == [*prefill, 12, 12]
+    assert shapes[-1][0] < 12  # several responses a row
+
+
+def test_responses_share_a_row_where_few_places_stay_empty():
+    """At most 8, with 7 of 8 places in use: [8, 1] takes 10 places in rows of two, 12 in rows of three."""
+    expected = {(1,) * 5: 1, (32,) * 8: 8, (3, 3, 3): 3, (8, 1): 2, (7,): 7, (64, 63): 8, (2, 1): 1, (9,): 5}
+    assert {counts: lanes_of(counts) for counts in expected} == expected
+
+
+def test_the_cache_is_what_concatenation_makes_and_seldom_copied():
+    """Against Hugging Face's DynamicCache: prefill, then 200 columns, and rows chosen and repeated between."""
+    ours, theirs = GrowingCache(), transformers.DynamicCache()
+    rng, rooms = torch.Generator().manual_seed(0), set()
+    rows = 3
+    for n in range(200):
+        key, value = (torch.randn(rows, 2, 5 if n == 0 else 1, d, generator=rng) for d in (4, 6))
+        for layer in range(2):
+            found, expected = ours.update(key, value + layer, layer), theirs.update(key, value + layer, layer)
+            assert all(map(torch.equal, found, expected))
+        rooms.add(ours.layers[0].keys.untyped_storage().nbytes())
+        if n in (50, 120):
+            chosen = torch.tensor([2, 0, 2, 1])
+            theirs.batch_select_indices(chosen)
+            T = ours.get_seq_length()
+            ours.gather(chosen[:, None] % rows * T + torch.arange(T))
+            rows = 4
+    assert ours.get_seq_length() == 204 and len(rooms) <= 8 and min(rooms) == 3 * 2 * 4 * STEP * 4
+
+
+def test_batches_keep_together_what_is_shared():
+    x, y = [1, 5], [1, 6]
+    rows = [Request(ids, user, "") for ids, user in ((x, 2), (y, 1), (x, 1), (x, 2), (y, 1), (x, 1))]
+    assert batches(rows, 4) == [[0, 3, 2, 5], [1, 4]]
+    assert batches([], 4) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_merged_adapters_say_the_same_and_leave_no_trace(family):
+    model = model_of(family, "lora.rank=3")
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    rows = requests()[::2]
+    found = generate(model, rows, {2}, Decoding(max_new_tokens=12))
+    for request, response in zip(rows, found):  # greedy by whole passes, with the adapters beside the weights
+        ids = list(request.ids)
+        e_UD = model.user_model(torch.tensor([request.user]))[0]
+        while len(ids) < len(request.ids) + 12:
+            embed = embeddings(model.backbone, torch.tensor(ids))
+            with torch.no_grad():
+                logits = model.backbone(inputs_embeds=torch.cat([embed[:1], e_UD, embed[1:]])[None]).logits[0, -1]
+            if (token := int(logits.argmax())) == 2:
+                break
+            ids.append(token)
+        assert response.ids == ids[len(request.ids) :]
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], p) for name, p in before.items())
 
 
 def test_vanilla_equals_hugging_faces_generate():

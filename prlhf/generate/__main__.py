@@ -24,7 +24,7 @@ from prlhf.data.files import fingerprint_of
 from prlhf.data.unknown import check_users
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, check_range, run_command
-from prlhf.generate.decode import Decoding, Request, check_decoding, generate
+from prlhf.generate.decode import Decoding, Request, batches, check_decoding, generate
 from prlhf.generate.responses import ResponseFile
 from prlhf.generate.rewards import score_file
 from prlhf.parallel.ranks import check_started_alone
@@ -106,12 +106,11 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     ends = encoder.stop_ids(model.backbone.generation_config)
     if unusual := encoder.unusual_end((p.text for p in prompts), model.backbone.generation_config):
         print(f"warning: {unusual}", file=sys.stderr)
-    for start in tqdm(range(0, len(requests), args.batch_size), desc="generation", unit="batch", disable=None):
-        rows = slice(start, start + args.batch_size)
-        responses = generate(model, requests[rows], ends, decoding)
+    for batch in tqdm(batches(requests, args.batch_size), desc="generation", unit="batch", disable=None):
+        responses = generate(model, [requests[n] for n in batch], ends, decoding)
         texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
-        for record, response, text in zip(records[rows], responses, texts):
-            out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})
+        for n, response, text in zip(batch, responses, texts):
+            out.append({**records[n], "response": text, "tokens": len(response.ids), "finished": response.finished})
     print(f"{args.out}: {len(requests)} new responses, {len(prompts) * (len(users) or 1)} in all")
 
 

@@ -12,7 +12,7 @@ from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import EncodedComparison, Encoder, EncodingReport
 from prlhf.data.comparisons import GENERIC, named_user, parse_comparison, parse_prompt, parse_response, shortened
 from prlhf.errors import UserError, check_range
-from prlhf.generate.decode import Decoding, Request, check_decoding, generate
+from prlhf.generate.decode import Decoding, Request, Response, batches, check_decoding, generate
 from prlhf.generate.rewards import ScoredLine, encode
 from prlhf.method.losses import Answers, Outputs, needs_reference, reward_margin
 from prlhf.method.models import PersonalizedLM
@@ -61,14 +61,16 @@ class TextModel:
             where = f"prompts[{i}]"
             prefix = self.encoder.prefix_to_answer(self.encoder.read(parse_prompt(prompt, where), where), text, where)
             requests.append(Request(prefix.ids, self._number(name), f"{i + 1} {name or GENERIC}", prefix.tail))
-        settings, responses = Decoding(**decoding), []
+        settings = Decoding(**decoding)
         check_range("max_new_tokens", settings.max_new_tokens, low=1)
         check_range("temperature", settings.temperature, low=0)
         check_range("top_p", settings.top_p, low=1e-6, high=1)
         ends = self.encoder.stop_ids(self.loaded.model.backbone.generation_config)
-        for start in range(0, len(requests), batch_size):
-            responses += generate(self.loaded.model, requests[start : start + batch_size], ends, settings)
-        return self.loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
+        found: dict[int, Response] = {}
+        for batch in batches(requests, batch_size):
+            found |= zip(batch, generate(self.loaded.model, [requests[n] for n in batch], ends, settings))
+        ids = [found[n].ids for n in range(len(requests))]
+        return self.loaded.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def score(
         self, prompts: Prompts, responses: Sequence[str], users: Names = None, user_texts: Names = None

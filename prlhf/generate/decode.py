@@ -1,25 +1,24 @@
-"""Generation with user vectors: many users in one left-padded batch, with a KV cache, greedy or sampled.
+"""Generation with user vectors: many users and prompts in one batch, greedy or sampled.
 
-What a row says does not depend on who else is in the batch: padding is masked, positions count from each row's own first
-token, and each row draws from its own random generator, seeded by its name. That leaves rounding: kernels add in another order
-for another number of rows. In float32 it decides between near ties alone, in half types many an answer; a row alone is exact.
+What a row says does not depend on who else is in the batch: it sees nothing else, positions count along its own path (`decoder`),
+and each request draws from its own random generator, seeded by its name. That leaves rounding: kernels add in another order for
+another number of rows. In float32 it decides between near ties alone, in half types many an answer; a request alone is exact.
 """
 
 import hashlib
-from collections.abc import Container, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
-from prlhf.backbone.families import embeddings, head
+from prlhf.backbone.families import embeddings
+from prlhf.backbone.lora import adapters_merged
 from prlhf.batch.tokens import EncodedComparison
-from prlhf.batch.trees import Reading
+from prlhf.batch.trees import Reading, Segment
 from prlhf.errors import UserError
+from prlhf.generate.decoder import Context, Decoder, Rereader
 from prlhf.method.models import PersonalizedLM
 from prlhf.score.agreement import in_float32, tried
 
@@ -50,114 +49,66 @@ class Response(NamedTuple):
     finished: bool
 
 
-class Decoder:
-    """The state of decoding a batch of requests: KV cache, padding, each row's user vectors."""
-
-    def __init__(self, model: PersonalizedLM, requests: Sequence[Request]):
-        self.model = model
-        self.user_BUD, rows = read_prompts(model, requests)
-        self.columns = max(map(len, rows))  # of the batch so far, padding included
-        padding = [self.columns - len(row) for row in rows]
-        self.embeddings_BTD = torch.stack([pad(row, (0, 0, left, 0)) for row, left in zip(rows, padding)])
-        self.padding_B = torch.tensor(padding, device=model.device)
-        # Keeps every position, for models with a sliding window too: check_length refuses what would leave it.
-        self.cache = DynamicCache()
-
-    def prefill(self) -> Tensor:
-        """Read the prompts; logits (B, V) of each row's first response token, in float32."""
-        column_T = torch.arange(self.columns, device=self.model.device)
-        real_BT = column_T >= self.padding_B[:, None]
-        causal_TT = column_T[:, None] >= column_T
-        itself_TT = column_T[:, None] == column_T  # padding attends to itself: a row without any would be NaN
-        mask_BTT = (causal_TT & real_BT[:, None]) | itself_TT
-        positions_BT = (column_T - self.padding_B[:, None]).clamp(min=0)
-        return self._logits(self.embeddings_BTD, mask_BTT, positions_BT)
-
-    def decode_one_token(self, token_B: Tensor) -> Tensor:
-        """Append one token to every row; logits (B, V) of the next."""
-        positions_B1 = (self.columns - self.padding_B)[:, None]
-        self.columns += 1
-        real_BT = torch.arange(self.columns, device=token_B.device) >= self.padding_B[:, None]
-        return self._logits(embeddings(self.model.backbone, token_B[:, None]), real_BT[:, None], positions_B1)
-
-    def _logits(self, embeddings_BSD: Tensor, mask_BST: Tensor, positions_BS: Tensor) -> Tensor:
-        hidden_BD = self.model.states(embeddings_BSD, mask_BST[:, None], positions_BS, self.cache)[:, -1]
-        return head(self.model.backbone).logits(self.model.read_out(hidden_BD, self.user_BUD))
-
-
-class Rereader:
-    """As `Decoder`, for layout rows: each token reads all before it again, by the model's own forward pass. There is no
-    cache, since families that need this layout have caches of their own, which left padding would spoil."""
-
-    def __init__(self, model: PersonalizedLM, requests: Sequence[Request]):
-        self.model = model
-        self.user_BUD, self.rows = read_prompts(model, requests)
-
-    def prefill(self) -> Tensor:
-        """Logits (B, V) of each row's next token, in float32."""
-        lengths_B = torch.tensor([len(row) for row in self.rows], device=self.model.device)
-        embeddings_BTD = pad_sequence(self.rows, batch_first=True)
-        mask_BT = torch.arange(embeddings_BTD.shape[1], device=self.model.device) < lengths_B[:, None]
-        hidden_BTD = self.model.states(embeddings_BTD, mask_BT, mask_BT.cumsum(dim=1) - 1)
-        hidden_BD = hidden_BTD[torch.arange(len(self.rows)), lengths_B - 1]
-        return head(self.model.backbone).logits(self.model.read_out(hidden_BD, self.user_BUD))
-
-    def decode_one_token(self, token_B: Tensor) -> Tensor:
-        """Append one token to every row; logits (B, V) of the next."""
-        self.rows = [
-            torch.cat([row, token]) for row, token in zip(self.rows, embeddings(self.model.backbone, token_B[:, None]))
-        ]
-        return self.prefill()
-
-
-def read_prompts(model: PersonalizedLM, requests: Sequence[Request]) -> tuple[Tensor, list[Tensor]]:
-    """Each request's user vectors, (B, U, D), and what the backbone reads of it, (T, D), user vectors in their place."""
+def read_prompts(model: PersonalizedLM, requests: Sequence[Request]) -> tuple[Tensor, list[Context]]:
+    """Each request's user vectors, (B, U, D), and what the backbone reads of it, user vectors in their place."""
     user_BUD = model.user_model(torch.tensor([r.user for r in requests], device=model.device))
-    prompt_BUD, layout, rows = model.soft_prompt(user_BUD), model.layout, []
+    layout, shared, contexts = model.layout, dict[Segment, Tensor](), []
+
+    def read(segment: Segment, b: int) -> Tensor:
+        row_TD = embeddings(model.backbone, torch.tensor(segment.tokens, dtype=torch.long, device=model.device))
+        e_UD = user_BUD[b, : segment.vectors].to(row_TD.dtype)
+        return torch.cat([row_TD[: segment.slot], e_UD, row_TD[segment.slot :]])
+
     for b, request in enumerate(requests):
-        row_TD = embeddings(model.backbone, torch.tensor(request.ids, device=model.device))
-        if prompt_BUD is not None:
-            slot = layout.slot_of(Reading(request.user, tuple(request.ids), (), request.tail))
-            row_TD = torch.cat([row_TD[:slot], prompt_BUD[b].to(row_TD.dtype), row_TD[slot:]])
-        rows.append(row_TD)
-    return user_BUD, rows
+        first, *rest, _ = layout.path(Reading(request.user, tuple(request.ids), (), request.tail))
+        if first not in shared:
+            shared[first] = read(first, b)
+        own = [read(segment, b) for segment in rest]
+        contexts.append(Context(first, shared[first], torch.cat([shared[first][:0], *own])))
+    return user_BUD, contexts
 
 
-def decoder_of(model: PersonalizedLM) -> type[Decoder] | type[Rereader]:
-    """How this model's layout decodes."""
-    return Rereader if model.layout.kind == "rows" else Decoder
+def decoder_of(model: PersonalizedLM, requests: Sequence[Request]) -> Decoder | Rereader:
+    """The state of decoding these requests, as the model's layout decodes."""
+    return (Rereader if model.layout.kind == "rows" else Decoder)(model, *read_prompts(model, requests))
 
 
 @torch.inference_mode()
 def check_decoding(model: PersonalizedLM) -> None:
     """UserError where decoding, of rows of unequal lengths, gives a response another probability than the model's `forward`.
     That `forward` is the model's own forward pass is for `check_agreement`."""
-    user, response = min(1, model.users), [11, 7, 5, 3]
+    user, responses = min(1, model.users), ([11, 7, 5, 3], [5, 12, 7, 2])
     prefixes = ([2, 4, 6, 8, 10], 2), ([9, 12], 0)  # and their tails
-    pairs = [EncodedComparison(ids, ids, response, response, user, tail=tail) for ids, tail in prefixes]
+    pairs = [EncodedComparison(ids, ids, *responses, user, tail=tail) for ids, tail in prefixes]
     training = model.training
     model.eval()
 
     def decode() -> Tensor:
-        decoder = decoder_of(model)(model, [Request(pair.prefix, user, "", pair.tail) for pair in pairs])
-        logits_BV, log_p_B = decoder.prefill(), 0.0
-        for token in response:
-            log_p_B = log_p_B + logits_BV.log_softmax(dim=-1)[:, token]
-            logits_BV = decoder.decode_one_token(torch.full((2,), token, device=model.device))
-        return log_p_B
+        """log pi_P of both responses to both prompts, (2, 2), of four requests."""
+        with adapters_merged(model.backbone):
+            decoder = decoder_of(
+                model, [Request(pair.prefix, user, "", pair.tail) for pair in pairs for _ in responses]
+            )
+            logits_BV, log_p_B = decoder.prefill(), torch.zeros((), device=model.device)
+            for tokens in zip(*responses):
+                token_B = torch.tensor(tokens * len(pairs), device=model.device)
+                log_p_B = log_p_B + logits_BV.log_softmax(dim=-1).gather(1, token_B[:, None])[:, 0]
+                logits_BV = decoder.decode_one_token(token_B)
+        return log_p_B.view(2, 2)
 
     with in_float32(model) as tolerance:
-        expected_B, found_B = model(model.collate(pairs, [user, user])).chosen, tried(decode)
+        outputs = model(model.collate(pairs, [user, user]))
+        expected, found = torch.stack([outputs.chosen, outputs.rejected], dim=1), tried(decode)
     model.train(training)
-    if isinstance(found_B, Tensor):
-        difference = ((found_B - expected_B).abs() / expected_B.abs().clamp(min=1)).max().item()
+    if isinstance(found, Tensor):
+        difference = ((found - expected).abs() / expected.abs().clamp(min=1)).max().item()
         if difference <= tolerance:
             return
-        found_B = f"its log-probs differ from those of training by {difference:.1g}"
+        found = f"its log-probs differ from those of training by {difference:.1g}"
     advice = "; expected --set model.layout=rows, which reads all again for each token"
     raise UserError(
         f"model.layout: a {model.backbone.config.model_type} model cannot be decoded in layout {model.layout.kind} "
-        f"({found_B}){advice if model.layout.kind != 'rows' else ''}"
+        f"({found}){advice if model.layout.kind != 'rows' else ''}"
     )
 
 
@@ -167,21 +118,37 @@ def generate(
 ) -> list[Response]:
     """One response to each request, in their order, up to any token of `ends`. The model should be in eval mode."""
     model.check_length(max(len(r.ids) for r in requests) + decoding.max_new_tokens)
-    decoder = decoder_of(model)(model, requests)
     generators = [_generator(decoding.seed, r.name) for r in requests]
-    responses: list[list[int]] = [[] for _ in requests]
-    finished = [False] * len(requests)
-    logits_BV = decoder.prefill()
-    for count in range(1, decoding.max_new_tokens + 1):
-        token_B = choose(logits_BV, decoding, generators)
-        for b, token in enumerate(token_B.tolist()):
-            finished[b] = finished[b] or token in ends
-            if not finished[b]:
-                responses[b].append(token)
-        if all(finished) or count == decoding.max_new_tokens:
-            break
-        logits_BV = decoder.decode_one_token(token_B)
-    return [Response(ids, done) for ids, done in zip(responses, finished)]
+    responses = [Response([], False) for _ in requests]
+    going = list(range(len(requests)))  # the requests whose responses go on, in the order of the decoder's rows
+    with adapters_merged(model.backbone):
+        decoder = decoder_of(model, requests)
+        logits_BV = decoder.prefill()
+        for count in range(1, decoding.max_new_tokens + 1):
+            token_B = choose(logits_BV, decoding, [generators[b] for b in going])
+            kept = []
+            for row, (b, token) in enumerate(zip(going, token_B.tolist())):
+                if token in ends:
+                    responses[b] = responses[b]._replace(finished=True)
+                else:
+                    responses[b].ids.append(token)
+                    kept.append(row)
+            if not kept or count == decoding.max_new_tokens:
+                break
+            if len(kept) < len(going):
+                going, token_B = [going[row] for row in kept], token_B[kept]
+                decoder.keep(kept)
+            logits_BV = decoder.decode_one_token(token_B)
+    return responses
+
+
+def batches(requests: Sequence[Request], size: int) -> list[list[int]]:
+    """The numbers of the requests, in batches of `size`. Requests with one prompt stand together, and among them those of one
+    user: they share what they read (`Decoder`). Otherwise in their order."""
+    first: dict[Hashable, int] = {}
+    keys = [[first.setdefault((*r.ids, "of", user), n) for user in (None, r.user)] for n, r in enumerate(requests)]
+    order = sorted(range(len(requests)), key=keys.__getitem__)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def choose(logits_BV: Tensor, decoding: Decoding, generators: Sequence[torch.Generator]) -> Tensor:
