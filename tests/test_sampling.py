@@ -1,5 +1,7 @@
 """Generation: independent of the company a row has, and the same as Hugging Face's generate."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ from prlhf.backbone.families import embeddings
 from prlhf.backbone.loading import load_backbone
 from prlhf.errors import UserError
 from prlhf.generate.cache import STEP, GrowingCache
-from prlhf.generate.decode import Decoding, Request, batches, choose, decoder_of, generate
+from prlhf.generate.decode import Decoding, Request, batches, choose, decoder_of, generate, gumbel_noise
 from prlhf.generate.decoder import Context, Decoder, lanes_of
 from prlhf.method.build import build_model
 
@@ -201,6 +203,25 @@ def test_top_p_keeps_the_fewest_tokens_with_that_mass():
     for _ in range(300):
         drawn.add(choose(logits, Decoding(temperature=1.0, top_p=0.7), [generator]).item())
     assert drawn == {0, 1}
+
+
+def test_gumbel_noise_is_splitmix64_for_each_row_alone():
+    """By Python's own integers; the first numbers for the key 0 are those of the algorithm's published test."""
+
+    def numbers(key, count):
+        for n in range(1, count + 1):
+            z = (key + n * 0x9E3779B97F4A7C15) % 2**64
+            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+            yield z ^ z >> 31
+
+    assert next(numbers(0, 1)) == 0xE220A8397B1DCDAF
+    keys = [0, 1, 2**62 - 1]
+    found = gumbel_noise(torch.tensor(keys), 50)
+    for b, key in enumerate(keys):
+        expected = [-math.log(-math.log(((z >> 12) + 0.5) / 2**52)) for z in numbers(key, 50)]
+        assert found[b].tolist() == pytest.approx(expected, abs=1e-9)
+        assert torch.equal(gumbel_noise(torch.tensor([key]), 50)[0], found[b])
 
 
 def test_sampling_follows_the_softmax():

@@ -17,6 +17,8 @@ from transformers.masking_utils import eager_mask
 
 from prlhf.batch.trees import ReadingBatch, sees, tree_mask
 
+WIDE = 256  # heads (GPT-J's) whose backward kernel has too few registers in FlexAttention's own four warps
+
 
 def attention_mask(batch: ReadingBatch) -> Tensor | BlockMask:
     """What each position of the batch's rows sees: FlexAttention's blocks for a packed row on a GPU, else `dense_mask`."""
@@ -35,7 +37,9 @@ def tree_block_mask(batch: ReadingBatch) -> BlockMask:
         return sees(batch.seen_until_RT, row, query, key)
 
     (R, T), device = batch.seen_until_RT.shape, batch.seen_until_RT.device
-    return create_block_mask(mask, R, None, T, T, device=device, _compile=device.type == "cuda")
+    # Compiled it makes no T x T tensor.
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    return make(mask, R, None, T, T, device=device)
 
 
 def attention_dropout(model: PreTrainedModel) -> float:
@@ -110,6 +114,8 @@ def _tree_attention(
             query, key, value, attention_mask, dropout, scale=scale, enable_gqa=True
         )
         return output_RHTd.transpose(1, 2), None
+    if isinstance(attention_mask, BlockMask) and query.shape[-1] >= WIDE:
+        options["kernel_options"] = {"bwd_num_warps": 8}
     forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
     return forward(attention, query, key, value, attention_mask, **options)
 

@@ -15,12 +15,17 @@ from torch import Tensor
 
 from prlhf.backbone.families import embeddings
 from prlhf.backbone.lora import adapters_merged
+from prlhf.batch.moves import moved
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.batch.trees import Reading, Segment
 from prlhf.errors import UserError
 from prlhf.generate.decoder import Context, Decoder, Rereader
 from prlhf.method.models import PersonalizedLM
 from prlhf.score.agreement import in_float32, tried
+
+# splitmix64's constants, as int64.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+MIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 @dataclass(frozen=True)
@@ -160,8 +165,27 @@ def choose(logits_BV: Tensor, decoding: Decoding, generators: Sequence[torch.Gen
         ordered, order = probs_BV.sort(dim=-1, descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= decoding.top_p  # the mass before a token already suffices
         probs_BV = torch.zeros_like(probs_BV).scatter(-1, order, ordered.masked_fill(outside, 0.0))
-    draws = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs_BV.cpu(), generators)]
-    return torch.cat(draws).to(logits_BV.device)
+    keys = torch.cat([torch.randint(2**62, (1,), generator=g) for g in generators])
+    (key_B,) = moved([keys], logits_BV.device)
+    return (probs_BV.double().log() + gumbel_noise(key_B, probs_BV.shape[1])).argmax(dim=-1)
+
+
+def gumbel_noise(key_B: Tensor, V: int) -> Tensor:
+    """-log(-log u), (B, V), u uniform in (0, 1): the argmax of log p plus it is a draw from p (Gumbel 1954).
+
+    u is number v + 1 of splitmix64 (Steele, Lea and Flood 2014, fig. 17) from the state key_b, by its counter: a row's noise
+    depends on its key alone, neither on the rest of the batch nor on the device.
+    """
+    z_BV = key_B[:, None] + GOLDEN * torch.arange(1, V + 1, device=key_B.device)
+    for shift, factor in MIX:
+        z_BV = (z_BV ^ _shifted(z_BV, shift)) * factor
+    u_BV = (_shifted(z_BV ^ _shifted(z_BV, 31), 12).double() + 0.5) * 2.0**-52  # 52 bits: neither 0 nor 1
+    return -torch.log(-torch.log(u_BV))
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """int64 shifted right, as if it had no sign."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
