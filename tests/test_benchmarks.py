@@ -418,8 +418,8 @@ def test_generation_arms_say_the_same(model, tmp_path):
     small = ("--prompts", 2, "--users", 3, "--new-tokens", 6, "--rounds", 1, "--lora", 2, "--end-every", 5)
     table = run("generation.py", "--model", model, *small, "--set", "user_model.place=prompt_end", "--out", out)
     rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["prlhf", "former", "hf"] and {row[4] for row in rows} == {"1.00"}
-    assert 0 < int(rows[0][3]) < 36 and len({row[3] for row in rows}) == 1
+    assert [row[0] for row in rows] == ["prlhf", "former", "hf"] and {row[5] for row in rows} == {"1.00"}
+    assert 0 < int(rows[0][4]) < 36 and len({row[4] for row in rows}) == 1
     assert {name: len(found) for name, found in json.loads(out.read_text())["seconds"].items()} == dict.fromkeys(
         ["prlhf", "former", "hf"], 1
     )
