@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The measurements that need a GPU: the rows of docs/performance.md and docs/scaling.md that say "not measured".
 #
-#     benchmarks/gpu.sh OUT [kernels] [lora] [full]      all three by default; PYTHON=python3 names another Python
+#     benchmarks/gpu.sh OUT [minutes] [kernels] [lora] [full]      all four by default; PYTHON=python3 names another Python
 #
+# minutes  the ten most telling minutes, each line with a limit of its own: the kernels' and packed rows' tests; a training
+#          twice, bit for bit; and resumed, bit for bit; which copies wait; a step of two layers of GPT-J's shape
 # kernels  tests of the compiled log-prob kernels and packed rows; then their cost beside the bare matrix products
 # lora     Llama-3-8B's shape, LoRA of rank 16 on bfloat16: a step, its memory beside the dry run's, where its time goes, and
 #          P-DPO against plain rows (the arms wait side by side, about 120 GB; with less memory: STEP=--one-at-a-time)
@@ -17,7 +19,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?expected a folder for logs and tables}
 shift
-parts=${*:-kernels lora full}
+parts=${*:-minutes kernels lora full}
 python=${PYTHON:-python}
 export PYTHONPATH=$PWD:$PWD/benchmarks
 mkdir -p "$out/models"
@@ -28,8 +30,42 @@ run() { # NAME COMMAND...
     "$@" >"$out/$name.log" 2>&1 || echo "FAILED with status $?: $*" >>"$out/$name.log"
 }
 
-model() { # FOLDER SHAPE TYPE
-    [ -f "$out/models/$1/config.json" ] || run "$1-weights" "$python" benchmarks/random_model.py "$2" --out "$out/models/$1" --dtype "$3" $LAYERS
+model() { # FOLDER SHAPE TYPE [--layers N]
+    local folder=$1 shape=$2 type=$3
+    shift 3
+    [ -f "$out/models/$folder/config.json" ] || run "$folder-weights" "$python" benchmarks/random_model.py "$shape" --out "$out/models/$folder" --dtype "$type" $LAYERS "$@"
+}
+
+short() { # SECONDS NAME COMMAND...
+    local limit=$1 name=$2
+    shift 2
+    run "$name" timeout "$limit" "$@"
+    echo "== $name"
+    tail -n 4 "$out/$name.log"
+}
+
+same() { # NAME RUN RUN
+    if cmp "$out/$2/final/model.safetensors" "$out/$3/final/model.safetensors"; then echo "bit for bit"; else echo "OTHER BITS"; fi \
+        >"$out/$1.log" 2>&1
+    echo "== $1"
+    cat "$out/$1.log"
+}
+
+minutes() {
+    local tiny=(train.py --config tiny.yaml --set model.compute_dtype=bfloat16 train.save_every=3 train.keep_checkpoints=9)
+    short 90 minutes-1-kernels "$python" -m pytest -q -x tests/test_logprobs.py
+    short 120 minutes-2-packed "$python" -m pytest -q -x tests/method/test_tree.py -k "gpu or block_mask"
+    short 60 minutes-3-train "$python" "${tiny[@]}" "run_dir=$out/a"
+    short 60 minutes-4-again "$python" "${tiny[@]}" "run_dir=$out/b"
+    same minutes-4-bits a b
+    find "$out/a/checkpoints" -mindepth 1 -maxdepth 1 ! -name step_3 -exec rm -r {} +
+    rm -rf "$out/a/final"
+    short 60 minutes-5-resumed "$python" "${tiny[@]}" "run_dir=$out/a" # after update 3
+    same minutes-5-bits a b
+    local waits="import runpy, sys, torch; torch.cuda.set_sync_debug_mode('warn'); sys.argv[:1] = ['train.py']; runpy.run_path('train.py', run_name='__main__')"
+    short 60 minutes-6-waits "$python" -W always -c "$waits" "${tiny[@]:1}" "run_dir=$out/d"
+    model gptj-2 "GPT-J 6B" float32 --layers 2
+    short 120 minutes-7-step "$python" benchmarks/step.py --model "$out/models/gptj-2" --comparisons 16 --micro-batch 8 --set model.compute_dtype=bfloat16 --rounds 2 --arms prlhf "prlhf pdpo" --one-at-a-time --out "$out/minutes.json"
 }
 
 LAYERS=${LAYERS:-}
@@ -40,6 +76,7 @@ run versions "$python" -c 'import step; print(step.device_name(), step.versions(
 size=(--checkpointing --comparisons ${COMPARISONS:-32} --micro-batch 8 ${STEP:-}) rounds=(--rounds ${ROUNDS:-3})
 for part in $parts; do
     case $part in
+    minutes) minutes ;;
     kernels)
         run kernels "$python" -m pytest -q tests/test_logprobs.py tests/method/test_tree.py
         run logprob "$python" benchmarks/logprob.py --out "$out/logprob.json" ${LOGPROB:-}
@@ -57,7 +94,7 @@ for part in $parts; do
         run full "$python" benchmarks/step.py "${full[@]}" "${rounds[@]}" "${with_trl[@]}" --one-at-a-time --out "$out/full.json"
         run full-breakdown "$python" benchmarks/breakdown.py "${full[@]}" --arms prlhf --out "$out/full-breakdown.json"
         ;;
-    *) echo "unknown part $part; expected kernels, lora or full" >&2; exit 2 ;;
+    *) echo "unknown part $part; expected minutes, kernels, lora or full" >&2; exit 2 ;;
     esac
 done
 for log in "$out"/*.log; do

@@ -1,7 +1,17 @@
-"""What a CPU can say about a GPU: how often FlexAttention is compiled, and what is kept of it."""
+"""What a CPU can say about a GPU: kernels compile for it and fit, tensors are where they must be, little blocks.
 
+What uses torch's internals is slow-marked. Helpers in tests/gpu/ run in processes of their own, since they change torch.
+"""
+
+import importlib.util
+import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +21,10 @@ from helpers import random_comparisons, tiny_config, tiny_model
 from torch.nn.attention import flex_attention as torch_flex
 from transformers.integrations import flex_attention as hf_flex
 
-from prlhf.backbone.attention import tree_block_mask
+from prlhf.backbone.attention import WIDE_WARPS, tree_block_mask
 from prlhf.batch.trees import PACK_LEAST
 from prlhf.method.models import Computation
+from prlhf.train import __main__ as train
 from prlhf.train.process import compile_attention, reproducible
 
 
@@ -104,3 +115,113 @@ def test_deterministic_kernels_fill_no_empty_tensors(monkeypatch):
             assert not torch.empty(4096).isnan().all()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# torch.use_deterministic_algorithms: these raise, or have no deterministic kernel, on a GPU (torch 2.13).
+NONDETERMINISTIC = re.compile(
+    r"aten\.(put_?|histc|bincount|median|kthvalue|scatter_reduce|nll_loss|_?ctc_loss|_embedding_bag|grid_sampler|"
+    r"reflection_pad|upsample|max_unpool|adaptive_|avg_pool3d)[.\w]*"
+)
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="a device guard for autograd needs g++")
+TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
+HALF = ("model.dtype=bfloat16", "lora.rank=4")
+AFTER_THE_LAST = ("train/row_adamw.py", "parallel/tensors.py")  # once an update: the moved rows, and the norm
+SMALL = (
+    "train.log_every=1", "train.save_every=1", "data.limit=12", "data.valid_limit=4", "optim.batch_size=6", "optim.micro_batch_size=3",
+    "model.width=32", "model.heads=2", "optim.max_steps=3",
+)  # fmt: skip
+CASES = {
+    "llama": (),
+    "gptj, clusters, mixed precision": ("model.family=gptj", "user_model.kind=cluster"),
+    "LoRA, packed": (*HALF, "lora.dropout=0.1", "model.recompute=blocks"),
+    "reward model, mean": ("method=prm", "model.pooling=mean"),
+}
+
+
+def helper(name, *arguments):
+    """A helper's process, ended."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "gpu" / name
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)], env=environment, capture_output=True, text=True
+    )
+
+
+def pretended(tmp_path, *arguments):
+    """What a training, an evaluation and a generation on a pretended GPU did."""
+    done = helper("pretended_run.py", tmp_path / "run", *arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@COMPILER
+@TRITON
+@pytest.mark.slow
+@pytest.mark.parametrize("capability, shared", [(80, 163 * 1024), (90, 227 * 1024)])
+def test_kernels_compile_and_fit_without_spills(capability, shared):
+    done = helper("compiled_kernels.py", capability)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in found} == {"_fused_values", "_softmax_step", "_logits_gradient"}
+    assert all(kernel["shared"] <= shared and kernel["STACK"] == 0 for kernel in found), found
+
+
+def flex_kernels(capability, *options):
+    done = helper("flex_kernels.py", capability, *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {(kernel["width"], kernel["kernel"]): kernel for kernel in lines}
+
+
+@COMPILER
+@TRITON
+@pytest.mark.slow
+@pytest.mark.parametrize("capability, shared", [(80, 163 * 1024), (90, 227 * 1024)])
+def test_flex_attention_fits_and_wide_heads_spill_less_with_eight_warps(capability, shared):
+    found = flex_kernels(capability, f"bwd_num_warps={WIDE_WARPS}")
+    assert set(found) == {(width, which) for width in (64, 128, 256) for which in ("forward", "backward")}
+    assert all(kernel["shared"] <= shared for kernel in found.values()), found
+    own = flex_kernels(capability)
+    assert found[256, "backward"]["STACK"] < own[256, "backward"]["STACK"]
+
+
+@COMPILER
+@TRITON
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_training_on_a_pretended_gpu_is_the_cpus(name, tmp_path, call, monkeypatch):
+    """Losses equal the CPU's. No operator is nondeterministic. A micro-batch's copies block nobody, and are two at most."""
+    found = pretended(tmp_path, *CASES[name])
+    assert not [op for op in found["ops"] if NONDETERMINISTIC.match(op)]
+    of_batches = [place for place in found["blocking"] if place.split(":")[0] not in AFTER_THE_LAST]
+    assert not of_batches, found["blocking"]
+    micro_batches = 4  # at most: twelve rows of two branches, three trees each
+    assert 0 < sum(found["flowing"].values()) <= 2 * micro_batches
+    keys = ("device=cpu", f"run_dir={tmp_path / 'cpu'}", *SMALL, *CASES[name])
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    status, _, error = call(train.main, "--config", "configs/tiny.yaml", "--set", *keys)
+    assert status == 0, error
+    rows = [json.loads(line) for line in (tmp_path / "cpu/metrics.jsonl").read_text().splitlines()]
+    tolerance = 2e-2 if HALF[0] in CASES[name] else 1e-4
+    assert found["losses"] == pytest.approx([row["loss"] for row in rows], rel=tolerance)
+
+
+@COMPILER
+@TRITON
+@pytest.mark.slow
+def test_a_resumed_training_on_a_pretended_gpu_is_the_same(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole, resumed = pretended(tmp_path / "a"), pretended(tmp_path / "b", "--stop-at=2")
+    assert whole["losses"] == resumed["losses"]
+
+
+@COMPILER
+@TRITON
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["reference", "rows", "positions", "types", "mask"])
+def test_a_planted_fault_is_seen(fault, tmp_path):
+    done = helper("pretended_run.py", tmp_path / "run", f"--plant={fault}", *(HALF if fault == "types" else ()))
+    assert done.returncode == 1
+    assert re.search("same device|same dtype|expected.*(cuda|dtype)|host memory|AssertionError", done.stderr), (
+        done.stderr
+    )

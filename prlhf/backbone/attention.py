@@ -17,7 +17,8 @@ from transformers.masking_utils import eager_mask
 
 from prlhf.batch.trees import ReadingBatch, sees, tree_mask
 
-WIDE = 256  # heads (GPT-J's) whose backward kernel has too few registers in FlexAttention's own four warps
+# Heads so wide (GPT-J's) spill in FlexAttention's backward kernel; with so many warps they spill less.
+WIDE, WIDE_WARPS = 256, 8
 
 
 def attention_mask(batch: ReadingBatch) -> Tensor | BlockMask:
@@ -115,7 +116,7 @@ def _tree_attention(
         )
         return output_RHTd.transpose(1, 2), None
     if isinstance(attention_mask, BlockMask) and query.shape[-1] >= WIDE:
-        options["kernel_options"] = {"bwd_num_warps": 8}
+        options["kernel_options"] = {"bwd_num_warps": WIDE_WARPS}
     forward = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
     return forward(attention, query, key, value, attention_mask, **options)
 
