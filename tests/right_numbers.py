@@ -149,10 +149,7 @@ def of_decoding(folder: Path, own: PreTrainedModel, layout: str) -> Verdict:
     def compute() -> float:
         _, model = personalised(folder, layout)
         check_decoding(model)
-        decoder, user_BUD = (
-            decoder_of(model)(model, REQUESTS),
-            model.user_model(torch.tensor([r.user for r in REQUESTS])),
-        )
+        decoder, user_BUD = decoder_of(model, REQUESTS), model.user_model(torch.tensor([r.user for r in REQUESTS]))
         steps = [decoder.prefill(), *(decoder.decode_one_token(torch.tensor(tokens)) for tokens in zip(*CONTINUATIONS))]
         found_BNV = torch.stack(steps, dim=1).double().log_softmax(-1)
         expected = [own_log_probs(own, r.ids, e, y) for r, e, y in zip(REQUESTS, user_BUD, CONTINUATIONS)]

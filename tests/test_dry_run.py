@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -190,7 +191,7 @@ def command(run_dir, *overrides):
 
 
 def peak_said(text: str) -> float:
-    return float(text.rsplit("fits: ", 1)[1].split()[0])
+    return float(re.search(r"^fits: ([\d.]+)", text, re.MULTILINE)[1])
 
 
 # By a process that is small itself: one that is forked has held from the start what its parent holds.

@@ -62,7 +62,7 @@ FAULTS = {
     "mask": (
         models,
         "attention_mask",
-        lambda batch: attention.tree_mask(batch.trees_RT.cpu(), batch.segments_RT.cpu()),
+        lambda batch: attention.tree_mask(batch.seen_until_RT.cpu()),
     ),
 }
 
