@@ -1,6 +1,6 @@
 """FlexAttention's forward and backward kernels for a GPU that is not there, compiled; one JSON line a kernel.
 
-    python tests/gpu/flex_kernels.py 80 [kernel option=value ...]
+    python tests/gpu/flex_kernels.py 80
 
 Inductor writes their source for fake tensors on "cuda", Triton compiles it (`compiled_kernels` has how). In bfloat16, for rows
 of any length and the preference tree's mask. In a process of its own, since it changes torch.
@@ -38,7 +38,7 @@ from triton.compiler import ASTSource
 from prlhf.batch.trees import sees
 
 SHARED = {80: 166912, 90: 232448}
-HEADS = {64: (8, 8), 128: (32, 8), 256: (16, 16)}  # width: query and key heads, as in small models, Llama 3, GPT-J
+HEADS = {64: (8, 8), 128: (32, 8)}  # width: query and key heads, as in small models, Llama 3
 
 
 class Written(Exception):
@@ -133,7 +133,7 @@ def compiled(name: str, code: str, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main(capability: int, options: dict[str, int]) -> None:
+def main(capability: int) -> None:
     pretend(capability)
     inductor_config.compile_threads, inductor_config.fx_graph_cache = 1, False
     functorch_config.enable_autograd_cache = False
@@ -143,10 +143,10 @@ def main(capability: int, options: dict[str, int]) -> None:
         torch._dynamo.reset()
         sources.clear()
         with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-            trees, segments = torch.zeros(2, 1, 3072, dtype=torch.long, device="cuda").unbind()
+            seen_until = torch.zeros(1, 3072, dtype=torch.long, device="cuda")
 
-            def mask(row, _, query, key, trees=trees, segments=segments):
-                return sees(trees, segments, row, query, key)
+            def mask(row, _, query, key, seen_until=seen_until):
+                return sees(seen_until, row, query, key)
 
             blocks = create_block_mask(mask, 1, None, 3072, 3072, device="cuda")
             q, k, v = (
@@ -154,8 +154,7 @@ def main(capability: int, options: dict[str, int]) -> None:
                 for h in (H, Hkv, Hkv)
             )
             run = torch.compile(flex_attention, backend=backend, dynamic=True)
-            given = {"kernel_options": options} if options and width >= 256 else {}
-            out, _ = run(q, k, v, block_mask=blocks, enable_gqa=True, return_aux=AuxRequest(lse=True), **given)
+            out, _ = run(q, k, v, block_mask=blocks, enable_gqa=True, return_aux=AuxRequest(lse=True))
             out.sum().backward()
         pattern = r"async_compile\.triton\('(\w+)', '''\n(.*?)\n''', device_str='cuda'\)"
         for name, code in (both for source in sources for both in re.findall(pattern, source, re.S)):
@@ -167,4 +166,4 @@ def main(capability: int, options: dict[str, int]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), {name: int(value) for name, _, value in (pair.partition("=") for pair in sys.argv[2:])})
+    main(int(sys.argv[1]))
