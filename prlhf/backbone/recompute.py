@@ -116,9 +116,8 @@ def prepare_blocks(model: PreTrainedModel, config: ModelConfig, lora_rank: int) 
         if config.recompute == "elementwise":
             # Attention with dropout is computed again: kept, it would not draw, and later dropouts would draw otherwise.
             kept = frozenset() if attention_dropout(model) else ATTENTION
-            torch._inductor.config.wrap_inductor_compiled_regions = (
-                True  # else a compiled region is no operation that could be kept
-            )
+            # Else a compiled region is no operation that could be kept.
+            torch._inductor.config.wrap_inductor_compiled_regions = True
             options["context_fn"] = functools.partial(elementwise_recomputed, lora_rank, kept)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     for i, block in enumerate(blocks(model)):
