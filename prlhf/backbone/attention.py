@@ -15,6 +15,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
+from prlhf.backbone import visible
 from prlhf.batch.trees import ReadingBatch, sees, tree_mask
 
 # Heads so wide (GPT-J's) spill in FlexAttention's backward kernel; with so many warps they spill less.
@@ -111,6 +112,8 @@ def _tree_attention(
         # Where several query heads read one key head (GQA), Hugging Face's function copies keys and values for each, as
         # a GPU's kernels want them. A CPU's kernel needs no copies, and the backward pass would keep them.
         dropout, scale = options.get("dropout", 0.0), options.get("scaling")
+        if visible.takes(query, key, value, attention_mask, dropout):
+            return visible.visible_attention(query, key, value, attention_mask, scale).transpose(1, 2), None
         output_RHTd = nn.functional.scaled_dot_product_attention(
             query, key, value, attention_mask, dropout, scale=scale, enable_gqa=True
         )

@@ -32,12 +32,14 @@ row, N response tokens, U user vectors, D width.
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from prlhf.batch.moves import moved
+from prlhf.batch.order import equal_ones
 from prlhf.batch.tokens import EncodedComparison
 
 TREE_TOKENS = 256  # a tree takes further responses up to this length, or that of the longest comparison
@@ -182,23 +184,25 @@ class Node:
 def grow_trees(readings: Sequence[Reading], groups: Sequence[int], layout: Layout, tree_tokens: int) -> list[Node]:
     """Readings as trees, each by its root. A tree has at most `tree_tokens` tokens and a user's vectors, USERS_PER_TREE times as
     many where users share a prompt, or one reading where that alone is longer. Readings of different groups share nothing.
+    What continues the same user's vectors or the same response is put in one after the other, so that few trees repeat it.
     """
+    own = layout.kind == "rows"  # each reading has a group of its own
+    paths = [(m if own else group, layout.path(reading)) for m, (reading, group) in enumerate(zip(readings, groups))]
     trees: list[Node] = []
     growing: dict[Hashable, Node] = {}  # root -> the tree that takes its next segments
     ends: dict[Hashable, Node] = {}  # of the paths that are there
     most = tree_tokens + layout.vectors
     if layout.vectors and layout.place != "before_prompt":
         most *= USERS_PER_TREE
-    for m, (reading, group) in enumerate(zip(readings, groups)):
-        group = m if layout.kind == "rows" else group
-        first, *rest = path = layout.path(reading)
-        if (group, path) not in ends:
+    for m in chain.from_iterable(equal_ones([(group, path[:2]) for group, path in paths])):
+        group, (first, *rest) = paths[m]
+        if paths[m] not in ends:
             tree = growing.get((group, first))
             if tree is None or tree.positions + tree.lacks(rest) > most:
                 tree = growing[group, first] = Node(first)
                 trees.append(tree)
-            ends[group, path] = tree.add(rest)
-        ends[group, path].readings.append(m)
+            ends[paths[m]] = tree.add(rest)
+        ends[paths[m]].readings.append(m)
     return trees
 
 

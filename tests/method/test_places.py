@@ -18,13 +18,21 @@ from helpers import (
     with_tails,
 )
 
-from prlhf.batch.trees import USERS_PER_TREE, Layout, Reading, collate, tree_mask
+from prlhf.backbone import visible
+from prlhf.batch.trees import USERS_PER_TREE, Layout, Reading, collate, lay_out, tree_mask
 from prlhf.evaluate.accuracy import score_users
 from prlhf.method.plain import log_prob, p_dpo, p_rm, reward
 from prlhf.score.score import score, tree_keys
 from prlhf.score.task import Task
 from prlhf.train.plan import plan_update
 from prlhf.train.step import accumulate_gradients
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """Rows of a few dozen positions are several blocks of queries to `visible_attention`."""
+    monkeypatch.setattr(visible, "BLOCK", 8)
+
 
 PROMPT_END, RESPONSE_END = "user_model.place=prompt_end", "user_model.place=response_end"
 PRM = ("method=prm",)
@@ -84,6 +92,18 @@ def test_a_tree_of_responses_read_by_two_users_by_hand():
     assert seen(batch)[15] == [0, 1, 2, *range(9, 12), 14, 15]
     assert batch.last_at_M.tolist() == [6, 13, 8, 15]  # (y1, 4), (y2, 4), (y1, 0), (y2, 0): their last vectors
     assert batch.response_at_N.tolist() == [3, 4, 9, 10, 11] * 2
+
+
+@pytest.mark.parametrize("place, each", [("response_end", 6 * 5 + 48 * 2), ("prompt_end", 8 * 2 + 48 * 5)])
+def test_the_order_of_readings_does_not_repeat_what_they_share(place, each):
+    """Eight users read six responses of 5 tokens to a prompt of 2, user by user or response by response, in trees of at most
+    3 (16 + 2) positions. A tree repeats the prompt and what its first reading continues, a response or a user's 2 vectors."""
+    layout = Layout("tree", vectors=2, slot=1, place=place)
+    readings = [Reading(user, (1, 10), (20 + y, 21, 22, 23, 2)) for user in range(8) for y in range(6)]
+    for order in (readings, sorted(readings, key=lambda reading: reading.response)):
+        trees = lay_out(order, layout, 16).trees_RT
+        assert trees.shape[1] <= 54
+        assert each < int((trees > 0).sum()) <= each + len(trees) * (2 + 5)
 
 
 def test_the_reference_has_prompt_and_tail_as_its_prefix():

@@ -21,6 +21,7 @@ from helpers import (
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prlhf.backbone import visible
 from prlhf.backbone.attention import tree_block_mask, use_tree_attention
 from prlhf.backbone.families import blocks
 from prlhf.backbone.recompute import prepare_blocks
@@ -228,6 +229,47 @@ def test_the_block_mask_is_the_dense_mask():
     found = flex_attention(q, k, v, block_mask=blocks)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=dense)
     assert (found - expected).abs().max() < 1e-12
+
+
+def explicit_attention(query, key, value, mask):
+    """softmax(Q K^T / sqrt(d) + mask) V, keys and values repeated for the query heads that read them."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return (query @ key.mT / query.shape[-1] ** 0.5 + mask).softmax(dim=-1) @ value
+
+
+@pytest.mark.parametrize("heads", [2, 6], ids=["each has its key", "three read a key"])
+def test_attention_over_what_is_visible_is_attention(heads):
+    """Output and gradients, on rows of trees with padding, in float64; fewer than half of the pairs are computed."""
+    model = tiny_model(tiny_config("model.layout=packed"))
+    rows = [batch_of(model, random_comparisons(30, seed=seed)).seen_until_RT[0, :500] for seed in (0, 1)]
+    seen = tree_mask(torch.stack(rows))
+    mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    (R, _, T, _), generator = mask.shape, torch.Generator().manual_seed(0)
+    q, k, v, weights = (
+        torch.randn(R, H, T, 16, dtype=torch.float64, generator=generator) for H in (heads, 2, 2, heads)
+    )
+    assert visible.takes(q, k, v, mask, dropout=0.0) and T % visible.BLOCK
+    assert sum(part.mask_11QK.numel() for part in visible.blocks(mask)) < R * T * T / 2
+    results = []
+    for attend in (lambda *given: visible.visible_attention(*given, None), explicit_attention):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        output = attend(*inputs, mask)
+        results.append([output, *torch.autograd.grad((output * weights).sum(), inputs)])
+    for found, expected in zip(*results):
+        assert (found - expected).abs().max() < 1e-12
+
+
+def test_what_visible_attention_does_not_take():
+    """Dropout, a mask that hides nothing by -inf (layout rows has finite ones), masks of heads, and cached keys."""
+    q = torch.randn(1, 2, 80, 16)
+    causal = torch.zeros(1, 1, 80, 80).masked_fill(~torch.ones(80, 80).tril().bool(), -torch.inf)
+    assert visible.takes(q, q, q, causal, 0.0)
+    assert not visible.takes(q, q, q, causal, 0.1)
+    assert not visible.takes(q, q, q, causal.clamp(min=-1e30), 0.0)
+    assert not visible.takes(q, q, q, causal.expand(1, 2, 80, 80), 0.0)
+    assert not visible.takes(q[:, :, :70], q, q, causal[:, :, :70], 0.0)
+    assert not visible.takes(q.half(), q.half(), q, causal, 0.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a GPU")
