@@ -5,7 +5,8 @@ import torch
 from helpers import TOKENIZER, tiny_config
 from transformers import AutoModelForCausalLM, GPTNeoConfig, GraniteConfig, LlamaConfig, Mamba2Config, PreTrainedModel
 
-from prlhf.backbone import families
+from prlhf.backbone import families, visible
+from prlhf.backbone.attention import use_tree_attention
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.errors import UserError
 from prlhf.generate.decode import Decoding, Request, check_decoding, generate
@@ -68,6 +69,16 @@ def test_what_a_layout_computes_is_checked_at_each_place(keys, monkeypatch):
     with pytest.raises(UserError, match="hidden states differ"):
         check_agreement(built(LlamaConfig(**LLAMA), *keys))
     check_agreement(built(LlamaConfig(**LLAMA), *(key for key in keys if "place" not in key)))
+
+
+@pytest.mark.parametrize("check", [check_agreement, check_decoding])
+def test_the_attention_of_long_rows_is_checked_on_short_ones(check, monkeypatch):
+    model = build_model(tiny_config(), TOKENIZER, 4, use_tree_attention(random_model(LlamaConfig(**LLAMA)))).eval()
+    check(model)
+    right = visible.visible_attention
+    monkeypatch.setattr(visible, "visible_attention", lambda *given: 1.5 * right(*given))
+    with pytest.raises(UserError, match="differ"):
+        check(model)
 
 
 def test_local_attention_that_counts_by_the_row_is_refused_in_trees():

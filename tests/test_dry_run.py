@@ -430,4 +430,20 @@ def test_the_dry_run_says_what_is_faster_and_fits():
     both = ("fsdp.sync=last", "fsdp.reshard_after_forward=false")
     assert now.less_sent.endswith("with " + " ".join(both)) and now.less_sent in render(now)
     assert not prediction_of(*keys, *both, device="cuda", processes=2)[2].less_sent
+    alone = (*keys, "model.compute_dtype=bfloat16", "lora.rank=0")  # sharded, over one
     assert not prediction_of(*keys, device="cuda")[2].less_sent  # one process sends nothing
+    assert not prediction_of(*alone, device="cuda")[2].less_sent
+
+
+def test_recompute_settings_that_a_family_refuses_are_not_advised():
+    config, _, now = prediction_of("model.recompute=none", device="cuda")
+
+    def predicted(changed):
+        if changed.model.recompute in ("elementwise", "blocks"):
+            raise UserError("model.recompute: the blocks of this family cannot be computed again")
+        return now
+
+    too_little = dataclasses.replace(now, available=0)
+    assert fastest_recompute(config, too_little, lambda c: dataclasses.replace(predicted(c), available=0)) == (
+        "no value of model.recompute fits"
+    )

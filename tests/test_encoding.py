@@ -232,6 +232,16 @@ def test_the_tail_of_a_prompt_is_what_the_template_puts_behind_the_users_words(t
     assert before == found._replace(tail=0)
 
 
+def test_a_users_message_without_words_has_its_tail():
+    """A tool call may stand for the content."""
+    call = {"function": {"name": "weather", "arguments": {}}}
+    prompt = [{"role": "user", "content": None, "tool_calls": [call]}]
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content or '' }}{{ m.tool_calls | length }}>{% endfor %}"
+    read = encoder(tokenizer=tokenizer, place="prompt_end").read(prompt, "f.jsonl")
+    assert (read.text, read.tail) == ("<1>", 2)
+
+
 def test_a_long_prompt_loses_its_words_and_never_its_tail():
     """11 tokens of tail; a prompt of which nothing but the tail, or less, would be left is dropped."""
     c, keys = comparison(prompt="x" * 40), ("data.template=chat", "data.min_prompt_tokens=1")
@@ -240,7 +250,7 @@ def test_a_long_prompt_loses_its_words_and_never_its_tail():
     for room in (11, 5):
         tight = encoder(*keys, f"data.max_prompt_tokens={room}", place="prompt_end")
         assert encode(tight, c)[0] is None
-        with pytest.raises(UserError, match=f"f.jsonl: {room} tokens are left of the prompt"):
+        with pytest.raises(UserError, match=f"f.jsonl: {room} tokens are left of the prompt .*expected at least 12$"):
             tight.prefix_to_answer(tight.read("x" * 40, "f.jsonl"), None, "f.jsonl")
     assert encode(encoder(*keys, "data.max_prompt_tokens=11"), c)[0].prefix == ids("\nassistant:")
 

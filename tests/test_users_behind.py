@@ -116,7 +116,8 @@ def greedy(backbone, x, e_UD, count, ends=(2,)):
 @pytest.mark.parametrize("layout", ["tree", "rows"])
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_generation_reads_users_behind_the_prompt(family, layout):
-    """Rows of unequal lengths, tails and users in one batch: the tokens of whole sequences, without cache or padding."""
+    """Rows of unequal lengths, tails and users in one batch: the tokens of whole sequences, without cache or padding. Then users
+    alone, before prompts that are all tail."""
     model = tiny_model(tiny_config(PROMPT_END, f"model.layout={layout}", family=family), noise=0.1).float().eval()
     check_decoding(model)
     requests = [
@@ -124,7 +125,10 @@ def test_generation_reads_users_behind_the_prompt(family, layout):
         for text, tail in (("a", 0), ("tell me about rain\n", 3), ("why?", 1))
         for user in (0, 2)
     ]
-    for request, response in zip(requests, respond(model, requests, {2}, Decoding(max_new_tokens=6))):
+    all_tail = [Request(ids(text), user, text, len(text)) for text in ("hm", "yes") for user in (0, 2)]
+    decoding = Decoding(max_new_tokens=6)
+    answered = [*respond(model, requests, {2}, decoding), *respond(model, all_tail, {2}, decoding)]
+    for request, response in zip([*requests, *all_tail], answered):
         cut = len(request.ids) - request.tail
         x = [*request.ids[:cut], HERE, *request.ids[cut:]]
         e_UD = user_vectors(model.user_model, request.user).detach()

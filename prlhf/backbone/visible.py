@@ -9,6 +9,8 @@ Shape suffixes: R rows, H heads of queries, G heads of keys (H is a multiple), T
 d width of a head.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +18,21 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 64  # queries; half or twice as many take about as long
+BLOCK = 64  # queries; twice as many take about as long
 
 attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@contextlib.contextmanager
+def in_blocks_of(queries: int) -> Iterator[None]:
+    """Within the context rows of a few positions are computed so too: for checks."""
+    global BLOCK
+    before, BLOCK = BLOCK, queries
+    try:
+        yield
+    finally:
+        BLOCK = before
 
 
 class Block(NamedTuple):
@@ -36,16 +49,19 @@ class Block(NamedTuple):
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> bool:
-    """Whether `visible_attention` computes this: on a CPU, a square additive mask that hides something, one for all heads."""
+    """Whether `visible_attention` computes this: on a CPU, a square additive mask that hides something, one for all heads. Rows of
+    up to two blocks gain nothing."""
     return (
         query.device.type == "cpu"
         and not isinstance(query, FakeTensor)  # of the dry run, which counts the same
         and not torch.compiler.is_compiling()
         and dropout == 0
+        and query.stride(-1) == 1  # the kernel takes it for granted
+        and not mask.requires_grad
         and query.dtype == key.dtype == value.dtype == mask.dtype
         and query.shape[-1] == value.shape[-1]
         and mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
-        and BLOCK < query.shape[2] == key.shape[2]
+        and 2 * BLOCK < query.shape[2] == key.shape[2]
         and bool(blocks(mask))
     )
 

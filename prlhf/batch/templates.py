@@ -83,7 +83,7 @@ class ChatTemplate:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if last is not None:
-            messages[last] = {**messages[last], "content": messages[last]["content"] + MARK}
+            messages[last] = {**messages[last], "content": (messages[last]["content"] or "") + MARK}
             before, mark, tail = self._render(messages, tools, where, add_generation_prompt=True).rpartition(MARK)
             head = text.removesuffix(tail)
             if mark and head + tail == text and head.rstrip() == before.rstrip():  # many templates strip the content

@@ -235,7 +235,7 @@ class Encoder:
         if self._too_short(prefix) or not (self.bos or prefix.prompt):
             raise UserError(
                 f"{where}: {len(prefix.prompt)} tokens are left of the prompt within data.max_tokens and "
-                f"data.max_prompt_tokens; expected at least {self.config.min_prompt_tokens}"
+                f"data.max_prompt_tokens; expected at least {max(self.config.min_prompt_tokens, prompt.tail + 1)}"
             )
         return prefix
 

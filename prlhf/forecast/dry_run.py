@@ -103,7 +103,7 @@ def predict(
         checkpoint=checkpoint,
         checkpoints=checkpoints,
         change=change,
-        less_sent=less_sent(fake, memory, available),
+        less_sent=less_sent(fake, memory, available, processes),
     )
 
 
@@ -151,7 +151,10 @@ def fastest_recompute(config: Config, prediction: Prediction, predicted: Callabl
             continue
         keys = replace(config.model, recompute=what)
         same = what == config.model.recompute
-        found = prediction if same else predicted(replace(config, model=keys))
+        try:
+            found = prediction if same else predicted(replace(config, model=keys))
+        except UserError:  # a family whose blocks cannot be computed again
+            continue
         if found.fits:
             gb = f"{found.memory.peak / 1e9:.2f} GB"
             return f"the fastest model.recompute that fits: {what}, {gb}" + (

@@ -151,11 +151,11 @@ def whole_bytes(model: PersonalizedModel, keys: FSDPConfig) -> int:
     return gathered_bytes(model, keys) + (added_up if keys.sync == "last" else 0)
 
 
-def less_sent(fake: FakeTraining, memory: Memory, available: float) -> str:
+def less_sent(fake: FakeTraining, memory: Memory, available: float, processes: int) -> str:
     """A line with the values of fsdp.sync and fsdp.reshard_after_forward that send least among those that fit, where they are
-    not set. Empty where there are none, or nothing is sharded over GPUs."""
+    not set. Empty where there are none, or nothing is sent between GPUs."""
     now = fake.config.fsdp
-    if not (fake.gpu and memory.whole_blocks):
+    if not (fake.gpu and memory.whole_blocks and processes > 1):
         return ""
     both = replace(now, sync="last", reshard_after_forward=False)
     options = [both, replace(now, sync="last"), replace(now, reshard_after_forward=False)]

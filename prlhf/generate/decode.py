@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prlhf.backbone import visible
 from prlhf.backbone.families import embeddings
 from prlhf.backbone.lora import adapters_merged
 from prlhf.batch.moves import moved
@@ -21,7 +22,7 @@ from prlhf.batch.trees import Reading, Segment
 from prlhf.errors import UserError
 from prlhf.generate.decoder import Context, Decoder, Rereader
 from prlhf.method.models import PersonalizedLM
-from prlhf.score.agreement import in_float32, tried
+from prlhf.score.agreement import CHECKED_BLOCK, in_float32, tried
 
 # splitmix64's constants, as int64.
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -101,7 +102,7 @@ def check_decoding(model: PersonalizedLM) -> None:
                 logits_BV = decoder.decode_one_token(token_B)
         return log_p_B.view(2, 2)
 
-    with in_float32(model) as tolerance:
+    with in_float32(model) as tolerance, visible.in_blocks_of(CHECKED_BLOCK):
         outputs = model(model.collate(pairs, [user, user]))
         expected, found = torch.stack([outputs.chosen, outputs.rejected], dim=1), tried(decode)
     model.train(training)

@@ -57,11 +57,14 @@ class Decoder:
         row_B = torch.tensor([numbers[c.key] for c in self.contexts], device=device)
         new_NSD, lengths_N = padded(list(prefixes.values()))
         every, zeros = torch.arange(len(prefixes), device=device), torch.zeros_like(lengths_N)
-        hidden_BD = self._read(new_NSD, lengths_N, every, zeros + PREFIX, zeros)[row_B]
+        if new_NSD.shape[1]:  # else all prompts are tails alone
+            hidden_BD = self._read(new_NSD, lengths_N, every, zeros + PREFIX, zeros)[row_B]
         self.places_B, self.positions_B = row_B, lengths_N[row_B]
         self._lay_out()
         own = [context.own_SD for context in self.contexts]
-        return self._logits(self._read_own(*padded(own)) if any(map(len, own)) else hidden_BD)
+        if any(map(len, own)):
+            hidden_BD = self._read_own(*padded(own))
+        return self._logits(hidden_BD)
 
     def decode_one_token(self, token_B: Tensor) -> Tensor:
         """Append one token to every response; logits (B, V) of the next."""

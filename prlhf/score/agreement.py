@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from prlhf.backbone import visible
 from prlhf.backbone.attention import as_hugging_face_has_it, dense_mask
 from prlhf.backbone.families import COUNT_BY_ROW, base, blocks, embeddings
 from prlhf.backbone.toys import DTYPES
@@ -26,6 +27,7 @@ from prlhf.parallel.tensors import is_sharded
 AGREEMENT = 1e-3  # in float32: of the length of a hidden state; of a log-prob, or in nats where that is below 1
 HALF_AGREEMENT = 16.0  # where the computation stays in half precision, in units of the type's eps
 LENGTHS = ((7, 2, (5, 3)), (4, 0, (2, 6)))  # tokens of the prefixes, of their tails, and of the responses
+CHECKED_BLOCK = 4  # queries: so few that these rows are computed as long ones are
 
 
 class TokenStates(NamedTuple):
@@ -87,7 +89,8 @@ def _differs_for(readings: Sequence[Reading], model: PersonalizedModel, layout: 
         own = tried(lambda: by_own_forward(model, readings, layout))
         if isinstance(own, str):
             return f"its own forward pass on {'embeddings' if layout.vectors else 'tokens'} fails: {own}"
-        ours = tried(lambda: by_layout(model, readings, layout))
+        with visible.in_blocks_of(CHECKED_BLOCK):
+            ours = tried(lambda: by_layout(model, readings, layout))
     if isinstance(ours, str):
         return f"layout {layout.kind} fails: {ours}"
     if not own.hidden_ND.isfinite().all():

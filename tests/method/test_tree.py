@@ -262,14 +262,20 @@ def test_attention_over_what_is_visible_is_attention(heads):
 
 def test_what_visible_attention_does_not_take():
     """Dropout, a mask that hides nothing by -inf (layout rows has finite ones), masks of heads, and cached keys."""
-    q = torch.randn(1, 2, 80, 16)
-    causal = torch.zeros(1, 1, 80, 80).masked_fill(~torch.ones(80, 80).tril().bool(), -torch.inf)
+    q = torch.randn(1, 2, 150, 16)
+    causal = torch.zeros(1, 1, 150, 150).masked_fill(~torch.ones(150, 150).tril().bool(), -torch.inf)
     assert visible.takes(q, q, q, causal, 0.0)
     assert not visible.takes(q, q, q, causal, 0.1)
     assert not visible.takes(q, q, q, causal.clamp(min=-1e30), 0.0)
-    assert not visible.takes(q, q, q, causal.expand(1, 2, 80, 80), 0.0)
+    assert not visible.takes(q, q, q, causal.expand(1, 2, 150, 150), 0.0)
     assert not visible.takes(q[:, :, :70], q, q, causal[:, :, :70], 0.0)
     assert not visible.takes(q.half(), q.half(), q, causal, 0.0)
+    assert not visible.takes(
+        q.mT.contiguous().mT, q, q, causal, 0.0
+    )  # torch's kernel would read it as if it were contiguous
+    assert not visible.takes(q, q, q, causal.clone().requires_grad_(), 0.0)
+    short = [q[:, :, : 2 * visible.BLOCK]] * 3
+    assert not visible.takes(*short, causal[..., : 2 * visible.BLOCK, : 2 * visible.BLOCK], 0.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward pass needs a GPU")
