@@ -41,6 +41,9 @@ HEAD = ("method=prm", "user_model.aggregator=linear", "user_model.tokens=1")
 CASES = {
     "pdpo": (LLAMA,),
     "pdpo, clusters, LoRA, GPT-J": (GPTJ, "user_model.kind=cluster", "lora.rank=4", "model.recompute=blocks", "fsdp.sync=last", "fsdp.reshard_after_forward=false"),
+    # A chat has a tail behind its users.
+    "pdpo, prompt_end": (LLAMA, "user_model.place=prompt_end", "data.template=chat", "optim.max_steps=6"),
+    "prm, response_end": (LLAMA, "method=prm", "user_model.place=response_end", "optim.max_steps=6"),
     "pdpo, linear, checkpointing": (LLAMA, "user_model.aggregator=linear", "model.recompute=blocks"),
     "prm": (LLAMA, "method=prm", "loss.alpha=0.7", "loss.center=0.01"),
     # Without centring the final norm's bias has no gradient but rounding, which Adam makes steps of.

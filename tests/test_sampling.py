@@ -1,5 +1,6 @@
 """Generation: independent of the company a row has, and the same as Hugging Face's generate."""
 
+import hashlib
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from prlhf.backbone.families import embeddings
 from prlhf.backbone.loading import load_backbone
 from prlhf.errors import UserError
 from prlhf.generate.cache import STEP, GrowingCache
-from prlhf.generate.decode import Decoding, Request, batches, choose, decoder_of, generate, gumbel_noise
+from prlhf.generate.decode import Decoding, Request, batches, check_decoding, choose, decoder_of, generate, gumbel_noise
 from prlhf.generate.decoder import Context, Decoder, lanes_of
 from prlhf.method.build import build_model
 
@@ -119,6 +120,51 @@ def test_a_prompt_is_read_once_for_all_who_read_it_alike(monkeypatch, reads, pre
     assert shapes[-1][0] < 12  # several responses a row
 
 
+@torch.no_grad()
+def by_whole_sequences(model, request, place, decoding, ends):
+    """A response whose every token is read off one pass of the backbone alone over the whole sequence. A draw is the largest of
+    log p / temperature + Gumbel noise; the keys of the noise come from a generator that the request's name seeds."""
+    at = 1 if place == "before_prompt" else len(request.ids) - request.tail
+    e_UD, found = model.user_model(torch.tensor([request.user]))[0], []
+    digest = hashlib.blake2b(f"{decoding.seed} {request.name}".encode(), digest_size=8).digest()
+    keys = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    for _ in range(decoding.max_new_tokens):
+        words_TD = embeddings(model.backbone, torch.tensor(request.ids + found))
+        read_TD = torch.cat([words_TD[:at], e_UD, words_TD[at:]])
+        values_V = model.backbone(inputs_embeds=read_TD[None]).logits[0, -1].double()
+        if decoding.temperature:
+            key = int(torch.randint(2**62, (1,), generator=keys))
+            values_V = values_V / decoding.temperature + torch.tensor(noise(key, VOCABULARY), dtype=torch.float64)
+        if (token := int(values_V.argmax())) in ends:
+            break
+        found.append(token)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("place", ["before_prompt", "prompt_end"])
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_greedy_and_sampled_ids_are_those_of_whole_sequences_shared_or_not(family, place, temperature):
+    """Two prompts of unequal lengths and tails, three users, two responses to each, some of which end before others."""
+    rows = [
+        Request([1, *TOKENIZER(text, add_special_tokens=False)["input_ids"]], user, f"{text} {user} {n}", tail)
+        for n in range(2)
+        for text, tail in (("tell me about rain\n", 3), ("why?", 1))
+        for user in (2, 0, 4)
+    ]
+    decoding, at_place = Decoding(max_new_tokens=6, temperature=temperature, seed=5), f"user_model.place={place}"
+    plain = model_of(family, at_place)
+    free = [by_whole_sequences(plain, row, place, decoding, ()) for row in rows]
+    ends = {free[0][3], free[7][2]}
+    expected = [by_whole_sequences(plain, row, place, decoding, ends) for row in rows]
+    assert len({*map(len, expected)}) > 1 and len({*map(tuple, free)}) > 3
+    unshared, rereading = "model.share_trees=false", "model.layout=rows"
+    for keys in ((), (unshared,), (rereading,), (rereading, unshared)):
+        model = model_of(family, at_place, *keys)
+        check_decoding(model)
+        assert [response.ids for response in generate(model, rows, ends, decoding)] == expected, keys
+
+
 def test_responses_share_a_row_where_few_places_stay_empty():
     """At most 8, with 7 of 8 places in use: [8, 1] takes 10 places in rows of two, 12 in rows of three."""
     expected = {(1,) * 5: 1, (32,) * 8: 8, (3, 3, 3): 3, (8, 1): 2, (7,): 7, (64, 63): 8, (2, 1): 1, (9,): 5}
@@ -205,21 +251,26 @@ def test_top_p_keeps_the_fewest_tokens_with_that_mass():
     assert drawn == {0, 1}
 
 
+def splitmix64(key, count):
+    """By Python's own integers."""
+    for n in range(1, count + 1):
+        z = (key + n * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        yield z ^ z >> 31
+
+
+def noise(key, count):
+    return [-math.log(-math.log(((z >> 12) + 0.5) / 2**52)) for z in splitmix64(key, count)]
+
+
 def test_gumbel_noise_is_splitmix64_for_each_row_alone():
-    """By Python's own integers; the first numbers for the key 0 are those of the algorithm's published test."""
-
-    def numbers(key, count):
-        for n in range(1, count + 1):
-            z = (key + n * 0x9E3779B97F4A7C15) % 2**64
-            z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-            z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-            yield z ^ z >> 31
-
-    assert next(numbers(0, 1)) == 0xE220A8397B1DCDAF
+    """The first numbers for the key 0 are those of the algorithm's published test."""
+    assert next(splitmix64(0, 1)) == 0xE220A8397B1DCDAF
     keys = [0, 1, 2**62 - 1]
     found = gumbel_noise(torch.tensor(keys), 50)
     for b, key in enumerate(keys):
-        expected = [-math.log(-math.log(((z >> 12) + 0.5) / 2**52)) for z in numbers(key, 50)]
+        expected = noise(key, 50)
         assert found[b].tolist() == pytest.approx(expected, abs=1e-9)
         assert torch.equal(gumbel_noise(torch.tensor([key]), 50)[0], found[b])
 

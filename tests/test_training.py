@@ -188,11 +188,12 @@ def test_newest_and_best_checkpoints_stay(monkeypatch, tmp_path):
     )
 
 
-@pytest.mark.parametrize("mode", ["lora", "full", "mixed"])
+@pytest.mark.parametrize("mode", ["lora", "full", "mixed", "prompt_end"])
 def test_resuming_from_every_checkpoint_ends_bit_for_bit_alike(monkeypatch, tmp_path, mode):
     more = {
         "lora": (),
         "full": ("lora.rank=0",),
+        "prompt_end": ("user_model.place=prompt_end", "data.template=chat"),
         "mixed": ("model.recompute=blocks", "user_model.kind=cluster", "user_model.aggregator=linear",
                   "model.family=gptj", "train.final=best", "train.best_by=accuracy", "model.dtype=bfloat16"),
     }[mode]  # fmt: skip

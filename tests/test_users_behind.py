@@ -85,11 +85,12 @@ def test_both_are_evaluated_and_keep_their_place(runs, call, tmp_path):
         assert status == 2 and f"user_model.place: '{name}' -> 'before_prompt'" in said
 
 
-def test_generate_py_answers_a_chat_with_users_at_the_end_of_their_message(runs, call, tmp_path):
+@pytest.mark.parametrize("key", ["model.share_trees=true", "model.share_trees=false", "model.layout=rows"])
+def test_generate_py_answers_a_chat_with_users_at_the_end_of_their_message(runs, call, tmp_path, key):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "r.jsonl"
     prompts.write_text(json.dumps({"prompt": CHAT}) + "\n")
     command = ("--checkpoint", runs["prompt_end"], "--prompts", prompts, "--users", "alice,generic", "--out", out)
-    assert call(generate.main, *command, "--max-new-tokens", 5)[0] == 0
+    assert call(generate.main, *command, "--max-new-tokens", 5, "--set", key)[0] == 0
     model = prlhf.load(runs["prompt_end"])
     x = [*ids("user: Tell me about rain."), HERE, *ids("\nassistant:")]
     for line, number in zip(map(json.loads, out.read_text().splitlines()), (model.loaded.number("alice"), 0)):

@@ -1,9 +1,9 @@
 """FlexAttention's forward and backward kernels for a GPU that is not there, compiled; one JSON line a kernel.
 
-    python tests/gpu/flex_kernels.py 80
+    python tests/gpu/flex_kernels.py 80 64 128
 
 Inductor writes their source for fake tensors on "cuda", Triton compiles it (`compiled_kernels` has how). In bfloat16, for rows
-of any length and the preference tree's mask. In a process of its own, since it changes torch.
+of any length and the preference tree's mask, heads of these widths. In a process of its own, since it changes torch.
 """
 
 import functools
@@ -35,10 +35,11 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from prlhf.backbone.attention import WIDE, WIDE_WARPS
 from prlhf.batch.trees import sees
 
 SHARED = {80: 166912, 90: 232448}
-HEADS = {64: (8, 8), 128: (32, 8)}  # width: query and key heads, as in small models, Llama 3
+HEADS = {64: (8, 8), 128: (32, 8), 256: (16, 16)}  # width: query and key heads, as in small models, Llama 3, GPT-J
 
 
 class Written(Exception):
@@ -133,13 +134,15 @@ def compiled(name: str, code: str, capability: int):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main(capability: int) -> None:
+def main(capability: int, *widths: int) -> None:
     pretend(capability)
     inductor_config.compile_threads, inductor_config.fx_graph_cache = 1, False
     functorch_config.enable_autograd_cache = False
     sources: list[str] = []
     backend = writing_backend(sources)
-    for width, (H, Hkv) in HEADS.items():
+    for width in widths:
+        H, Hkv = HEADS[width]
+        options = {"bwd_num_warps": WIDE_WARPS} if width >= WIDE else {}
         torch._dynamo.reset()
         sources.clear()
         with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
@@ -154,7 +157,8 @@ def main(capability: int) -> None:
                 for h in (H, Hkv, Hkv)
             )
             run = torch.compile(flex_attention, backend=backend, dynamic=True)
-            out, _ = run(q, k, v, block_mask=blocks, enable_gqa=True, return_aux=AuxRequest(lse=True))
+            more = {"enable_gqa": True, "kernel_options": options, "return_aux": AuxRequest(lse=True)}
+            out, _ = run(q, k, v, block_mask=blocks, **more)
             out.sum().backward()
         pattern = r"async_compile\.triton\('(\w+)', '''\n(.*?)\n''', device_str='cuda'\)"
         for name, code in (both for source in sources for both in re.findall(pattern, source, re.S)):
@@ -166,4 +170,4 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

@@ -10,6 +10,7 @@ from helpers import (
     VOCABULARY,
     as_plain,
     assert_same,
+    at_place,
     gradients,
     plain_backbone,
     random_comparisons,
@@ -17,6 +18,7 @@ from helpers import (
     tiny_config,
     tiny_model,
     votes,
+    with_tails,
 )
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +31,7 @@ from prlhf.backbone.toys import random_backbone
 from prlhf.batch.trees import PACK_MULTIPLE, Layout, collate, tree_mask
 from prlhf.method.build import build_model
 from prlhf.method.losses import log_ratio_margin, sigmoid_loss
-from prlhf.method.plain import log_prob, p_dpo
+from prlhf.method.plain import HERE, log_prob, p_dpo
 
 
 def loss_of(policy, reference):
@@ -218,9 +220,48 @@ def test_tree_mask_by_hand():
     assert tree_mask(seen_until)[0, 0].int().tolist() == expected
 
 
-def test_the_block_mask_is_the_dense_mask():
+PLACES = {
+    "before_prompt": (),
+    "prompt_end": ("user_model.place=prompt_end",),
+    "response_end": ("user_model.place=response_end", "method=prm"),
+}
+
+
+def packed_at(place):
+    """Comparisons, the users who read them (three share each fourth prompt), their packed row."""
+    comparisons = with_tails(random_comparisons(30))
+    comparisons += [c._replace(user=user) for c in comparisons[::4] for user in (1, 2, 3)]
+    users = [c.user for c in comparisons]
+    model = tiny_model(tiny_config("model.layout=packed", *PLACES[place]))
+    return comparisons, users, model.collate(comparisons, users)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_mask_of_a_packed_row_shows_each_reading_its_own_sequence(place):
+    """The end of a response, or the last vector behind it, sees the tokens of the plain sequence in their order and its own
+    reader's three vectors; every other position sees as many as its position id says. By position ids nothing is seen twice."""
+    comparisons, users, batch = packed_at(place)
+    mask_TT, ids_T, at_T = tree_mask(batch.seen_until_RT)[0, 0], batch.input_ids_RT[0], batch.positions_RT[0]
+    reader = {int(at): int(user) for at_U, user in zip(batch.vectors_at_SU, batch.users_S) for at in at_U}
+    for c, user, both in zip(comparisons, users, batch.chosen_rejected_B2):
+        placed = at_place(c, place)
+        if place == "before_prompt":
+            placed = c._replace(prefix=[c.prefix[0], HERE, *c.prefix[1:]])
+        for m, response in zip(both, (placed.chosen, placed.rejected)):
+            seen = mask_TT[batch.last_at_M[m]].nonzero().flatten().tolist()
+            expected = [t for token in (*placed.prefix, *response) for t in ([None] * 3 if token == HERE else [token])]
+            assert [None if at in reader else int(ids_T[at]) for at in seen] == expected
+            assert {reader[at] for at in seen if at in reader} == {user}
+    real = batch.trees_RT[0] > 0
+    assert torch.equal(mask_TT.sum(dim=1)[real], at_T[real] + 1)
+    assert all(at_T[row].tolist() == [*range(int(row.sum()))] for row in mask_TT[real])
+    assert len(set(batch.trees_RT[0].tolist())) < len(comparisons) and not real.all()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_block_mask_is_the_dense_mask(place):
     """Position by position, and in what FlexAttention computes with its blocks (forward: on a CPU it has no backward)."""
-    batch = batch_of(tiny_model(tiny_config("model.layout=packed")), random_comparisons(40))
+    _, _, batch = packed_at(place)
     dense, blocks = tree_mask(batch.seen_until_RT), tree_block_mask(batch)
     T = dense.shape[-1]
     assert T > 2 * PACK_MULTIPLE and blocks.sparsity() > 0  # some blocks are left out
