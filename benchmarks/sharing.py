@@ -4,7 +4,8 @@
                                  [--micro-batch 8] [--out FILE.json]
 
 `group_by` puts comparisons of the same two responses, or of few responses, into one update; `share_trees` computes what they
-have in common once. Two models: P-DPO with both branches and T_u = 10, and a linear reward head. Counts the positions of the
+have in common once. Models: P-DPO with both branches and T_u = 10, and reward models with a soft prompt of one vector at each place,
+or a linear head. Counts the positions of the
 forward passes, and the padding among them; a random model of one block lays them out on the CPU, one tree per row. By default
 an update is one forward pass per branch, which shares the most and pads the most. Training cuts it into micro-batches of
 optim.micro_batch_size trees (8 by default), which share nothing with each other.
@@ -27,6 +28,9 @@ from prlhf.train.plan import epoch_updates, plan_update
 
 MODELS = {
     "P-DPO, soft prompt": ["method=pdpo", "user_model.tokens=10"],
+    "P-RM, soft prompt of one vector": ["method=prm", "user_model.tokens=1"],
+    "P-RM, the same at prompt_end": ["method=prm", "user_model.tokens=1", "user_model.place=prompt_end"],
+    "P-RM, the same at response_end": ["method=prm", "user_model.tokens=1", "user_model.place=response_end"],
     "P-RM, linear head": ["method=prm", "user_model.tokens=1", "user_model.aggregator=linear", "user_model.init=zero"],
 }
 
