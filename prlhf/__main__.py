@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train a personalised language or reward model",
     "evaluate": "evaluate a model on held-out comparisons",
     "generate": "answer prompts as several users, or score responses",
+    "adapt": "make a model know new users from a few comparisons",
     "data": "fetch, prepare, split or check comparisons",
     "compare": "compare evaluated models on the same comparisons",
     "simulate": "relabel comparisons with simulated preferences for length",

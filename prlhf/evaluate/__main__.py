@@ -7,6 +7,9 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.datasets import encode_file
@@ -17,13 +20,15 @@ from prlhf.data.comparisons import ComparisonFile, read_comparisons
 from prlhf.data.unknown import check_users
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, expanded, run_command
-from prlhf.evaluate.accuracy import reward_margins, score_users, summarize
+from prlhf.evaluate.accuracy import integrated_calibration, reward_margins, score_users, summarize
 from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
 from prlhf.method.losses import needs_reference
+from prlhf.method.models import PersonalizedRewardModel
+from prlhf.method.posterior import features
 from prlhf.parallel.ranks import check_started_alone
 from prlhf.score.agreement import check_agreement
 from prlhf.score.reference import computes_on, reference_log_probs
-from prlhf.score.states import fixed_states
+from prlhf.score.states import States, fixed_states, response_states
 from prlhf.score.task import Task
 from prlhf.store.final import Loaded, base_fingerprint, load_final, reference_model
 
@@ -72,12 +77,12 @@ def main() -> None:
         "encoding": asdict(data.report),
         **summarize(config.evaluate, margins, task.users, task.names, rules, others=model.users > 1),
     }
+    report["calibration"] |= adapted_calibration(loaded, task, margins[0])
     (out / "report.json").unlink(missing_ok=True)  # an earlier evaluation's, whose margins are replaced
     write_margins(out, data.raw, [user > 0 for user in task.users], margins)
     draw_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
     write_report(report, out)  # last: a report says that the evaluation is complete
-    print(markdown(report))
-    print(f"written to {out}")
+    print(f"{markdown(report)}\nwritten to {out}")
 
 
 def read_held_out(source: str, loaded: Loaded) -> ComparisonFile:
@@ -87,6 +92,21 @@ def read_held_out(source: str, loaded: Loaded) -> ComparisonFile:
     if said := check_users(source, [c.user for c in file.comparisons], loaded.users, form):
         print(said)
     return file
+
+
+def adapted_calibration(loaded: Loaded, task: Task, margins_B: np.ndarray) -> dict[str, Any]:
+    """{"adapted": calibration on adapted users' comparisons}, or {} where there is none. margins_B: as the true user."""
+    posterior = loaded.posterior
+    rows = [i for i, user in enumerate(task.users) if posterior is not None and posterior.row(user) is not None]
+    if posterior is None or not rows:
+        return {}
+    model, pairs = task.model, [task.comparisons[i] for i in rows]
+    assert isinstance(model, PersonalizedRewardModel)
+    states = response_states(model, pairs, task.config.evaluate.batch_size, loaded.backbone_weights())
+    chosen_NW, rejected_NW = States(*states).of_pairs(pairs)
+    features_NK = features(model.user_model, chosen_NW - rejected_NW)
+    variances_N = posterior.variances([task.users[i] for i in rows], features_NK)
+    return {"adapted": integrated_calibration(margins_B[rows], variances_N.numpy())}
 
 
 def draw_curve(metrics: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ from prlhf.evaluate.stats import metrics
 from prlhf.evaluate.stats.intervals import std_interval, worst_user_interval
 from prlhf.evaluate.stats.metrics import UserCounts, by_user, correct, pooled, pooled_difference_interval
 from prlhf.method.losses import Outputs, branch_weights, preference_loss, reward_margin
+from prlhf.method.posterior import integrated
 from prlhf.method.users import is_personal
 from prlhf.score.score import score_readers
 from prlhf.score.task import Task
@@ -115,6 +116,16 @@ def summarize(
     own = np.asarray(rules["own_record"])[known] if "own_record" in rules and known.any() else None
     explained = None if own is None else own_record_summary(own, labels[known], margins[:2, known], samples, rng)
     return {**report, "rules": _rules(rules, known), "own_record": explained}
+
+
+def integrated_calibration(margins_B: np.ndarray, variances_B: np.ndarray) -> dict[str, float | int | None]:
+    """The calibration error of adapted users' probabilities: of the margin itself, and integrated over its posterior."""
+    sure_B = integrated(torch.from_numpy(margins_B).double(), torch.from_numpy(variances_B)).numpy()
+    return {
+        "comparisons": len(margins_B),
+        "plug_in": metrics.expected_calibration_error(margins_B),
+        "integrated": metrics.expected_calibration_error(sure_B),
+    }
 
 
 def own_record_summary(

@@ -75,6 +75,7 @@ def markdown(report: dict[str, Any]) -> str:
         markdown_table(ACCURACY_COLUMNS, headlines),
         f"Expected calibration error, %: known users, own vectors {percent(calibration['top'])}, "
         f"unknown users {percent(calibration['generic'])}.",
+        *_adapted_text(calibration.get("adapted")),
         "Personalisation helps where the gain over the generic user is above 0, and is personal where its own gain is.",
         markdown_table(ACCURACY_COLUMNS, controls),
     ]
@@ -89,6 +90,18 @@ def markdown(report: dict[str, Any]) -> str:
     rows = [(row["user"], str(row["n"]), *(percent(row[k]) for k in USER_ACCURACIES)) for row in users.rows]
     parts.append(markdown_table(("user", "comparisons", *USER_ACCURACIES.values()), rows))
     return "\n\n".join(parts) + "\n"
+
+
+def _adapted_text(found: dict[str, Any] | None) -> list[str]:
+    """The calibration of users who were adapted, plug-in and integrated, as a table; nothing where there are none."""
+    if found is None:
+        return []
+    rows = [
+        ("their most probable vector", percent(found["plug_in"])),
+        ("integrated over their vectors", percent(found["integrated"])),
+    ]
+    table = markdown_table((f"{found['comparisons']:,} comparisons of adapted users", "calibration error, %"), rows)
+    return [table]
 
 
 def _users(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, as
 generate.py writes; the user may also stand in `data.user_column`. The output has {"id", "user", "known", "reward"} for
-each line, in order. An unknown user is scored as the generic one, and "known" says so. Rewards of responses to one
+each line, in order; of a model with adapted users (`adapt`) also "reward_std", the reward's standard deviation under the
+posterior of its user's vector, null for other users. An unknown user is scored as the generic one, and "known" says so. Rewards of responses to one
 prompt can be compared: all follow it as cut for the longest. Their zero means nothing: Bradley-Terry leaves it open.
 """
 
@@ -26,6 +27,7 @@ from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.data.unknown import check_users
 from prlhf.errors import UserError, did_you_mean
 from prlhf.method.models import PersonalizedRewardModel
+from prlhf.method.posterior import features
 from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded
 
@@ -84,6 +86,23 @@ def encode(lines: Sequence[ScoredLine], encoder: Encoder, users: Sequence[int]) 
     return encoded
 
 
+def reward_stds(loaded: Loaded, readings: Sequence[Reading], batch_size: int) -> list[float | None]:
+    """The standard deviation of each reward under the posterior of its user; None for users who were not adapted."""
+    posterior, model = loaded.posterior, loaded.model
+    if posterior is None:
+        return [None] * len(readings)
+    assert isinstance(model, PersonalizedRewardModel)
+    found: list[float | None] = [None] * len(readings)
+    rows = [i for i, reading in enumerate(readings) if posterior.row(reading.user) is not None]
+    for start in range(0, len(rows), batch_size):
+        some = [readings[i] for i in rows[start : start + batch_size]]
+        features_NK = features(model.user_model, model.states_of(some))
+        stds = posterior.variances([reading.user for reading in some], features_NK).sqrt().tolist()
+        for i, std in zip(rows[start : start + batch_size], stds):
+            found[i] = std
+    return found
+
+
 @torch.inference_mode()
 def rewards(model: PersonalizedRewardModel, readings: Sequence[Reading], batch_size: int) -> Tensor:
     """r_P(x, y, u) of each response, (N,) on the CPU, computed in batches of similar length."""
@@ -114,8 +133,11 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
     if not scored.isfinite().all():
         raise UserError(f"{loaded.path}: {int((~scored.isfinite()).sum())} of {len(lines)} rewards are not finite")
     known = [loaded.users.number(line.user) > 0 for line in lines]
-    records = zip(lines, known, scored.tolist())
-    write_json_lines(out, ({"id": n.id, "user": n.user, "known": k, "reward": r} for n, k, r in records))
+    records = [{"id": n.id, "user": n.user, "known": k, "reward": r} for n, k, r in zip(lines, known, scored.tolist())]
+    if loaded.posterior is not None:
+        stds = reward_stds(loaded, [line.reading for line in encoded], batch_size)
+        records = [{**record, "reward_std": std} for record, std in zip(records, stds)]
+    write_json_lines(out, records)
     nobody = sum(line.user is None for line in lines)
     counts = {
         "of users who are not known to the model": len(lines) - nobody - sum(known),

@@ -33,6 +33,13 @@ class States:
         (rows_R,) = moved([torch.tensor(rows)], self.states_MW.device)
         return self.states_MW.index_select(0, rows_R)
 
+    def of_pairs(self, comparisons: Sequence[EncodedComparison]) -> tuple[Tensor, Tensor]:
+        """The states of each comparison's chosen and of its rejected response, both (N, W)."""
+        prefixes = [tuple(c.prefix) for c in comparisons]
+        chosen = [Reading(0, prefix, tuple(c.chosen)) for prefix, c in zip(prefixes, comparisons)]
+        rejected = [Reading(0, prefix, tuple(c.rejected)) for prefix, c in zip(prefixes, comparisons)]
+        return self.of(chosen), self.of(rejected)
+
 
 def readings_of(comparisons: Sequence[EncodedComparison]) -> list[Reading]:
     """All responses, each once, read by user 0."""

@@ -1,17 +1,18 @@
 """final/, the model for use: written after training, loaded by everything else.
 
 It holds model.safetensors (or adapter_model.safetensors, or neither where the backbone is frozen), users.safetensors,
-users.json, config.yaml, base.json and the tokenizer.
+users.json, config.yaml, base.json and the tokenizer; with users who were adapted to it (`adapt`), posterior.safetensors.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -24,12 +25,13 @@ from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, did_you_mean, expanded
 from prlhf.method.build import build_model
 from prlhf.method.models import Core, PersonalizedLM, PersonalizedModel
+from prlhf.method.posterior import Posterior
 from prlhf.method.users import UniformUsers, is_personal
 from prlhf.parallel.ranks import on_main
 from prlhf.parallel.tensors import named_weights, whole
 from prlhf.score.reference import weights_fingerprint
 from prlhf.store.checkpoints import steps
-from prlhf.store.files import checksum, written_aside
+from prlhf.store.files import checksum, link_or_copy, written_aside
 
 
 def save_final(
@@ -61,12 +63,36 @@ def save_final(
         on_main(write)
 
 
+def save_adapted(path: Path, source: Path, users: UserIndex, table: str, rows: Tensor, posterior: Posterior) -> None:
+    """Write the model of `source` with other users, to a new folder or in its own place.
+
+    rows: of the user model's `table`. All other weights are as they were, bit for bit; files that do not change are linked.
+    TrainingError where that fails; `source` is then as it was.
+    """
+    weights = {**load_file(source / "users.safetensors"), f"user_model.{table}": rows.contiguous()}
+
+    def others(folder: str, names: list[str]) -> list[str]:
+        """What is not linked; in place, what else lies in the folder (eval/) stays."""
+        new = path != source
+        return [n for n in names if n in OF_USERS or (new and (Path(folder) / n).is_dir())]
+
+    with written_aside(path, shared=True) as aside:
+        shutil.copytree(source, aside, copy_function=link_or_copy, ignore=others, dirs_exist_ok=True)
+        save_file(weights, aside / "users.safetensors")
+        save_file({n: t.contiguous() for n, t in posterior._asdict().items() if t is not None}, aside / POSTERIOR)
+        users.save(aside / "users.json")
+
+
 # Keys that decide which model the weights make, and those of them that may change: the base's path, how it computes.
 FIXED = ("method", "model.", "user_model.", "lora.")
 FREE_KEYS = (
     "model.name", "model.layout", "model.share_trees", "model.log_probs", "model.recompute",
     "model.compile", "model.compute_dtype",
 )  # fmt: skip
+
+
+POSTERIOR = "posterior.safetensors"
+OF_USERS = ("users.safetensors", "users.json", POSTERIOR)  # the files that change with new users
 
 
 class Loaded(NamedTuple):
@@ -77,6 +103,13 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     users: UserIndex
     model: PersonalizedModel
+    posterior: Posterior | None = None  # of users who were adapted to it
+
+    def backbone_weights(self) -> str:
+        """Tells the backbone from others, as `weights_fingerprint`, where it has been trained too."""
+        if self.config.model.frozen:
+            return base_fingerprint(self.path)
+        return checksum(*(file for file in sorted(self.path.glob("*.safetensors")) if file.name not in OF_USERS))
 
     def number(self, name: str | None) -> int:
         """The number of the user `name`; 0 for an unknown user, and for all users where nothing personal was trained."""
@@ -122,10 +155,11 @@ def load_final(checkpoint: str | Path, overrides: tuple[str, ...] = ()) -> Loade
         if config.lora.rank:
             load_lora(model.backbone, path)
         _user_modules(model).load_state_dict(load_file(path / "users.safetensors"))
-    except (OSError, SafetensorError, RuntimeError) as error:
+        posterior = Posterior(**load_file(path / POSTERIOR)) if (path / POSTERIOR).exists() else None
+    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: damaged or incomplete model ({error})") from None
     _to_compute_type(model.backbone, config)
-    return Loaded(path, config, tokenizer, users, model.eval())
+    return Loaded(path, config, tokenizer, users, model.eval(), posterior)
 
 
 def _to_compute_type(backbone: nn.Module, config: Config) -> None:

@@ -1,0 +1,88 @@
+"""How sure the model is of users who were adapted to it (`adapt`), and what that does to predictions.
+
+    f(u) = e_0 + B c_u,   c_u ~ N(mean, S_u)  given u's comparisons (Laplace's approximation)
+    r(x, y, u) = f(u) . h(y)  has variance  (B h)^T S_u (B h),  a margin the same with h(y1) - h(y2)
+    P(y1 preferred) = E sigma(margin)  ~  sigma(mean / sqrt(1 + pi / 8 variance))
+
+The last is MacKay's (1992, "The evidence framework applied to classification networks", eq. 5.7): a sigmoid is nearly a
+probit of slope sqrt(pi / 8). For full offsets B is the identity: S_u differs from the prior only in the span of u's
+comparisons, and this difference is kept.
+
+Shape suffixes: A adapted users, K coordinates, R directions that a user's comparisons tell of, N responses or pairs, W width.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from prlhf.method.users import UserModel
+
+
+def integrated(margin_N: Tensor, variance_N: Tensor) -> Tensor:
+    """The logit of P(y1 preferred), (N,), for margins of these means and variances."""
+    return margin_N / torch.sqrt(1 + math.pi / 8 * variance_N)
+
+
+class Posterior(NamedTuple):
+    """The covariances of adapted users' coordinates, in float64 on the CPU, and the covariance of the prior that they came from.
+
+    For few coordinates S_u itself. For full offsets S_u = prior - told_u^T told_u; R is the largest of any user, and rows
+    that a user lacks are 0.
+    """
+
+    users_A: Tensor  # their numbers, ascending
+    prior_KK: Tensor
+    covariance_AKK: Tensor | None = None
+    told_ARK: Tensor | None = None
+
+    @classmethod
+    def of(cls, prior_KK: Tensor, told: Mapping[int, Tensor], full: bool) -> "Posterior":
+        """told: Y (K, R) of each user, S_u = prior - Y Y^T. full: whether coordinates are whole vectors."""
+        users = sorted(told)
+        if full:
+            padded_ARK = pad_sequence([told[user].T for user in users], batch_first=True)
+            return cls(torch.tensor(users), prior_KK, None, padded_ARK)
+        covariances = [prior_KK - told[user] @ told[user].T for user in users]
+        return cls(torch.tensor(users), prior_KK, torch.stack(covariances))
+
+    def row(self, user: int) -> int | None:
+        """The place of a user among the adapted ones; None for others."""
+        found = (self.users_A == user).nonzero().flatten().tolist()
+        return found[0] if found else None
+
+    def told(self, user: int) -> Tensor:
+        """Y (K, R) with S_u = prior - Y Y^T, of an adapted user."""
+        row = self.row(user)
+        if self.told_ARK is not None:
+            return self.told_ARK[row].T
+        less_K, axes_KK = torch.linalg.eigh(self.prior_KK - self.covariance_AKK[row])
+        return axes_KK * less_K.clamp(min=0).sqrt()
+
+    def covariance(self, user: int) -> Tensor:
+        """S_u (K, K) of an adapted user."""
+        if self.covariance_AKK is not None:
+            return self.covariance_AKK[self.row(user)]
+        return self.prior_KK - self.told(user) @ self.told(user).T
+
+    def variances(self, users_N: Sequence[int], features_NK: Tensor) -> Tensor:
+        """x^T S_u x of each row x of the features, (N,); NaN for users who were not adapted."""
+        users, found_N = torch.tensor(users_N), features_NK.new_full((len(users_N),), math.nan)
+        for user in self.users_A[torch.isin(self.users_A, users)].tolist():
+            rows = users == user
+            x_NK = features_NK[rows]
+            found_N[rows] = ((x_NK @ self.covariance(user)) * x_NK).sum(dim=1).clamp(min=0)
+        return found_N
+
+
+def features(user_model: UserModel, states_NW: Tensor) -> Tensor:
+    """What a user's coordinates are multiplied with in rewards, B h (N, K), in float64 on the CPU; h for full offsets.
+
+    For a linear reward head. The reward is e_0 . h + c_u . features.
+    """
+    basis_KUD = user_model.parts(torch.zeros(1, dtype=torch.long, device=states_NW.device)).basis_KUD
+    states_NW = states_NW.cpu().double()
+    return states_NW if basis_KUD is None else states_NW @ basis_KUD.detach()[:, 0].cpu().double().T

@@ -1,0 +1,505 @@
+"""New users of a trained model: the most probable vector, how sure it is, the folder that is written, and what is refused."""
+
+import itertools
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TOKENIZER, VOCABULARY, tiny_config
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+import prlhf
+from prlhf.adapt import __main__ as adapt
+from prlhf.adapt.newton import Evidence, Gaussian, fit, told_by
+from prlhf.adapt.population import population
+from prlhf.adapt.scale import split
+from prlhf.adapt.users import check_adaptable
+from prlhf.backbone.toys import random_backbone
+from prlhf.batch.tokens import Encoder, EncodingReport
+from prlhf.batch.trees import Reading
+from prlhf.config.keys import LossConfig
+from prlhf.data.comparisons import read_comparisons
+from prlhf.data.users import UserIndex
+from prlhf.errors import UserError
+from prlhf.evaluate import __main__ as evaluate
+from prlhf.evaluate.stats.metrics import expected_calibration_error
+from prlhf.generate import __main__ as generate
+from prlhf.method.build import build_model
+from prlhf.method.posterior import Posterior, integrated
+from prlhf.store import files
+from prlhf.store import final as final_module
+from prlhf.store.final import Loaded, load_final, save_adapted
+from prlhf.train import __main__ as train
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def random_evidence(N: int, K: int, seed: int = 0) -> Evidence:
+    """Comparisons of random responses with different required margins."""
+    a_N, b_N, x_NK, y_NK = (
+        randn(N, seed=seed),
+        randn(N, seed=seed + 1),
+        randn(N, K, seed=seed + 2),
+        randn(N, K, seed=9),
+    )
+    return Evidence(a_N, b_N, 2 * x_NK, y_NK, 0.5 + torch.arange(N, dtype=torch.float64) % 3)
+
+
+def random_prior(K: int) -> Gaussian:
+    root_KK = randn(K, K, seed=5)
+    return Gaussian.of(randn(K, seed=6), root_KK @ root_KK.T + torch.eye(K, dtype=torch.float64) / 4)
+
+
+LOSSES = {
+    "plain": LossConfig(),
+    "margin, smoothing": LossConfig(margin=0.7, label_smoothing=0.2),
+    "centred": LossConfig(center=0.3, margin=0.4),
+}
+
+
+def minus_log_posterior(loss: LossConfig, e: Evidence, prior: Gaussian, c_K: Tensor) -> Tensor:
+    """The objective in the coordinates themselves, one comparison at a time."""
+    away_K = c_K - prior.mean_K
+    total = away_K @ torch.linalg.inv(prior.covariance_KK) @ away_K / 2
+    for a, b, x_K, y_K, required in zip(*e):
+        r1, r2 = a + x_K @ c_K, b + y_K @ c_K
+        z = r1 - r2 - loss.margin * required
+        total = total - (1 - loss.label_smoothing) * logsigmoid(z) - loss.label_smoothing * logsigmoid(-z)
+        total = total + loss.center * (r1 + r2) ** 2
+    return total
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize(("N", "K"), [(3, 6), (12, 2), (1, 4)])  # fewer comparisons than coordinates, and more
+def test_the_map_and_its_covariance_are_a_brute_force_optimums(loss, N, K):
+    e, prior = random_evidence(N, K), random_prior(K)
+    found = fit(loss, e, prior)
+    c_K = prior.mean_K.clone().requires_grad_()
+    search = torch.optim.LBFGS(
+        [c_K], max_iter=1000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        search.zero_grad()
+        value = minus_log_posterior(loss, e, prior, c_K)
+        value.backward()
+        return value
+
+    search.step(closure)
+    assert (found.mean_K - c_K).abs().max() < 1e-7
+    assert (found.mean_K - prior.mean_K).abs().max() > 1e-2
+    H_KK = torch.autograd.functional.hessian(lambda c: minus_log_posterior(loss, e, prior, c), c_K.detach())
+    covariance_KK = torch.linalg.inv(H_KK)
+    assert (prior.covariance_KK - found.told_KR @ found.told_KR.T - covariance_KK).abs().max() < 1e-6
+    x_NK = randn(7, K, seed=8)
+    assert torch.allclose(
+        found.variances(prior, x_NK), torch.einsum("nk,kj,nj->n", x_NK, covariance_KK, x_NK), atol=1e-6
+    )
+
+
+def test_a_user_of_no_comparison_is_the_prior_and_a_singular_prior_is_obeyed():
+    prior = random_prior(3)
+    found = fit(LossConfig(), random_evidence(0, 3), prior)
+    assert torch.equal(found.mean_K, prior.mean_K) and found.told_KR.numel() == 0
+    line = Gaussian.of(torch.zeros(3, dtype=torch.float64), torch.ones(3, 3, dtype=torch.float64))
+    mean_K = fit(LossConfig(), random_evidence(5, 3), line).mean_K
+    assert mean_K.abs().min() > 1e-3 and (mean_K - mean_K[0]).abs().max() < 1e-7  # the prior knows one direction
+
+
+def test_extreme_rewards_end_at_the_optimum():
+    """Newton's full step from a saturated sigmoid goes astray; the gradient at the end is 0 all the same."""
+    e = random_evidence(6, 2)._replace(chosen_N=torch.full((6,), -60.0, dtype=torch.float64))
+    prior = Gaussian.of(torch.zeros(2, dtype=torch.float64), 1e4 * torch.eye(2, dtype=torch.float64))
+    c_K = fit(LossConfig(), e, prior).mean_K.requires_grad_()
+    minus_log_posterior(LossConfig(), e, prior, c_K).backward()
+    assert c_K.grad.abs().max() < 1e-6
+
+
+def test_laplace_is_near_quadrature_in_two_dimensions():
+    """Mean, covariance and P(y1 preferred) under the posterior, by sums over a grid of 301 x 301 points."""
+    loss, e = LossConfig(), random_evidence(12, 2, seed=3)._replace(required_N=torch.zeros(12, dtype=torch.float64))
+    e = e._replace(chosen_NK=e.chosen_NK / 2, rejected_NK=e.rejected_NK / 2)
+    prior = Gaussian.of(torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor([[0.8, 0.2], [0.2, 0.5]]).double())
+    line = torch.linspace(-5, 5, 301, dtype=torch.float64)
+    grid_G2 = torch.cartesian_prod(line, line)
+    away_G2 = grid_G2 - prior.mean_K
+    log_G = -((away_G2 @ torch.linalg.inv(prior.covariance_KK)) * away_G2).sum(dim=1) / 2
+    log_G = log_G + logsigmoid(e.generic_N[:, None] + e.features_NK @ grid_G2.T).sum(dim=0)
+    p_G = (log_G - log_G.logsumexp(0)).exp()
+    mean_K = p_G @ grid_G2
+    covariance_KK = (p_G[:, None] * (grid_G2 - mean_K)).T @ (grid_G2 - mean_K)
+
+    found = fit(loss, e, prior)
+    laplace_KK = prior.covariance_KK - found.told_KR @ found.told_KR.T
+    assert (found.mean_K - mean_K).abs().max() < 0.08
+    assert (laplace_KK - covariance_KK).abs().max() < 0.08 * covariance_KK.diagonal().max()
+    assert (
+        prior.covariance_KK - covariance_KK
+    ).abs().max() > 0.3 * covariance_KK.diagonal().max()  # the tolerance says something
+    a_N, x_NK = randn(50, seed=11), 2 * randn(50, 2, seed=12)
+    exact_N = torch.sigmoid(a_N[:, None] + x_NK @ grid_G2.T) @ p_G
+    margin_N = a_N + x_NK @ found.mean_K
+    errors = (integrated(margin_N, found.variances(prior, x_NK)).sigmoid() - exact_N).abs()
+    assert errors.max() < 0.04 and errors.mean() < 0.5 * (margin_N.sigmoid() - exact_N).abs().mean()
+
+
+def test_integrated_probabilities_cover_on_users_drawn_from_the_prior():
+    """Whoever says p is right in a share p of cases; the most probable vector alone is not.
+
+    Coordinates have a standard deviation of 1. With 2, Laplace's own error is 4 to 5 points, and this test does not hold.
+    """
+    K, prior, margins = 4, Gaussian.of(torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)), []
+    for user in range(120):
+        c_K = prior.root_KK @ randn(K, seed=1000 + user)
+        x_NK, draws_N = randn(105, K, seed=5000 + user), torch.rand(105, generator=torch.Generator().manual_seed(user))
+        x_NK = torch.where((draws_N < torch.sigmoid(x_NK @ c_K))[:, None], x_NK, -x_NK)  # the chosen one first
+        zero_N = torch.zeros(5, dtype=torch.float64)
+        found = fit(LossConfig(), Evidence(zero_N, zero_N, x_NK[:5], torch.zeros(5, K).double(), zero_N), prior)
+        margin_N = x_NK[5:] @ found.mean_K
+        margins.append(torch.stack([margin_N, integrated(margin_N, found.variances(prior, x_NK[5:]))]))
+    plug_in, sure = torch.cat(margins, dim=1).numpy()
+    assert expected_calibration_error(sure) < 0.02  # 12,000 comparisons
+    assert expected_calibration_error(plug_in) > 0.025
+
+
+def test_two_comparisons_one_after_the_other_are_nearly_both_at_once():
+    e, prior = random_evidence(8, 2), random_prior(2)
+    first = fit(LossConfig(), e.of(slice(0, 4)), prior)
+    after = Gaussian.of(first.mean_K, prior.covariance_KK - first.told_KR @ first.told_KR.T)
+    both, then = fit(LossConfig(), e, prior), fit(LossConfig(), e.of(slice(4, 8)), after)
+    scale = prior.covariance_KK.diagonal().sqrt()
+    assert ((then.mean_K - both.mean_K) / scale).abs().max() < 0.15
+    # Around the optimum itself the covariance is the same.
+    at = told_by(LossConfig(), e, prior._replace(mean_K=both.mean_K))
+    assert torch.allclose(at @ at.T, both.told_KR @ both.told_KR.T, atol=1e-8)
+
+
+def test_the_population_is_shrunk_and_needs_few_users():
+    z_MK = randn(10, 4) * 3 + 1
+    prior = population(z_MK, standard=True)
+    expected = (5 * torch.eye(4, dtype=torch.float64) + sum(torch.outer(z, z) for z in z_MK)) / 15
+    assert not prior.mean_K.any() and torch.allclose(prior.covariance_KK, expected)
+    one = population(randn(1, 6), standard=False)
+    assert one.covariance_KK.isfinite().all() and torch.linalg.matrix_rank(one.covariance_KK) == 6
+
+
+def test_what_is_predicted_shares_no_response_with_what_is_learnt_from():
+    rng = random.Random(1)
+    pairs = [tuple(rng.sample(range(12), 2)) for _ in range(60)]
+    learn, predict = split(pairs, random.Random(0))
+    assert len(learn) > 5 and len(predict) > 5
+    assert not {y for n in learn for y in pairs[n]} & {y for n in predict for y in pairs[n]}
+
+
+# The folder.
+
+HEAD = (
+    "model.width=32", "model.heads=2", "method=prm", "user_model.aggregator=linear", "user_model.tokens=1", "model.pooling=both",
+    "model.frozen=true", "user_model.prior=2", "user_model.shared_prior=1", "evaluate.bootstrap=100",
+)  # fmt: skip
+FORMS = {
+    "low rank": ("user_model.rank=2",),
+    "cluster": ("user_model.kind=cluster", "user_model.clusters=3"),
+    "full": (),
+    "alone": ("user_model.shared=false",),
+}
+LINES = [json.loads(line) for line in (ROOT / "examples/tiny/train.jsonl").read_text().splitlines()]
+TABLES = {"low rank": "z_MK", "cluster": "w_MK", "full": "offsets_MUD", "alone": "offsets_MUD"}
+
+
+def trained(folder: Path, form: str) -> Path:
+    """A trained reward model of a form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("PRLHF_CACHE", str(folder.parent / "cache"))
+        keys = (f"run_dir={folder}", "data.valid=null", *HEAD, *FORMS[form])
+        patch.setattr("sys.argv", ["train", "--config", "tiny", "--set", *keys])
+        train.main()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def low_rank(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("low_rank") / "run", "low rank")
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def write_lines(path: Path, users: dict[str, str], swap: bool = False, count: int = 99) -> Path:
+    """Some users' training comparisons under other names; swapped: with the other response chosen."""
+    lines = []
+    for old, new in users.items():
+        for line in [line for line in LINES if line["user"] == old][:count]:
+            sides = (line["rejected"], line["chosen"]) if swap else (line["chosen"], line["rejected"])
+            lines.append({**line, "user": new, "chosen": sides[0], "rejected": sides[1], "id": f"{new} {len(lines)}"})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "users.safetensors")
+
+
+def users_of(folder: Path) -> list[str]:
+    return json.loads((folder / "users.json").read_text())["users"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_new_users_of_every_form_are_at_the_optimum_and_known_ones_stay(call, form, low_rank, tmp_path):
+    run = low_rank if form == "low rank" else trained(tmp_path / "run", form)
+    new, out = write_lines(tmp_path / "new.jsonl", {"dave": "erin", "alice": "frank"}, count=6), tmp_path / "out"
+    status, said, err = call(adapt.main, "--checkpoint", run, "--data", new, "--out", out)
+    assert status == 0, err
+    assert "2 new users" in said and "cross-validated" in said
+    known = users_of(run / "final")
+    assert users_of(out) == [*known, "erin", "frank"]
+    before, after, table = weights(run / "final"), weights(out), f"user_model.{TABLES[form]}"
+    assert before.keys() == after.keys()
+    rows = {name: len(before[name]) if name == table else None for name in before}
+    assert all(torch.equal(before[name], after[name][: rows[name]]) for name in before)
+    assert len(after[table]) == len(before[table]) + 2
+    assert os.path.samefile(run / "final/tokenizer.json", out / "tokenizer.json")
+
+    # By autograd, from the folder alone: the objective's gradient at each new user's vector is 0.
+    loaded = load_final(out)
+    posterior, user_model = loaded.posterior, loaded.model.user_model
+    encoder = Encoder(loaded.tokenizer, loaded.config.data, "prm")
+    _, basis_KUD, users, _ = user_model.parts(torch.tensor([len(known) + 1, len(known) + 2]))
+    for name, c in zip(("erin", "frank"), users.detach().flatten(1).double()):
+        pairs = [
+            encoder.encode(x, loaded.users, EncodingReport())
+            for x in read_comparisons(new).comparisons
+            if x.user == name
+        ]
+        sides = [
+            loaded.model.states_of([Reading(0, tuple(x.prefix), tuple(getattr(x, side))) for x in pairs])
+            for side in ("chosen", "rejected")
+        ]
+        d_NW = (sides[0] - sides[1]).double()
+        x_NK = d_NW if basis_KUD is None else d_NW @ basis_KUD.detach()[:, 0].double().T
+        e_0 = user_model(torch.tensor([0])).detach()[0, 0].double()
+        c_K = c.clone().requires_grad_()
+        likelihood = logsigmoid(d_NW @ e_0 + x_NK @ c_K).sum()
+        (gradient_K,) = torch.autograd.grad(likelihood, c_K)
+        # In the prior's own units: C gradient = c.
+        assert (posterior.prior_KK @ gradient_K - c).abs().max() < 1e-3 * c.abs().max()
+        number = loaded.number(name)
+        H_KK = (
+            torch.linalg.inv(posterior.prior_KK) + (x_NK.T * (p := (d_NW @ e_0 + x_NK @ c).sigmoid()) * (1 - p)) @ x_NK
+        )
+        covariance_KK = torch.linalg.inv(H_KK)
+        assert torch.allclose(posterior.covariance(number), covariance_KK, atol=1e-3 * covariance_KK.diagonal().max())
+
+
+def test_an_adapted_folder_is_a_model_for_every_command(call, low_rank, tmp_path):
+    new, out = write_lines(tmp_path / "new.jsonl", {"dave": "erin", "carol": "dan"}), tmp_path / "out"
+    assert call(adapt.main, "--checkpoint", low_rank, "--data", new, "--out", out)[0] == 0
+    status, said, err = call(evaluate.main, "--checkpoint", out, "--data", new)
+    assert status == 0 and "integrated over their vectors" in said, err
+    report = json.loads((out / "eval/report.json").read_text())
+    assert report["calibration"]["adapted"]["comparisons"] == report["comparisons"]["known_users"] > 0
+    assert report["calibration"]["adapted"]["integrated"] != report["calibration"]["adapted"]["plug_in"]
+    assert report["per_user"].keys() == {"erin", "dan"}
+
+    model = prlhf.load(str(out))
+    assert model.users[-2:] == ("dan", "erin") or model.users[-2:] == ("erin", "dan")
+    row = next(line for line in LINES if line["user"] == "dave")
+    lines = [
+        {"prompt": row["prompt"], "response": row["chosen"], "user": user, "id": user}
+        for user in ("erin", "alice", "stranger")
+    ]
+    (tmp_path / "score.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert (
+        call(generate.main, "--checkpoint", out, "--score", tmp_path / "score.jsonl", "--out", tmp_path / "r.jsonl")[0]
+        == 0
+    )
+    scored = {r["user"]: r for r in map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())}
+    assert scored["alice"]["reward_std"] is None and scored["stranger"]["reward_std"] is None
+    # Over draws of erin's coordinates the reward has this standard deviation.
+    loaded = model.loaded
+    number, user_model = loaded.number("erin"), loaded.model.user_model
+    root_KK = torch.linalg.cholesky(loaded.posterior.covariance(number))
+    rewards = []
+    for draw in range(300):
+        with torch.no_grad():
+            user_model.z_MK[number - 1] = (
+                weights(out)["user_model.z_MK"][number - 1] + (root_KK @ randn(2, seed=draw)).float()
+            )
+        rewards += model.score([row["prompt"]], [row["chosen"]], users="erin")
+    assert torch.tensor(rewards).std().item() == pytest.approx(scored["erin"]["reward_std"], rel=0.15)
+    assert torch.tensor(rewards).mean().item() == pytest.approx(
+        scored["erin"]["reward"], abs=0.2 * scored["erin"]["reward_std"]
+    )
+
+
+def test_opposite_votes_move_a_user_the_other_way_and_more_votes_make_sure(call, low_rank, tmp_path):
+    found = {}
+    for name, swap, count in (("same", False, 99), ("opposite", True, 99), ("few", False, 2)):
+        new = write_lines(tmp_path / f"{name}.jsonl", {"dave": "erin"}, swap, count)
+        assert call(adapt.main, "--checkpoint", low_rank, "--data", new, "--out", tmp_path / name)[0] == 0
+        found[name] = load_final(tmp_path / name)
+    right = {}
+    pairs = [line for line in LINES if line["user"] == "dave"]
+    for name in ("same", "opposite"):
+        margins = prlhf.load(str(tmp_path / name)).margins(pairs, users="erin")
+        right[name] = sum(m > 0 for m in margins) / len(margins)
+    assert right["same"] > 0.9 and right["opposite"] < 0.4
+    number = len(found["same"].users)
+    few, many = (torch.linalg.eigvalsh(found[name].posterior.covariance(number)) for name in ("few", "same"))
+    assert (few > many).all()
+
+
+def test_update_goes_on_from_what_is_known(call, low_rank, tmp_path):
+    """Comparisons in two parts give nearly the vector of all at once; trained users move by their new ones; others stay."""
+    alls, first, then = (tmp_path / f"{name}.jsonl" for name in ("alls", "first", "then"))
+    write_lines(alls, {"dave": "erin"})
+    lines = alls.read_text().splitlines(keepends=True)
+    first.write_text("".join(lines[::2]))
+    then.write_text("".join(lines[1::2]))
+    a, b, c = (tmp_path / name for name in "abc")
+    assert call(adapt.main, "--checkpoint", low_rank, "--data", alls, "--out", a)[0] == 0
+    assert call(adapt.main, "--checkpoint", low_rank, "--data", first, "--out", b)[0] == 0
+    status, said, err = call(adapt.main, "--checkpoint", b, "--data", then, "--out", c, "--update")
+    assert status == 0 and "0 new users, 1 updated" in said, err
+    at_once, half, both = (weights(folder)["user_model.z_MK"] for folder in (a, b, c))
+    assert torch.equal(half[:-1], both[:-1])
+    assert (both[-1] - at_once[-1]).norm() < 0.35 * at_once[-1].norm()
+    assert (half[-1] - at_once[-1]).norm() > (both[-1] - at_once[-1]).norm()
+
+    against = write_lines(tmp_path / "against.jsonl", {"dave": "dave"}, swap=True)
+    d = tmp_path / "d"
+    assert call(adapt.main, "--checkpoint", c, "--data", against, "--out", d, "--update")[0] == 0
+    dave = users_of(d).index("dave")
+    moved = (weights(d)["user_model.z_MK"] != both).any(dim=1)
+    assert moved.tolist() == [row == dave for row in range(len(both))]
+    assert load_final(d).posterior.users_A.tolist() == sorted([dave + 1, len(both)])
+
+
+def folder_state(folder: Path) -> tuple[int, list[str], str]:
+    """How many users the three files of a folder speak of, its other files, and the users' hash."""
+    rows = len(weights(folder)["user_model.z_MK"])
+    assert rows == len(users_of(folder))
+    return (
+        rows,
+        sorted(file.name for file in folder.iterdir() if file.name != "posterior.safetensors"),
+        (folder / "eval/kept").read_text(),
+    )
+
+
+def end_at(moment: int) -> None:
+    """End this process before its so many-th call that changes the disk."""
+    calls = itertools.count(1)
+
+    def counted(function):
+        def called(*arguments, **keys):
+            if next(calls) == moment:
+                os._exit(9)
+            return function(*arguments, **keys)
+
+        return called
+
+    changes = (
+        (os, "rename"),
+        (os, "link"),
+        (os, "mkdir"),
+        (shutil, "rmtree"),
+        (files, "_exchange"),
+        (files, "_sync"),
+        (final_module, "save_file"),
+    )
+    for module, name in changes:
+        setattr(module, name, counted(getattr(module, name)))
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder_whole(low_rank, tmp_path):
+    """The process is ended, with no chance to clean up, before each call that changes the disk."""
+    final = tmp_path / "model/final"
+    shutil.copytree(low_rank / "final", final)
+    (final / "eval").mkdir()
+    (final / "eval/kept").write_text("kept")
+    loaded = load_final(final)
+    posterior = Posterior.of(torch.eye(2), {5: torch.zeros(2, 1)}, full=False)
+    before, users = folder_state(final), UserIndex([*loaded.users.names, "erin"])
+    rows = torch.cat([loaded.model.user_model.z_MK.detach(), torch.ones(1, 2)])
+    seen = set()
+    for moment in itertools.count(1):
+        child = os.fork()
+        if child == 0:
+            end_at(moment)
+            save_adapted(final, final, users, "z_MK", rows, posterior)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        rows_then, *rest = folder_state(final)
+        assert rest == list(before[1:]) and rows_then in (before[0], before[0] + 1)
+        seen.add((status, rows_then))
+        if status == 0:
+            break
+    assert moment > 10 and {(9, before[0]), (9, before[0] + 1), (0, before[0] + 1)} == seen
+    assert not list(final.parent.glob(".*"))
+
+
+def test_bad_input_is_refused_in_one_line_and_nothing_is_written(call, low_rank, tmp_path):
+    known, nobody = write_lines(tmp_path / "known.jsonl", {"dave": "dave", "alice": "zoe"}), tmp_path / "nobody.jsonl"
+    nobody.write_text(json.dumps({**LINES[0], "user": None}) + "\n")
+    new, other = write_lines(tmp_path / "new.jsonl", {"dave": "erin"}), tmp_path / "other"
+    other.mkdir()
+    without = tmp_path / "without"
+    shutil.copytree(low_rank, without)
+    config = (without / "final/config.yaml").read_text()
+    (without / "final/config.yaml").write_text(config.replace("examples/tiny/train.jsonl", "gone.jsonl"))
+    out, before = tmp_path / "out", {file: file.read_bytes() for file in low_rank.rglob("*") if file.is_file()}
+    refusals = [
+        ((low_rank, known, out), "1 of its 2 users ('dave') are known already; expected new users, or --update"),
+        ((low_rank, nobody, out), "no comparison has a user"),
+        ((low_rank, new, other), "exists; expected a new folder, or the checkpoint's own"),
+        ((low_rank, tmp_path / "none.jsonl", out), "none.jsonl"),
+        (
+            (without, known, out, "--update"),
+            "user 'dave' is known from training, but data.train: gone.jsonl is not there",
+        ),
+    ]
+    for (checkpoint, data, target, *more), message in refusals:
+        status, _, err = call(adapt.main, "--checkpoint", checkpoint, "--data", data, "--out", target, *more)
+        assert status == 2 and message in err and err.count("\n") == 1, err
+        assert not out.exists()
+    for keys, message in (
+        (
+            ("user_model.kind=uniform", *HEAD),
+            "found user_model.kind=uniform, which gives users no vectors of their own",
+        ),
+        (("method=pdpo",), "method=pdpo with user_model.aggregator=soft_prompt"),
+        (("method=prm",), "method=prm with user_model.aggregator=soft_prompt"),
+        (("user_model.kind=cluster", "user_model.softmax=true", *HEAD), "softmax=true"),
+    ):
+        config = tiny_config(*(key for key in keys if key not in ("user_model.prior=2", "user_model.shared_prior=1")))
+        model = build_model(config, TOKENIZER, 4, random_backbone(config.model, VOCABULARY, 0))
+        with pytest.raises(UserError, match=message):
+            check_adaptable(Loaded(Path("run/final"), config, TOKENIZER, UserIndex(list("abcd")), model))
+    assert {file: file.read_bytes() for file in low_rank.rglob("*") if file.is_file()} == before
+
+
+def test_in_place_and_without_training_data(call, low_rank, tmp_path):
+    run, new = tmp_path / "run", write_lines(tmp_path / "new.jsonl", {"dave": "erin"})
+    shutil.copytree(low_rank, run)
+    config = (run / "final/config.yaml").read_text()
+    (run / "final/config.yaml").write_text(config.replace("examples/tiny/train.jsonl", "gone.jsonl"))
+    status, said, err = call(adapt.main, "--checkpoint", run, "--data", new, "--out", run)
+    assert status == 0 and "scale 1 (data.train: gone.jsonl is not there" in said, err
+    assert users_of(run / "final") == [*users_of(low_rank / "final"), "erin"]
+    again = write_lines(tmp_path / "again.jsonl", {"alice": "frank"})
+    status, said, _ = call(adapt.main, "--checkpoint", run, "--data", again, "--out", run / "final")
+    assert status == 0 and "as of the users adapted before" in said
+    assert len(load_final(run).posterior.users_A) == 2 and not list(run.glob(".*partial"))
