@@ -29,9 +29,9 @@ class Judgements(NamedTuple):
     def of(self, user: int) -> Evidence:
         """A user's comparisons."""
         states = [self.states_SW[y_N].double() for y_N in torch.tensor(self.pairs[user]).T]
-        features = states if self.basis_KW is None else [h_NW @ self.basis_KW.T for h_NW in states]
+        chosen_NK, rejected_NK = states if self.basis_KW is None else [h_NW @ self.basis_KW.T for h_NW in states]
         required_N = torch.tensor(self.required[user], dtype=torch.float64)
-        return Evidence(states[0] @ self.shared_W, states[1] @ self.shared_W, *features, required_N)
+        return Evidence(states[0] @ self.shared_W, states[1] @ self.shared_W, chosen_NK, rejected_NK, required_N)
 
 
 def judgements(loaded: Loaded, comparisons: Sequence[EncodedComparison]) -> Judgements:
