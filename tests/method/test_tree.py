@@ -311,6 +311,7 @@ def test_what_visible_attention_does_not_take():
     assert not visible.takes(q, q, q, causal.expand(1, 2, 150, 150), 0.0)
     assert not visible.takes(q[:, :, :70], q, q, causal[:, :, :70], 0.0)
     assert not visible.takes(q.half(), q.half(), q, causal, 0.0)
+    assert not visible.takes(q.half(), q.half(), q.half(), causal.half(), 0.0)
     assert not visible.takes(
         q.mT.contiguous().mT, q, q, causal, 0.0
     )  # torch's kernel would read it as if it were contiguous
