@@ -59,8 +59,8 @@ def takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: floa
         and query.stride(-1) == 1  # the kernel takes it for granted
         and not mask.requires_grad
         and query.dtype == key.dtype == value.dtype == mask.dtype
-        and query.dtype.itemsize
-        >= 4  # which keys a block has depends on its neighbours, and rounding in a half type on that
+        # Which keys a block has depends on its neighbours, and in a half type what is rounded would show it.
+        and query.dtype.itemsize >= 4
         and query.shape[-1] == value.shape[-1]
         and mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2])
         and 2 * BLOCK < query.shape[2] == key.shape[2]

@@ -29,9 +29,10 @@ from prlhf.train.step import accumulate_gradients
 
 
 @pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch):
+def _small_blocks():
     """Rows of a few dozen positions are several blocks of queries to `visible_attention`."""
-    monkeypatch.setattr(visible, "BLOCK", 8)
+    with visible.in_blocks_of(8):
+        yield
 
 
 PROMPT_END, RESPONSE_END = "user_model.place=prompt_end", "user_model.place=response_end"
