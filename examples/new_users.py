@@ -18,8 +18,8 @@ import torch
 
 from prlhf.adapt.__main__ import encoded, training_judgements
 from prlhf.adapt.evidence import Judgements, judgements
-from prlhf.adapt.newton import Evidence, Fit, Gaussian, fit
 from prlhf.adapt.users import check_adaptable, new_users_prior
+from prlhf.adapt.variational import Evidence, Fit, Gaussian, fit
 from prlhf.backbone.loading import choose_device
 from prlhf.config.keys import LossConfig
 from prlhf.data.check.tables import markdown_table
@@ -41,13 +41,14 @@ class Protocol(NamedTuple):
 
     loss: LossConfig
     prior: Gaussian
+    sharpness: float
     learn: Judgements
     predict: Judgements
 
     @property
     def users(self) -> list[int]:
         """Those who are in both files."""
-        return sorted(set(self.learn.pairs) & set(self.predict.pairs))
+        return sorted(set(self.learn.rows) & set(self.predict.rows))
 
 
 def polis(loaded: Loaded, folder: str) -> Protocol:
@@ -59,9 +60,9 @@ def polis(loaded: Loaded, folder: str) -> Protocol:
         data = encoded(loaded, file)
         pairs = [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)]
         judged.append(judgements(loaded, pairs))
-    prior, said = new_users_prior(loaded, training_judgements(loaded, update=True))
-    print(f"prior of a new user: {said}")
-    return Protocol(loaded.config.loss, prior, *judged)
+    prior = new_users_prior(loaded, training_judgements(loaded, update=True))
+    print(f"prior of a new user: {prior.said}")
+    return Protocol(loaded.config.loss, prior.gaussian, prior.sharpness, *judged)
 
 
 PROTOCOLS = {"polis": polis}
@@ -90,7 +91,7 @@ def predicted(protocol: Protocol, shots: int) -> list[Margins]:
         test = protocol.predict.of(user)
         features_NK = test.features_NK
         adapted_N = test.generic_N + features_NK @ own.mean_K
-        sure_N = integrated(adapted_N, own.variances(protocol.prior, features_NK))
+        sure_N = integrated(adapted_N, own.variances(protocol.prior, features_NK), protocol.sharpness)
         another_N = test.generic_N + features_NK @ another.mean_K
         found.append(Margins(*(m.numpy() for m in (test.generic_N, adapted_N, sure_N, another_N))))
     return found
@@ -98,7 +99,7 @@ def predicted(protocol: Protocol, shots: int) -> list[Margins]:
 
 def fitted(protocol: Protocol, evidence: Evidence, shots: int) -> Fit:
     """A user after the first so many comparisons."""
-    return fit(protocol.loss, evidence.of(slice(0, shots)), protocol.prior)
+    return fit(protocol.loss, evidence.of(slice(0, shots)), protocol.prior, protocol.sharpness)
 
 
 def difference(accuracies_M: np.ndarray, generic_M: np.ndarray) -> str:

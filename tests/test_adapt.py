@@ -16,10 +16,11 @@ from torch.nn.functional import logsigmoid
 
 import prlhf
 from prlhf.adapt import __main__ as adapt
-from prlhf.adapt.newton import Evidence, Gaussian, fit, told_by
+from prlhf.adapt.evidence import Evidence
 from prlhf.adapt.population import population
 from prlhf.adapt.scale import split
 from prlhf.adapt.users import check_adaptable
+from prlhf.adapt.variational import Gaussian, fit, fits, told_by, whitened
 from prlhf.backbone.toys import random_backbone
 from prlhf.batch.tokens import Encoder, EncodingReport
 from prlhf.batch.trees import Reading
@@ -67,44 +68,73 @@ LOSSES = {
 }
 
 
-def minus_log_posterior(loss: LossConfig, e: Evidence, prior: Gaussian, c_K: Tensor) -> Tensor:
-    """The objective in the coordinates themselves, one comparison at a time."""
-    away_K = c_K - prior.mean_K
-    total = away_K @ torch.linalg.inv(prior.covariance_KK) @ away_K / 2
+SD_8 = torch.linspace(-8, 8, 801, dtype=torch.float64)  # a fine grid under the standard normal density
+DENSITY = torch.exp(-SD_8.square() / 2) / torch.exp(-SD_8.square() / 2).sum()
+
+
+def expected_loss(loss: LossConfig, e: Evidence, mean_K: Tensor, covariance_KK: Tensor, sharpness: float) -> Tensor:
+    """sum_n E_q loss, one comparison at a time, by sums over the grid."""
+    total = mean_K.new_zeros(())
     for a, b, x_K, y_K, required in zip(*e):
-        r1, r2 = a + x_K @ c_K, b + y_K @ c_K
-        z = r1 - r2 - loss.margin * required
-        total = total - (1 - loss.label_smoothing) * logsigmoid(z) - loss.label_smoothing * logsigmoid(-z)
-        total = total + loss.center * (r1 + r2) ** 2
+        x_K, y_K, a, b = sharpness * x_K, sharpness * y_K, sharpness * a, sharpness * b
+        d_K = x_K - y_K
+        z = a - b + d_K @ mean_K - loss.margin * required + (d_K @ covariance_KK @ d_K).sqrt() * SD_8
+        of_z = -(1 - loss.label_smoothing) * logsigmoid(z) - loss.label_smoothing * logsigmoid(-z)
+        s_K = x_K + y_K
+        total = total + of_z @ DENSITY + loss.center * ((a + b + s_K @ mean_K) ** 2 + s_K @ covariance_KK @ s_K)
     return total
 
 
-@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize(("N", "K"), [(3, 6), (12, 2), (1, 4)])  # fewer comparisons than coordinates, and more
-def test_the_map_and_its_covariance_are_a_brute_force_optimums(loss, N, K):
-    e, prior = random_evidence(N, K), random_prior(K)
-    found = fit(loss, e, prior)
-    c_K = prior.mean_K.clone().requires_grad_()
+def brute_force(loss: LossConfig, e: Evidence, prior: Gaussian, sharpness: float) -> tuple[Tensor, Tensor]:
+    """Mean and covariance that minimise sum_n E_q loss + KL(q || prior), over all Cholesky factors."""
+    K, precision_KK = len(prior.mean_K), torch.linalg.inv(prior.covariance_KK)
+    mean_K, factor_KK = (
+        prior.mean_K.clone().requires_grad_(),
+        torch.linalg.cholesky(prior.covariance_KK).contiguous().requires_grad_(),
+    )
     search = torch.optim.LBFGS(
-        [c_K], max_iter=1000, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+        [mean_K, factor_KK], max_iter=2000, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure():
         search.zero_grad()
-        value = minus_log_posterior(loss, e, prior, c_K)
+        L_KK, away_K = factor_KK.tril(), mean_K - prior.mean_K
+        covariance_KK = L_KK @ L_KK.T
+        kl = (precision_KK @ covariance_KK).trace() + away_K @ precision_KK @ away_K
+        kl = (kl - K - 2 * L_KK.diagonal().abs().log().sum() - precision_KK.logdet()) / 2
+        value = expected_loss(loss, e, mean_K, covariance_KK, sharpness) + kl
         value.backward()
         return value
 
     search.step(closure)
-    assert (found.mean_K - c_K).abs().max() < 1e-7
-    assert (found.mean_K - prior.mean_K).abs().max() > 1e-2
-    H_KK = torch.autograd.functional.hessian(lambda c: minus_log_posterior(loss, e, prior, c), c_K.detach())
-    covariance_KK = torch.linalg.inv(H_KK)
-    assert (prior.covariance_KK - found.told_KR @ found.told_KR.T - covariance_KK).abs().max() < 1e-6
+    L_KK = factor_KK.detach().tril()
+    return mean_K.detach(), L_KK @ L_KK.T
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize(("N", "K", "sharpness"), [(3, 6, 1.0), (12, 2, 1.4), (1, 4, 1.0)])  # N below K, and above it
+def test_the_posterior_is_the_brute_force_optimum_of_the_bound(loss, N, K, sharpness):
+    e, prior = random_evidence(N, K), random_prior(K)
+    found = fit(loss, e, prior, sharpness)
+    mean_K, covariance_KK = brute_force(loss, e, prior, sharpness)
+    # 32 nodes: up to 0.003 off where margins have a standard deviation of 12 under the prior, as here; of 3, below 1e-6.
+    tolerance = 5e-3 if N < K else 1e-5
+    assert (found.mean_K - mean_K).abs().max() < tolerance
+    assert (found.mean_K - prior.mean_K).abs().max() > 0.02
+    assert (prior.covariance_KK - found.told_KR @ found.told_KR.T - covariance_KK).abs().max() < tolerance
     x_NK = randn(7, K, seed=8)
-    assert torch.allclose(
-        found.variances(prior, x_NK), torch.einsum("nk,kj,nj->n", x_NK, covariance_KK, x_NK), atol=1e-6
-    )
+    expected_N = torch.einsum("nk,kj,nj->n", x_NK, covariance_KK, x_NK)
+    assert torch.allclose(found.variances(prior, x_NK), expected_N, rtol=5e-3)
+
+
+def test_several_users_at_once_are_each_alone():
+    """Padded to the longest, and each search goes on as long as its own needs."""
+    loss, prior = LOSSES["centred"], random_prior(3)
+    users = [random_evidence(N, 3, seed) for N, seed in ((1, 0), (9, 1), (0, 2), (4, 3))]
+    for e, found in zip(users, fits(loss, [whitened(loss, e, prior) for e in users])):
+        alone = fit(loss, e, prior)
+        assert torch.allclose(prior.mean_K + found.mean_K, alone.mean_K, atol=1e-9)
+        assert torch.allclose(found.told_KR @ found.told_KR.T, alone.told_KR @ alone.told_KR.T, atol=1e-9)
 
 
 def test_a_user_of_no_comparison_is_the_prior_and_a_singular_prior_is_obeyed():
@@ -117,59 +147,72 @@ def test_a_user_of_no_comparison_is_the_prior_and_a_singular_prior_is_obeyed():
 
 
 def test_extreme_rewards_end_at_the_optimum():
-    """Newton's full step from a saturated sigmoid goes astray; the gradient at the end is 0 all the same."""
+    """From saturated margins and with a prior of standard deviation 100, where whole steps go astray."""
     e = random_evidence(6, 2)._replace(chosen_N=torch.full((6,), -60.0, dtype=torch.float64))
     prior = Gaussian.of(torch.zeros(2, dtype=torch.float64), 1e4 * torch.eye(2, dtype=torch.float64))
-    c_K = fit(LossConfig(), e, prior).mean_K.requires_grad_()
-    minus_log_posterior(LossConfig(), e, prior, c_K).backward()
-    assert c_K.grad.abs().max() < 1e-6
+    found = fit(LossConfig(), e, prior)
+    mean_K, _ = brute_force(LossConfig(), e, prior, 1.0)
+    assert (found.mean_K - mean_K).abs().max() < 1e-2 * 100
 
 
-def test_laplace_is_near_quadrature_in_two_dimensions():
-    """Mean, covariance and P(y1 preferred) under the posterior, by sums over a grid of 301 x 301 points."""
-    loss, e = LossConfig(), random_evidence(12, 2, seed=3)._replace(required_N=torch.zeros(12, dtype=torch.float64))
-    e = e._replace(chosen_NK=e.chosen_NK / 2, rejected_NK=e.rejected_NK / 2)
-    prior = Gaussian.of(torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor([[0.8, 0.2], [0.2, 0.5]]).double())
-    line = torch.linspace(-5, 5, 301, dtype=torch.float64)
+def on_a_grid(e: Evidence, prior: Gaussian, sharpness: float, width: float) -> tuple[Tensor, Tensor]:
+    """Points of the plane and the posterior's mass at each, by 401 x 401 points."""
+    line = torch.linspace(-width, width, 401, dtype=torch.float64)
     grid_G2 = torch.cartesian_prod(line, line)
     away_G2 = grid_G2 - prior.mean_K
     log_G = -((away_G2 @ torch.linalg.inv(prior.covariance_KK)) * away_G2).sum(dim=1) / 2
-    log_G = log_G + logsigmoid(e.generic_N[:, None] + e.features_NK @ grid_G2.T).sum(dim=0)
-    p_G = (log_G - log_G.logsumexp(0)).exp()
+    log_G = log_G + logsigmoid(sharpness * (e.generic_N[:, None] + e.features_NK @ grid_G2.T)).sum(dim=0)
+    return grid_G2, (log_G - log_G.logsumexp(0)).exp()
+
+
+@pytest.mark.parametrize(("N", "wide"), [(12, 1.0), (3, 4.0)])
+def test_the_posterior_is_near_quadrature_in_two_dimensions(N, wide):
+    """Mean, covariance and P(y1 preferred), for a narrow prior and a wide one, where Laplace's approximation is far off."""
+    e = random_evidence(N, 2, seed=3)._replace(required_N=torch.zeros(N, dtype=torch.float64))
+    e = e._replace(chosen_NK=e.chosen_NK / 2, rejected_NK=e.rejected_NK / 2)
+    covariance_KK = wide**2 * torch.tensor([[0.8, 0.2], [0.2, 0.5]]).double()
+    prior, sharpness = Gaussian.of(torch.tensor([0.3, -0.2], dtype=torch.float64), covariance_KK), 1.3
+    grid_G2, p_G = on_a_grid(e, prior, sharpness, 6 * wide)
     mean_K = p_G @ grid_G2
     covariance_KK = (p_G[:, None] * (grid_G2 - mean_K)).T @ (grid_G2 - mean_K)
 
-    found = fit(loss, e, prior)
-    laplace_KK = prior.covariance_KK - found.told_KR @ found.told_KR.T
-    assert (found.mean_K - mean_K).abs().max() < 0.08
-    assert (laplace_KK - covariance_KK).abs().max() < 0.08 * covariance_KK.diagonal().max()
-    assert (
-        prior.covariance_KK - covariance_KK
-    ).abs().max() > 0.3 * covariance_KK.diagonal().max()  # the tolerance says something
+    found = fit(LossConfig(), e, prior, sharpness)
+    ours_KK, spread = prior.covariance_KK - found.told_KR @ found.told_KR.T, covariance_KK.diagonal().max()
+    # q is known to be somewhat narrower than the posterior, as KL(q || p) charges for mass where p has none.
+    assert (found.mean_K - mean_K).norm() < 0.05 * spread**0.5
+    assert (ours_KK - covariance_KK).abs().max() < 0.2 * spread
+    assert (prior.covariance_KK - covariance_KK).abs().max() > 0.3 * spread  # the tolerance says something
+    highest_K = grid_G2[p_G.argmax()]
+    assert (found.mean_K - mean_K).norm() < 0.3 * (
+        highest_K - mean_K
+    ).norm()  # where Laplace's approximation has its mean
     a_N, x_NK = randn(50, seed=11), 2 * randn(50, 2, seed=12)
-    exact_N = torch.sigmoid(a_N[:, None] + x_NK @ grid_G2.T) @ p_G
+    exact_N = torch.sigmoid(sharpness * (a_N[:, None] + x_NK @ grid_G2.T)) @ p_G
     margin_N = a_N + x_NK @ found.mean_K
-    errors = (integrated(margin_N, found.variances(prior, x_NK)).sigmoid() - exact_N).abs()
-    assert errors.max() < 0.04 and errors.mean() < 0.5 * (margin_N.sigmoid() - exact_N).abs().mean()
+    errors = (integrated(margin_N, found.variances(prior, x_NK), sharpness).sigmoid() - exact_N).abs()
+    plug_in = ((sharpness * margin_N).sigmoid() - exact_N).abs()
+    assert errors.max() < 0.04 and errors.mean() < 0.5 * plug_in.mean()
 
 
-def test_integrated_probabilities_cover_on_users_drawn_from_the_prior():
-    """Whoever says p is right in a share p of cases; the most probable vector alone is not.
-
-    Coordinates have a standard deviation of 1. With 2, Laplace's own error is 4 to 5 points, and this test does not hold.
-    """
-    K, prior, margins = 4, Gaussian.of(torch.zeros(4, dtype=torch.float64), torch.eye(4, dtype=torch.float64)), []
-    for user in range(120):
+@pytest.mark.parametrize("wide", [1.0, 3.0])
+def test_integrated_probabilities_cover_on_users_drawn_from_the_prior(wide):
+    """Whoever says p is right in a share p of cases; the mean vector alone is not."""
+    K, margins = 4, []
+    prior = Gaussian.of(torch.zeros(K, dtype=torch.float64), wide**2 * torch.eye(K, dtype=torch.float64))
+    told, asked = [], []
+    for user in range(200):
         c_K = prior.root_KK @ randn(K, seed=1000 + user)
         x_NK, draws_N = randn(105, K, seed=5000 + user), torch.rand(105, generator=torch.Generator().manual_seed(user))
         x_NK = torch.where((draws_N < torch.sigmoid(x_NK @ c_K))[:, None], x_NK, -x_NK)  # the chosen one first
         zero_N = torch.zeros(5, dtype=torch.float64)
-        found = fit(LossConfig(), Evidence(zero_N, zero_N, x_NK[:5], torch.zeros(5, K).double(), zero_N), prior)
-        margin_N = x_NK[5:] @ found.mean_K
-        margins.append(torch.stack([margin_N, integrated(margin_N, found.variances(prior, x_NK[5:]))]))
+        told.append(Evidence(zero_N, zero_N, x_NK[:5], torch.zeros(5, K).double(), zero_N))
+        asked.append(x_NK[5:])
+    for x_NK, found in zip(asked, fits(LossConfig(), [whitened(LossConfig(), e, prior) for e in told])):
+        margin_N = x_NK @ found.mean_K
+        margins.append(torch.stack([margin_N, integrated(margin_N, found.variances(prior, x_NK))]))
     plug_in, sure = torch.cat(margins, dim=1).numpy()
-    assert expected_calibration_error(sure) < 0.02  # 12,000 comparisons
-    assert expected_calibration_error(plug_in) > 0.025
+    assert expected_calibration_error(sure) < 0.02  # 20,000 comparisons
+    assert expected_calibration_error(plug_in) > 0.04
 
 
 def test_two_comparisons_one_after_the_other_are_nearly_both_at_once():
@@ -179,9 +222,14 @@ def test_two_comparisons_one_after_the_other_are_nearly_both_at_once():
     both, then = fit(LossConfig(), e, prior), fit(LossConfig(), e.of(slice(4, 8)), after)
     scale = prior.covariance_KK.diagonal().sqrt()
     assert ((then.mean_K - both.mean_K) / scale).abs().max() < 0.15
-    # Around the optimum itself the covariance is the same.
-    at = told_by(LossConfig(), e, prior._replace(mean_K=both.mean_K))
-    assert torch.allclose(at @ at.T, both.told_KR @ both.told_KR.T, atol=1e-8)
+
+
+def test_around_the_posterior_mean_itself_what_is_told_is_the_same():
+    e, prior = random_evidence(8, 2), random_prior(2)
+    found = fit(LossConfig(), e, prior)
+    # told_by charges the KL from a prior around that mean; its gradient by the covariance is the same.
+    at = told_by(LossConfig(), e, prior._replace(mean_K=found.mean_K))
+    assert torch.allclose(at @ at.T, found.told_KR @ found.told_KR.T, atol=1e-5)
 
 
 def test_the_population_is_shrunk_and_needs_few_users():
@@ -291,17 +339,19 @@ def test_new_users_of_every_form_are_at_the_optimum_and_known_ones_stay(call, fo
         d_NW = (sides[0] - sides[1]).double()
         x_NK = d_NW if basis_KUD is None else d_NW @ basis_KUD.detach()[:, 0].double().T
         e_0 = user_model(torch.tensor([0])).detach()[0, 0].double()
-        c_K = c.clone().requires_grad_()
-        likelihood = logsigmoid(d_NW @ e_0 + x_NK @ c_K).sum()
-        (gradient_K,) = torch.autograd.grad(likelihood, c_K)
-        # In the prior's own units: C gradient = c.
-        assert (posterior.prior_KK @ gradient_K - c).abs().max() < 1e-3 * c.abs().max()
-        number = loaded.number(name)
-        H_KK = (
-            torch.linalg.inv(posterior.prior_KK) + (x_NK.T * (p := (d_NW @ e_0 + x_NK @ c).sigmoid()) * (1 - p)) @ x_NK
+        number, zeros_NK = loaded.number(name), torch.zeros_like(x_NK)
+        evidence = Evidence(d_NW @ e_0, torch.zeros(len(d_NW)).double(), x_NK, zeros_NK, torch.zeros(len(d_NW)))
+        c_K, S_KK = c.clone().requires_grad_(), posterior.covariance(number).requires_grad_()
+        k = posterior.sharpness_of([number]).item()
+        by_mean_K, by_covariance_KK = torch.autograd.grad(
+            expected_loss(LossConfig(), evidence, c_K, S_KK, k), [c_K, S_KK]
         )
-        covariance_KK = torch.linalg.inv(H_KK)
-        assert torch.allclose(posterior.covariance(number), covariance_KK, atol=1e-3 * covariance_KK.diagonal().max())
+        # In the prior's own units: c = -C gradient, and S^-1 = C^-1 + 2 gradient is (1 + 2 C gradient) S = C.
+        C_KK = posterior.prior_KK
+        assert (C_KK @ by_mean_K + c).abs().max() < 1e-2 * c.abs().max()
+        left_KK = S_KK.detach() + C_KK @ (by_covariance_KK + by_covariance_KK.T) @ S_KK.detach()
+        assert torch.allclose(left_KK, C_KK, atol=1e-2 * C_KK.diagonal().max())
+        assert (S_KK.detach() - C_KK).abs().max() > 1e-2 * C_KK.diagonal().max()
 
 
 def test_an_adapted_folder_is_a_model_for_every_command(call, low_rank, tmp_path):
@@ -431,7 +481,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder_whole(low_rank, t
     (final / "eval").mkdir()
     (final / "eval/kept").write_text("kept")
     loaded = load_final(final)
-    posterior = Posterior.of(torch.eye(2), {5: torch.zeros(2, 1)}, full=False)
+    posterior = Posterior.of(torch.eye(2), {5: torch.zeros(2, 1)}, full=False, sharpness={0: 1.0, 5: 1.0})
     before, users = folder_state(final), UserIndex([*loaded.users.names, "erin"])
     rows = torch.cat([loaded.model.user_model.z_MK.detach(), torch.ones(1, 2)])
     seen = set()
@@ -497,7 +547,7 @@ def test_in_place_and_without_training_data(call, low_rank, tmp_path):
     config = (run / "final/config.yaml").read_text()
     (run / "final/config.yaml").write_text(config.replace("examples/tiny/train.jsonl", "gone.jsonl"))
     status, said, err = call(adapt.main, "--checkpoint", run, "--data", new, "--out", run)
-    assert status == 0 and "scale 1 (data.train: gone.jsonl is not there" in said, err
+    assert status == 0 and "scale 1, sharpness 1 (data.train: gone.jsonl is not there" in said, err
     assert users_of(run / "final") == [*users_of(low_rank / "final"), "erin"]
     again = write_lines(tmp_path / "again.jsonl", {"alice": "frank"})
     status, said, _ = call(adapt.main, "--checkpoint", run, "--data", again, "--out", run / "final")

@@ -43,11 +43,11 @@ def main() -> None:
     check_agreement(loaded.model.to(choose_device(loaded.config.device)))
     judged = judgements(loaded, [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)])
     training = training_judgements(loaded, args.update)
-    prior, said = new_users_prior(loaded, training)
-    print(f"prior of a new user: {said}")
+    prior = new_users_prior(loaded, training)
+    print(f"prior of a new user: {prior.said}")
     rows, posterior = adapt(loaded, judged, training, prior)
     save_adapted(out, loaded.path, users, loaded.model.user_model.table, rows, posterior)
-    new, updated = len(users) - len(loaded.users), sum(user <= len(loaded.users) for user in judged.pairs)
+    new, updated = len(users) - len(loaded.users), sum(user <= len(loaded.users) for user in judged.rows)
     print(f"{out}: {new:,} new users" + (f", {updated:,} updated" if updated else "") + f"; knows {len(users):,} users")
 
 

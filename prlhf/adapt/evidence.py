@@ -1,6 +1,6 @@
 """Comparisons as evidence on users' coordinates: hidden states once for all responses, projected on what users differ in.
 
-Shape suffixes: S responses, N comparisons of a user, K coordinates, W pooled width.
+Shape suffixes: S responses, N comparisons, K coordinates, W pooled width.
 """
 
 from collections.abc import Sequence
@@ -9,47 +9,76 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prlhf.adapt.newton import Evidence
 from prlhf.batch.tokens import EncodedComparison
-from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.score.states import response_states
+from prlhf.solve.linear import LinearProblem, linear_problem
 from prlhf.store.final import Loaded
 
 
-class Judgements(NamedTuple):
-    """What users said of S responses, whose rewards are e_0 . h + c . B h."""
+class Evidence(NamedTuple):
+    """A user's N comparisons of responses with rewards r = shared + features . c, in float64."""
 
-    states_SW: Tensor  # h
-    shared_W: Tensor  # e_0; float64, as the basis
+    chosen_N: Tensor  # e_0 . h(y1)
+    rejected_N: Tensor
+    chosen_NK: Tensor  # B h(y1)
+    rejected_NK: Tensor
+    required_N: Tensor  # in units of loss.margin
+
+    def of(self, rows: Tensor | slice) -> "Evidence":
+        """Some of the comparisons."""
+        return Evidence(*(part[rows] for part in self))
+
+    @property
+    def generic_N(self) -> Tensor:
+        """The generic user's margins."""
+        return self.chosen_N - self.rejected_N
+
+    @property
+    def features_NK(self) -> Tensor:
+        """What the coordinates are multiplied with in the margins."""
+        return self.chosen_NK - self.rejected_NK
+
+
+class Judgements(NamedTuple):
+    """What users said of responses, whose rewards are e_0 . h + c . B h, on the CPU in float64."""
+
+    problem: LinearProblem
+    shared_W: Tensor  # e_0
     basis_KW: Tensor | None  # B; None: coordinates are whole vectors
-    pairs: dict[int, list[tuple[int, int]]]  # by user number: the responses chosen and rejected
-    required: dict[int, list[float]]  # by how much, in units of loss.margin
+    rows: dict[int, list[int]]  # by user number: the rows of the user's comparisons
 
     def of(self, user: int) -> Evidence:
         """A user's comparisons."""
-        states = [self.states_SW[y_N].double() for y_N in torch.tensor(self.pairs[user]).T]
+        problem, rows = self.problem, self.rows[user]
+        chosen_NW, rejected_NW = (
+            problem.states_SW[y[rows]] * problem.scale_W for y in (problem.chosen_N, problem.rejected_N)
+        )
+        states = (chosen_NW, rejected_NW)
         chosen_NK, rejected_NK = states if self.basis_KW is None else [h_NW @ self.basis_KW.T for h_NW in states]
-        required_N = torch.tensor(self.required[user], dtype=torch.float64)
-        return Evidence(states[0] @ self.shared_W, states[1] @ self.shared_W, chosen_NK, rejected_NK, required_N)
+        required_N = problem.required_N[rows]
+        return Evidence(chosen_NW @ self.shared_W, rejected_NW @ self.shared_W, chosen_NK, rejected_NK, required_N)
+
+    def pairs(self, user: int) -> list[tuple[int, int]]:
+        """The responses chosen and rejected in each comparison of a user."""
+        rows = self.rows[user]
+        return list(zip(self.problem.chosen_N[rows].tolist(), self.problem.rejected_N[rows].tolist()))
 
 
 def judgements(loaded: Loaded, comparisons: Sequence[EncodedComparison]) -> Judgements:
-    """The comparisons of each user; those of user 0 tell of nobody. UserError for a hidden state that is not finite."""
+    """The comparisons of each user; those of user 0 tell of nobody. TrainingError for a hidden state that is not finite."""
     model = loaded.model
     assert isinstance(model, PersonalizedRewardModel)
-    comparisons = [c for c in comparisons if c.user]
     model.check_lengths(comparisons)
-    size = loaded.config.evaluate.batch_size
-    readings, states_SW = response_states(model, comparisons, size, loaded.backbone_weights())
-    if not states_SW.isfinite().all():
-        raise UserError(f"{loaded.path}: a response's hidden state is not finite, expected finite (model.dtype)")
-    number_of = {(reading.prefix, reading.response): s for s, reading in enumerate(readings)}
+    readings, states_SW = response_states(
+        model, comparisons, loaded.config.evaluate.batch_size, loaded.backbone_weights()
+    )
+    known = max((c.user for c in comparisons), default=0)
+    problem = linear_problem(loaded.config.loss, model.user_model, comparisons, (readings, states_SW.cpu()), known)
     shared_UD, basis_KUD, *_ = model.user_model.parts(torch.zeros(1, dtype=torch.long, device=model.device))
     basis_KW = None if basis_KUD is None else basis_KUD.detach()[:, 0].cpu().double()
-    found = Judgements(states_SW, shared_UD.detach()[0].cpu().double(), basis_KW, {}, {})
-    for c in comparisons:
-        y1, y2 = (number_of[tuple(c.prefix), tuple(response)] for response in (c.chosen, c.rejected))
-        found.pairs.setdefault(c.user, []).append((y1, y2))
-        found.required.setdefault(c.user, []).append(c.margin)
-    return found
+    rows: dict[int, list[int]] = {}
+    for row, c in enumerate(comparisons):
+        if c.user:
+            rows.setdefault(c.user, []).append(row)
+    return Judgements(problem, shared_UD.detach()[0].cpu().double(), basis_KW, rows)

@@ -17,7 +17,7 @@ Shape suffixes: M users, K coordinates.
 
 from torch import Tensor, ones_like
 
-from prlhf.adapt.newton import Gaussian
+from prlhf.adapt.variational import Gaussian
 
 
 def population(coordinates_MK: Tensor, standard: bool) -> Gaussian:

@@ -1,39 +1,44 @@
-"""The scale of a new user's prior, chosen on training's file: trained users take the place of new ones.
+"""The scale of a new user's prior, and how sharp a single user is, chosen on training's file: trained users as new ones.
 
-Fold by fold, trained users are held out. C (`population`) is of the others, and B too: training fitted B to the users
-held out as well, so that in its directions they would be told from few comparisons, which strangers are not. e_0 stays; it is
-what all share. Each held-out user's responses are divided in two halves. The first SHOTS pairs within the one give the
-coordinates, and all pairs within the other are predicted, with the posterior integrated out.
+    P(y1 preferred by a new user)  =  E sigma(k margin),   margin = (e_0 + B c) . (h(y1) - h(y2)),   c ~ N(0, scale C)
 
-    refit:  minimise over B, z   alpha sum_n loss(margin_n) + K |B|^2 / (2 s^2) + |z|^2 / 2
+e_0 is what all users share, fitted to all of them at once, and people who differ are together less decided than each alone:
+the margins of e_0 are those of the average. k, the sharpness, makes them those of one user (population-averaged and
+subject-specific effects; Zeger, Liang and Albert 1988, Biometrics 44). The vector e_0 + B c ranks responses as k times it does.
 
-is training's objective (`method.prior`) for a few coordinates. Its s need not be known: stretching B and shrinking z changes
-no margin, so at training's optimum both penalties are equal, s^2 = K |B|^2 / |z|^2.
+Fold by fold, trained users are held out. Everything is solved anew without them (`solve.linear`): training fitted e_0 and B to
+the users held out as well, so that both would predict them too well. C (`population`) is of the others. Each held-out user's
+responses are divided in two halves. The first SHOTS pairs within the one give the coordinates, and all pairs within the other
+are predicted, with the posterior integrated out. The pair (scale, k) with the least mean of -log P
+is chosen, one of the two at a time, until neither changes.
 
-Shape suffixes: M users, K coordinates, W width, N comparisons, S responses.
+Shape suffixes: M users, K coordinates, W width, N comparisons, S responses, U = 1 vector a user.
 """
 
+import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from prlhf.adapt.evidence import Judgements
-from prlhf.adapt.newton import Evidence, Gaussian, fit
+from prlhf.adapt.evidence import Evidence, Judgements
 from prlhf.adapt.population import population
+from prlhf.adapt.variational import Whitened, fits, whitened
 from prlhf.config.keys import LossConfig
-from prlhf.method.losses import Rewards, preference_loss
 from prlhf.method.posterior import integrated
-from prlhf.method.prior import difference_scale
+from prlhf.method.prior import STATED, Strength
+from prlhf.method.users import IndividualUsers, LowRankUsers
+from prlhf.solve.linear import LinearProblem, solve
 from prlhf.solve.strength import FOLDS
 
-SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+SHARPNESSES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 SHOTS = (1, 2, 5, 10, 20)
 MOST_USERS = 200  # of training, drawn at random where there are more: the cost does not grow with all of them
-REFIT_STEPS = 300
 
 
 class Halves(NamedTuple):
@@ -54,67 +59,139 @@ def split(pairs: Sequence[tuple[int, int]], rng: random.Random) -> Halves:
     return Halves(torch.tensor(learn), torch.tensor([row for row, count in enumerate(inside) if count == 0]))
 
 
-def held_out_losses(loss: LossConfig, coordinates_MK: Tensor, standard: bool, judged: Judgements) -> dict[float, float]:
-    """The mean loss of each scale's predictions, over held-out users and SHOTS; empty where nobody can be held out.
+class Shot(NamedTuple):
+    """What a held-out user said first, as a problem in whitened coordinates, and what is to be predicted."""
 
-    coordinates_MK: of users 1 to M, whose training comparisons are `judged`.
+    problem: Whitened
+    generic_N: Tensor  # margins of the generic user
+    features_NK: Tensor
+    variance_N: Tensor  # x^T C x
+
+    @classmethod
+    def of(cls, loss: LossConfig, evidence: Evidence, predict: Evidence, users_MK: Tensor, standard: bool) -> "Shot":
+        """At scale and sharpness 1."""
+        prior, features_NK = population(users_MK, standard), predict.features_NK
+        variance_N = (features_NK @ prior.root_KK).square().sum(dim=1)
+        return cls(whitened(loss, evidence, prior), predict.generic_N, features_NK, variance_N)
+
+
+class Choice(NamedTuple):
+    """The scale, the sharpness, and the mean held-out loss of each pair that was tried."""
+
+    scale: float
+    sharpness: float
+    losses: dict[tuple[float, float], float]
+
+    @property
+    def loss(self) -> float:
+        """That of the chosen pair."""
+        return self.losses[self.scale, self.sharpness]
+
+
+def choose(loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, standard: bool) -> Choice | None:
+    """The best scale and sharpness. None where fewer than two users can be held out.
+
+    coordinates_MK: of users 1 to M, whose training comparisons are `judged`; standard: see `population`.
     """
-    rng = random.Random(0)
-    users = sorted(judged.pairs)
-    users = sorted(rng.sample(users, MOST_USERS)) if len(users) > MOST_USERS else users
-    splits = {user: split(judged.pairs[user], rng) for user in users}
+    rng, users = random.Random(0), sorted(judged.rows)
+    splits = {user: split(judged.pairs(user), rng) for user in users}
     held_out = [user for user in users if len(splits[user].learn) and len(splits[user].predict)]
     if len(held_out) < 2:
-        return {}
-    sums = dict.fromkeys(SCALES, 0.0)
-    for k in range(FOLDS):
+        return None
+    shots, of_all = [], trained(judged, coordinates_MK)
+    for k in range(min(FOLDS, len(held_out))):
         fold = held_out[k::FOLDS]
-        others = [user for user in users if user not in fold]
-        of_others, users_MK = refit(loss, judged, coordinates_MK, others)
-        prior = population(users_MK, standard)
+        of_others, users_MK = without(of_all, fold)
         for user in fold:
             evidence, (learn, predict) = of_others.of(user), splits[user]
-            for shots in SHOTS:
-                learnt, predicted = evidence.of(learn[:shots]), evidence.of(predict)
-                for scale in SCALES:
-                    sums[scale] += loss_of(loss, learnt, predicted, prior.scaled(scale))
-    return {scale: total / (len(held_out) * len(SHOTS)) for scale, total in sums.items()}
+            told, asked = [evidence.of(learn[:n]) for n in SHOTS], evidence.of(predict)
+            shots += [Shot.of(loss, each, asked, users_MK, standard) for each in told]
+    losses: dict[tuple[float, float], float] = {}
+
+    def best_of(candidates: Sequence[tuple[float, float]]) -> tuple[float, float]:
+        losses.update({each: mean_loss(loss, shots, *each) for each in candidates if each not in losses})
+        return min(candidates, key=losses.__getitem__)
+
+    best, before = (1.0, 1.0), None
+    while best != before:
+        before = best
+        best = best_of([(best[0], each) for each in SHARPNESSES])
+        best = best_of([(each, best[1]) for each in SCALES])
+    return Choice(*best, losses)
 
 
-def loss_of(loss: LossConfig, learnt: Evidence, predicted: Evidence, prior: Gaussian) -> float:
-    """The mean of -log P(y1 preferred) over the predicted comparisons, after those that are learnt from."""
-    found = fit(loss, learnt, prior)
-    features_NK = predicted.features_NK
-    margin_N = predicted.generic_N + features_NK @ found.mean_K
-    return -logsigmoid(integrated(margin_N, found.variances(prior, features_NK))).mean().item()
+def mean_loss(loss: LossConfig, shots: Sequence[Shot], scale: float, sharpness: float) -> float:
+    """The mean over users and SHOTS of the mean of -log P(y1 preferred)."""
+    problems = [shot.problem.scaled(scale, sharpness) for shot in shots]
+    total = 0.0
+    for shot, found in zip(shots, fits(loss, problems)):
+        told_N = (shot.features_NK @ found.told_KR).square().sum(dim=1)
+        variance_N = (scale * shot.variance_N - told_N).clamp(min=0)
+        margin_N = shot.generic_N + shot.features_NK @ found.mean_K
+        total -= logsigmoid(integrated(margin_N, variance_N, sharpness)).mean().item()
+    return total / len(shots)
 
 
-def refit(
-    loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, users: Sequence[int]
-) -> tuple[Judgements, Tensor]:
-    """The judgements with the B of these users alone, and their coordinates. Whole vectors share nothing but e_0 and stay."""
-    z_MK = coordinates_MK[[user - 1 for user in users]]
-    if judged.basis_KW is None or not z_MK.any() or not judged.basis_KW.any():
-        return judged, z_MK
-    rows = [(m, y1, y2) for m, user in enumerate(users) for y1, y2 in judged.pairs[user]]
-    user_N, y1_N, y2_N = torch.tensor(rows).T
-    required_N = torch.tensor([each for user in users for each in judged.required[user]], dtype=torch.float64)
-    states_SW = judged.states_SW.double()
-    scale_W, shared_S = difference_scale(states_SW[y1_N] - states_SW[y2_N]), states_SW @ judged.shared_W
-    states_SW = states_SW / scale_W
-    B_KW = judged.basis_KW * scale_W
-    balanced = z_MK.square().sum() / B_KW.square().sum()  # K / s^2
-    B_KW, z_MK = B_KW.requires_grad_(), z_MK.clone().requires_grad_()
-    search = torch.optim.LBFGS([B_KW, z_MK], max_iter=REFIT_STEPS, history_size=30, line_search_fn="strong_wolfe")
+class Trained(NamedTuple):
+    """Users' training comparisons, with their user model, in the problem's coordinates, and the prior that it is solved by."""
 
-    def closure() -> Tensor:
-        search.zero_grad()
-        features_SK = states_SW @ B_KW.T
-        r1_N, r2_N = (shared_S[y_N] + (features_SK[y_N] * z_MK[user_N]).sum(dim=1) for y_N in (y1_N, y2_N))
-        penalty = balanced * B_KW.square().sum() / 2 + z_MK.square().sum() / 2
-        value = (loss.alpha * preference_loss(loss, Rewards(r1_N, r2_N, required_N), None).sum() + penalty) / len(rows)
-        value.backward()
-        return value
+    judged: Judgements
+    problem: LinearProblem
+    users: IndividualUsers | LowRankUsers
+    strength: Strength
 
-    search.step(closure)
-    return judged._replace(basis_KW=B_KW.detach() / scale_W), z_MK.detach()
+
+@torch.enable_grad()
+def trained(judged: Judgements, coordinates_MK: Tensor) -> Trained:
+    """Users 1 to M of coordinates_MK who have comparisons, as the user model of e_0 and B or of whole vectors."""
+    known = sorted(judged.rows)
+    problem, z_MK = of_users(judged.problem, known), coordinates_MK[[user - 1 for user in known]]
+    e_UW, scale_W = (judged.shared_W * problem.scale_W)[None], problem.scale_W
+    if judged.basis_KW is None:
+        users: IndividualUsers | LowRankUsers = IndividualUsers(e_UW, (z_MK * scale_W)[:, None])
+    else:
+        users = LowRankUsers(e_UW, (judged.basis_KW * scale_W)[:, None], z_MK.clone())
+    return Trained(judged, problem, users, strength_of(problem, users))
+
+
+@torch.enable_grad()
+def without(of_all: Trained, held_out: Sequence[int]) -> tuple[Judgements, Tensor]:
+    """The judgements with the e_0 and B that are solved without these users, and the others' coordinates."""
+    judged, problem, users, strength = of_all
+    known = sorted(judged.rows)
+    places = [place for place, user in enumerate(known) if user not in held_out]
+    solution, scale_W = copy.deepcopy(users), problem.scale_W
+    table = solution.tables[0]
+    table.data = table.data[places]
+    solve(of_users(problem, [place + 1 for place in places]), solution, strength, warm=True)
+    e_W, users_MK = solution.e_UD.detach()[0] / scale_W, table.detach()
+    if isinstance(solution, IndividualUsers):
+        return judged._replace(shared_W=e_W), users_MK[:, 0] / scale_W
+    return judged._replace(shared_W=e_W, basis_KW=solution.B_KUD.detach()[:, 0] / scale_W), users_MK
+
+
+def of_users(problem: LinearProblem, users: Sequence[int]) -> LinearProblem:
+    """The comparisons of these users, who are numbered from 1 on, and those of user 0."""
+    number_of = torch.full((problem.known + 1,), -1)
+    number_of[[0, *users]] = torch.arange(len(users) + 1)
+    some = problem.of(number_of[problem.users_N] >= 0)
+    return replace(some, users_N=number_of[some.users_N], known=len(users))
+
+
+def strength_of(problem: LinearProblem, solution: IndividualUsers | LowRankUsers) -> Strength:
+    """The strength s, s_0 of the prior at whose optimum a trained user model is; STATED and none where it is at none.
+
+    At an optimum x = -s_x^2 gradient of the loss for what has prior N(0, s_x^2), so s_x^2 = -|x|^2 / (x . gradient).
+    """
+
+    def implied(x: Tensor, gradient: Tensor) -> float | None:
+        squared = -(x.square().sum() / (x * gradient).sum()).item()
+        return squared**0.5 if 0 < squared < float("inf") else None
+
+    loss = problem.losses(problem.vectors(solution)).sum()
+    basis = solution.B_KUD if isinstance(solution, LowRankUsers) else solution.offsets_MUD
+    of_shared, of_basis = torch.autograd.grad(loss, [solution.e_UD, basis])
+    s = implied(basis.detach(), of_basis)
+    if s is not None and isinstance(solution, LowRankUsers):
+        s *= len(basis) ** 0.5
+    return Strength(STATED if s is None else s, implied(solution.e_UD.detach(), of_shared))

@@ -1,10 +1,9 @@
-"""New rows for the table of users: the most probable coordinates of each user of a file, and how sure they are.
+"""New rows for the table of users: the posterior mean of each user's coordinates, and how sure it is.
 
 A new user's prior is the population of trained users (`population`). With --update a known user's prior is what the model
 knows of that user already, and the new comparisons must be new: one that is told twice counts twice.
 - Who was adapted before has a posterior, which becomes the prior: Bayes' rule, one comparison after the other.
-- Who was trained has a vector but no covariance. Their training comparisons give it, by Laplace's approximation around the
-  vector as it is. Where the training file is gone they are refused: the population's covariance around their vector would
+- Who was trained has a vector but no covariance. Their training comparisons give it, as the best Gaussian around the vector as it is. Where the training file is gone they are refused: the population's covariance around their vector would
   count all that they said in training as nothing.
 
 Shape suffixes: M + 1 rows of all users, 0 the generic one, A adapted users, K coordinates, R directions.
@@ -16,14 +15,16 @@ import torch
 from torch import Tensor
 
 from prlhf.adapt.evidence import Judgements
-from prlhf.adapt.newton import Gaussian, fit, told_by
 from prlhf.adapt.population import population
-from prlhf.adapt.scale import held_out_losses
+from prlhf.adapt.scale import choose
+from prlhf.adapt.variational import Fit, Gaussian, fit, fits, told_by, whitened
 from prlhf.config.keys import is_linear
 from prlhf.errors import UserError
 from prlhf.method.posterior import Posterior
 from prlhf.method.users import IndividualUsers, UserModel, is_personal
 from prlhf.store.final import Loaded
+
+AT_ONCE = 256  # new users in one batch
 
 
 class Coordinates(NamedTuple):
@@ -66,30 +67,30 @@ def coordinates(user_model: UserModel, known: int) -> Coordinates:
 
 
 class NewUsersPrior(NamedTuple):
-    """What is known of a new user, and how its scale was found."""
+    """What is known of a new user: coordinates, sharpness, and how both were found."""
 
     gaussian: Gaussian
+    sharpness: float
     said: str
 
 
 def new_users_prior(loaded: Loaded, training: Judgements | None) -> NewUsersPrior:
-    """As of the users adapted before, if any. Else the population times a scale, cross-validated if training's file is there."""
-    if loaded.posterior is not None:
-        prior_KK = loaded.posterior.prior_KK
-        return NewUsersPrior(Gaussian.of(torch.zeros_like(prior_KK[0]), prior_KK), "as of the users adapted before")
+    """As of the users adapted before, if any. Else the population, cross-validated (`scale`) if training's file is there."""
+    if (posterior := loaded.posterior) is not None:
+        gaussian = Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
+        return NewUsersPrior(gaussian, posterior.sharpness.item(), "as of the users adapted before")
     config, (users_MK, _, full) = loaded.config, coordinates(loaded.model.user_model, len(loaded.users))
     standard = full is False and config.user_model.prior is not None
-    losses = {} if training is None else held_out_losses(config.loss, users_MK, standard, training)
-    scale = min(losses, key=losses.__getitem__) if losses else 1.0
-    if losses:
-        said = f"cross-validated over trained users: loss {losses[scale]:.4f}, at scale 1 {losses[1.0]:.4f}"
-    elif training is None:
-        said = f"data.train: {config.data.train} is not there to choose it by"
+    prior, found = population(users_MK, standard), None
+    if training is None:
+        said = f"data.train: {config.data.train} is not there to choose them by"
+    elif (found := choose(config.loss, training, users_MK, standard)) is None:
+        said = "too few trained users have comparisons that share no response to choose them by"
     else:
-        said = "too few trained users have comparisons that share no response to choose it by"
-    return NewUsersPrior(
-        population(users_MK, standard).scaled(scale), f"the population of trained users, scale {scale:g} ({said})"
-    )
+        said = f"cross-validated over trained users: loss {found.loss:.4f}"
+    scale, sharpness = (1.0, 1.0) if found is None else found[:2]
+    said = f"the population of trained users, scale {scale:g}, sharpness {sharpness:g} ({said})"
+    return NewUsersPrior(prior.scaled(scale), sharpness, said)
 
 
 def prior_of(
@@ -100,15 +101,23 @@ def prior_of(
     UserError for a user of training whose training comparisons are gone.
     """
     posterior = loaded.posterior
-    if posterior is not None and user in posterior.users_A:
+    if posterior is not None and posterior.row(user) is not None:
         return Gaussian.of(vector_K, posterior.covariance(user)), posterior.told(user)
-    if training is None or user not in training.pairs:
+    if training is None or user not in training.rows:
         raise UserError(
             f"{loaded.path}: user {loaded.users.names[user - 1]!r} is known from training, but data.train: "
             f"{loaded.config.data.train} is not there to say how well; expected that file, or other users"
         )
     told_KR = told_by(loaded.config.loss, training.of(user), prior._replace(mean_K=vector_K))
     return Gaussian.of(vector_K, prior.covariance_KK - told_KR @ told_KR.T), told_KR
+
+
+def sharpness_of(loaded: Loaded, user: int, new: float) -> float:
+    """k of an adapted user; of a user of training 1, as that user's own vector was trained; `new` of a new user."""
+    posterior = loaded.posterior
+    if posterior is not None and posterior.row(user) is not None:
+        return posterior.sharpness_of([user]).item()
+    return 1.0 if user <= len(loaded.users) else new
 
 
 class Adapted(NamedTuple):
@@ -118,19 +127,33 @@ class Adapted(NamedTuple):
     posterior: Posterior
 
 
-def adapt(loaded: Loaded, judged: Judgements, training: Judgements | None, prior: Gaussian) -> Adapted:
+def adapt(loaded: Loaded, judged: Judgements, training: Judgements | None, prior: NewUsersPrior) -> Adapted:
     """The table with the users of `judged`, whose numbers go on from the known ones. UserError: see `prior_of`."""
     user_model, known, earlier = loaded.model.user_model, len(loaded.users), loaded.posterior
     users_MK, origin_K, full = coordinates(user_model, known)
     table = user_model.get_parameter(user_model.table).detach().cpu()
-    rows = torch.cat([table, table.new_zeros(max([known, *judged.pairs]) - known, *table.shape[1:])])
-    kept = [] if earlier is None else [user for user in earlier.users_A.tolist() if user not in judged.pairs]
+    rows = torch.cat([table, table.new_zeros(max([known, *judged.rows]) - known, *table.shape[1:])])
+    kept = [] if earlier is None else [user for user in earlier.users_A.tolist() if user not in judged.rows]
     told = {user: earlier.told(user) for user in kept}
-    for user in judged.pairs:
-        before, told_KR = prior, prior.root_KK[:, :0]
-        if user <= known:
-            before, told_KR = prior_of(loaded, user, users_MK[user - 1], prior, training)
-        found = fit(loaded.config.loss, judged.of(user), before)
-        rows[user - user_model.first_user] = (origin_K + found.mean_K).to(rows).view(rows.shape[1:])
-        told[user] = torch.cat([told_KR, found.told_KR], dim=1)
-    return Adapted(rows, Posterior.of(prior.covariance_KK, told, full))
+    for user, fitted in fit_each(loaded, judged, training, prior, users_MK).items():
+        rows[user - user_model.first_user] = (origin_K + fitted.mean_K).to(rows).view(rows.shape[1:])
+        told[user] = fitted.told_KR
+    sharpness = {user: sharpness_of(loaded, user, prior.sharpness) for user in told}
+    return Adapted(rows, Posterior.of(prior.gaussian.covariance_KK, told, full, {0: prior.sharpness, **sharpness}))
+
+
+def fit_each(
+    loaded: Loaded, judged: Judgements, training: Judgements | None, prior: NewUsersPrior, users_MK: Tensor
+) -> dict[int, Fit]:
+    """The posterior of each user of `judged`: new users AT_ONCE at a time, known ones from what is known of them."""
+    loss, gaussian, known = loaded.config.loss, prior.gaussian, len(loaded.users)
+    new, found = [user for user in judged.rows if user > known], {}
+    for start in range(0, len(new), AT_ONCE):
+        some = new[start : start + AT_ONCE]
+        problems = [whitened(loss, judged.of(user), gaussian).scaled(1.0, prior.sharpness) for user in some]
+        found.update(zip(some, fits(loss, problems)))
+    for user in set(judged.rows) - set(new):
+        before, told_KR = prior_of(loaded, user, users_MK[user - 1], gaussian, training)
+        fitted = fit(loss, judged.of(user), before, sharpness_of(loaded, user, prior.sharpness))
+        found[user] = fitted._replace(told_KR=torch.cat([told_KR, fitted.told_KR], dim=1))
+    return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.datasets import encode_file
@@ -24,7 +25,7 @@ from prlhf.evaluate.accuracy import integrated_calibration, reward_margins, scor
 from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
 from prlhf.method.losses import needs_reference
 from prlhf.method.models import PersonalizedRewardModel
-from prlhf.method.posterior import features
+from prlhf.method.posterior import features, integrated
 from prlhf.parallel.ranks import check_started_alone
 from prlhf.score.agreement import check_agreement
 from prlhf.score.reference import computes_on, reference_log_probs
@@ -105,8 +106,10 @@ def adapted_calibration(loaded: Loaded, task: Task, margins_B: np.ndarray) -> di
     states = response_states(model, pairs, task.config.evaluate.batch_size, loaded.backbone_weights())
     chosen_NW, rejected_NW = States(*states).of_pairs(pairs)
     features_NK = features(model.user_model, chosen_NW - rejected_NW)
-    variances_N = posterior.variances([task.users[i] for i in rows], features_NK)
-    return {"adapted": integrated_calibration(margins_B[rows], variances_N.numpy())}
+    users = [task.users[i] for i in rows]
+    margin_N, variance_N = torch.from_numpy(margins_B[rows]).double(), posterior.variances(users, features_NK)
+    logits_N = integrated(margin_N, variance_N, posterior.sharpness_of(users))
+    return {"adapted": integrated_calibration(margins_B[rows], logits_N.numpy())}
 
 
 def draw_curve(metrics: Path, path: Path) -> None:

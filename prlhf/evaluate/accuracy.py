@@ -18,7 +18,6 @@ from prlhf.evaluate.stats import metrics
 from prlhf.evaluate.stats.intervals import std_interval, worst_user_interval
 from prlhf.evaluate.stats.metrics import UserCounts, by_user, correct, pooled, pooled_difference_interval
 from prlhf.method.losses import Outputs, branch_weights, preference_loss, reward_margin
-from prlhf.method.posterior import integrated
 from prlhf.method.users import is_personal
 from prlhf.score.score import score_readers
 from prlhf.score.task import Task
@@ -118,13 +117,12 @@ def summarize(
     return {**report, "rules": _rules(rules, known), "own_record": explained}
 
 
-def integrated_calibration(margins_B: np.ndarray, variances_B: np.ndarray) -> dict[str, float | int | None]:
-    """The calibration error of adapted users' probabilities: of the margin itself, and integrated over its posterior."""
-    sure_B = integrated(torch.from_numpy(margins_B).double(), torch.from_numpy(variances_B)).numpy()
+def integrated_calibration(margins_B: np.ndarray, logits_B: np.ndarray) -> dict[str, float | int | None]:
+    """The calibration error of adapted users' probabilities: of the margins, and of logits integrated over the posterior."""
     return {
         "comparisons": len(margins_B),
         "plug_in": metrics.expected_calibration_error(margins_B),
-        "integrated": metrics.expected_calibration_error(sure_B),
+        "integrated": metrics.expected_calibration_error(logits_B),
     }
 
 

@@ -97,7 +97,7 @@ def _adapted_text(found: dict[str, Any] | None) -> list[str]:
     if found is None:
         return []
     rows = [
-        ("their most probable vector", percent(found["plug_in"])),
+        ("their vectors as they are", percent(found["plug_in"])),
         ("integrated over their vectors", percent(found["integrated"])),
     ]
     table = markdown_table((f"{found['comparisons']:,} comparisons of adapted users", "calibration error, %"), rows)

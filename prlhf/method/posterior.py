@@ -1,11 +1,11 @@
 """How sure the model is of users who were adapted to it (`adapt`), and what that does to predictions.
 
-    f(u) = e_0 + B c_u,   c_u ~ N(mean, S_u)  given u's comparisons (Laplace's approximation)
+    f(u) = e_0 + B c_u,   c_u ~ N(mean, S_u)  given u's comparisons
     r(x, y, u) = f(u) . h(y)  has variance  (B h)^T S_u (B h),  a margin the same with h(y1) - h(y2)
-    P(y1 preferred) = E sigma(margin)  ~  sigma(mean / sqrt(1 + pi / 8 variance))
+    P(y1 preferred) = E sigma(k margin)  ~  sigma(k mean / sqrt(1 + pi / 8 k^2 variance))
 
 The last is MacKay's (1992, "The evidence framework applied to classification networks", eq. 5.7): a sigmoid is nearly a
-probit of slope sqrt(pi / 8). For full offsets B is the identity: S_u differs from the prior only in the span of u's
+probit of slope sqrt(pi / 8). k is the sharpness of a single user (`adapt.scale`). For full offsets B is the identity: S_u differs from the prior only in the span of u's
 comparisons, and this difference is kept.
 
 Shape suffixes: A adapted users, K coordinates, R directions that a user's comparisons tell of, N responses or pairs, W width.
@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from prlhf.method.users import UserModel
 
 
-def integrated(margin_N: Tensor, variance_N: Tensor) -> Tensor:
+def integrated(margin_N: Tensor, variance_N: Tensor, sharpness: Tensor | float = 1.0) -> Tensor:
     """The logit of P(y1 preferred), (N,), for margins of these means and variances."""
-    return margin_N / torch.sqrt(1 + math.pi / 8 * variance_N)
+    return sharpness * margin_N / torch.sqrt(1 + math.pi / 8 * sharpness**2 * variance_N)
 
 
 class Posterior(NamedTuple):
@@ -35,19 +35,24 @@ class Posterior(NamedTuple):
     """
 
     users_A: Tensor  # their numbers, ascending
+    sharpness_A: Tensor  # k of each
     prior_KK: Tensor
+    sharpness: Tensor  # k of a new user, ()
     covariance_AKK: Tensor | None = None
     told_ARK: Tensor | None = None
 
     @classmethod
-    def of(cls, prior_KK: Tensor, told: Mapping[int, Tensor], full: bool) -> "Posterior":
-        """told: Y (K, R) of each user, S_u = prior - Y Y^T. full: whether coordinates are whole vectors."""
+    def of(
+        cls, prior_KK: Tensor, told: Mapping[int, Tensor], full: bool, sharpness: Mapping[int, float]
+    ) -> "Posterior":
+        """told: Y (K, R) of each user, S_u = prior - Y Y^T. full: whether coordinates are whole vectors. sharpness: k of each
+        user, and under 0 that of a new one."""
         users = sorted(told)
+        sharpness_A, new = (torch.tensor([sharpness[user] for user in some]).double() for some in (users, [0]))
+        found = cls(torch.tensor(users), sharpness_A, prior_KK, new[0])
         if full:
-            padded_ARK = pad_sequence([told[user].T for user in users], batch_first=True)
-            return cls(torch.tensor(users), prior_KK, None, padded_ARK)
-        covariances = [prior_KK - told[user] @ told[user].T for user in users]
-        return cls(torch.tensor(users), prior_KK, torch.stack(covariances))
+            return found._replace(told_ARK=pad_sequence([told[user].T for user in users], batch_first=True))
+        return found._replace(covariance_AKK=torch.stack([prior_KK - told[user] @ told[user].T for user in users]))
 
     def row(self, user: int) -> int | None:
         """The place of a user among the adapted ones; None for others."""
@@ -67,6 +72,11 @@ class Posterior(NamedTuple):
         if self.covariance_AKK is not None:
             return self.covariance_AKK[self.row(user)]
         return self.prior_KK - self.told(user) @ self.told(user).T
+
+    def sharpness_of(self, users_N: Sequence[int]) -> Tensor:
+        """k of each user, (N,); of a new one for users who were not adapted."""
+        of_user = dict(zip(self.users_A.tolist(), self.sharpness_A.tolist()))
+        return torch.tensor([of_user.get(user, self.sharpness.item()) for user in users_N], dtype=torch.float64)
 
     def variances(self, users_N: Sequence[int], features_NK: Tensor) -> Tensor:
         """x^T S_u x of each row x of the features, (N,); NaN for users who were not adapted."""
