@@ -379,9 +379,11 @@ def test_update_goes_on_from_what_is_known(call, low_rank, tmp_path):
     assert (both[-1] - at_once[-1]).norm() < 0.35 * at_once[-1].norm()
     assert (half[-1] - at_once[-1]).norm() > (both[-1] - at_once[-1]).norm()
 
-    against = write_lines(tmp_path / "against.jsonl", {"dave": "dave"}, swap=True)
-    d = tmp_path / "d"
-    assert call(adapt.main, "--checkpoint", c, "--data", against, "--out", d, "--update")[0] == 0
+    judged = [{line["prompt"], line["chosen"], line["rejected"]} for line in LINES if line["user"] == "dave"]
+    others = [line for line in LINES if {line["prompt"], line["chosen"], line["rejected"]} not in judged]
+    d, more = tmp_path / "d", tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({**line, "user": "dave"}) + "\n" for line in others[:3]))
+    assert call(adapt.main, "--checkpoint", c, "--data", more, "--out", d, "--update")[0] == 0
     dave = users_of(d).index("dave")
     moved = (weights(d)["user_model.z_MK"] != both).any(dim=1)
     assert moved.tolist() == [row == dave for row in range(len(both))]

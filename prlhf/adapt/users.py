@@ -34,14 +34,20 @@ class Coordinates(NamedTuple):
     full: bool  # whether coordinates are whole vectors
 
 
-def check_adaptable(loaded: Loaded) -> None:
-    """UserError for a model whose users cannot be adapted here."""
+def check_personal(loaded: Loaded) -> None:
+    """UserError for a model whose users have no vectors of their own."""
     config, users = loaded.config, loaded.config.user_model
     if not is_personal(loaded.model.user_model, config.loss.alpha):
         key = "loss.alpha=0" if config.loss.alpha == 0 else f"user_model.kind={users.kind}"
         raise UserError(
             f"{loaded.path}: found {key}, which gives users no vectors of their own; expected personal users"
         )
+
+
+def check_adaptable(loaded: Loaded) -> None:
+    """UserError for a model whose users cannot be adapted here."""
+    config, users = loaded.config, loaded.config.user_model
+    check_personal(loaded)
     if not is_linear(config):
         found = f"method={config.method} with user_model.aggregator={users.aggregator}"
         raise UserError(
