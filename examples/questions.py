@@ -14,43 +14,75 @@ difference (bootstrap). Nothing is chosen on either file: the prior comes from R
 
 import argparse
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from examples.new_users import Protocol, difference, polis
 from prlhf.adapt.ask import expected_answer, questions
+from prlhf.adapt.evidence import Judgements, judgements
 from prlhf.adapt.newton import Evidence, Gaussian, fit
-from prlhf.adapt.reading import training_judgements
-from prlhf.adapt.users import check_adaptable
+from prlhf.adapt.reading import encoded, training_judgements
+from prlhf.adapt.users import check_adaptable, new_users_prior
 from prlhf.backbone.loading import choose_device
+from prlhf.config.keys import LossConfig
 from prlhf.data.check.tables import markdown_table
+from prlhf.data.comparisons import read_comparisons
+from prlhf.data.users import UserIndex, ranked
 from prlhf.errors import run_command
 from prlhf.evaluate.stats.metrics import correct
 from prlhf.score.agreement import check_agreement
-from prlhf.store.final import load_final
+from prlhf.store.final import Loaded, load_final
 
 SHOTS = (1, 2, 5, 8, 10, 12, 15, 20)
 ORDERS = 20
+SAMPLES = 10_000
 SEED = 0
 
 Pick = Callable[[Gaussian, Evidence], int]  # what is known of a voter and the pairs that are left -> the next question
 
 
-def accuracy(protocol: Protocol, user: int, rows: list[int]) -> float:
+class Voters(NamedTuple):
+    """New voters' pairs to ask about and to predict, by number, and their prior."""
+
+    loss: LossConfig
+    prior: Gaussian
+    learn: Judgements
+    predict: Judgements
+
+    @property
+    def users(self) -> list[int]:
+        """Those who are in both files."""
+        return sorted(set(self.learn.pairs) & set(self.predict.pairs))
+
+
+def new_voters(loaded: Loaded, training: Judgements, folder: str) -> Voters:
+    """The voters of a Polis folder whom training did not know."""
+    files = [read_comparisons(f"{folder}/unseen_users_{part}.jsonl", loaded.config.data) for part in ("adapt", "test")]
+    users = UserIndex(ranked(c.user for c in files[0].comparisons))
+    judged = []
+    for data in (encoded(loaded, file) for file in files):
+        numbered = [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)]
+        judged.append(judgements(loaded, numbered))
+    prior, said = new_users_prior(loaded, training)
+    print(f"prior of a new user: {said}")
+    return Voters(loaded.config.loss, prior, *judged)
+
+
+def accuracy(voters: Voters, user: int, rows: list[int]) -> float:
     """Of a voter's predicted pairs, right after the answers to these pairs."""
-    found = fit(protocol.loss, protocol.learn.of(user).of(torch.tensor(rows)), protocol.prior)
-    test = protocol.predict.of(user)
+    found = fit(voters.loss, voters.learn.of(user).of(torch.tensor(rows)), voters.prior)
+    test = voters.predict.of(user)
     return float(correct((test.generic_N + test.features_NK @ found.mean_K).numpy()).mean())
 
 
-def one_at_a_time(protocol: Protocol, user: int, pick: Pick) -> list[int]:
+def one_at_a_time(voters: Voters, user: int, pick: Pick) -> list[int]:
     """The pairs that are asked, each after the answers to those before it."""
-    evidence, prior = protocol.learn.of(user), protocol.prior
+    evidence, prior = voters.learn.of(user), voters.prior
     asked: list[int] = []
     for _ in range(min(max(SHOTS), len(evidence.generic_N))):
-        found = fit(protocol.loss, evidence.of(torch.tensor(asked, dtype=torch.long)), prior)
+        found = fit(voters.loss, evidence.of(torch.tensor(asked, dtype=torch.long)), prior)
         known = Gaussian.of(found.mean_K, prior.covariance_KK - found.told_KR @ found.told_KR.T)
         left = [row for row in range(len(evidence.generic_N)) if row not in asked]
         asked.append(left[pick(known, evidence.of(torch.tensor(left)))])
@@ -75,22 +107,30 @@ def lowering_variance(like_KK: Tensor) -> Pick:
     return pick
 
 
-def measured(protocol: Protocol, pairs_NK: Tensor) -> dict[str, np.ndarray]:
+def measured(voters: Voters, pairs_NK: Tensor) -> dict[str, np.ndarray]:
     """Accuracies of each way to ask, (voters, SHOTS)."""
     rng = np.random.default_rng(SEED)
     ways: dict[str, list[list[float]]] = {"random": [], "one at a time": [], "at once": [], "variance": []}
     variance = lowering_variance(pairs_NK.T @ pairs_NK / len(pairs_NK))
-    for user in protocol.users:
-        evidence = protocol.learn.of(user)
+    for user in voters.users:
+        evidence = voters.learn.of(user)
         orders = [rng.permutation(len(evidence.generic_N)).tolist() for _ in range(ORDERS)]
-        random = np.array([[accuracy(protocol, user, order[:n]) for n in SHOTS] for order in orders])
+        random = np.array([[accuracy(voters, user, order[:n]) for n in SHOTS] for order in orders])
         ways["random"].append(random.mean(axis=0).tolist())
         for name, pick in (("one at a time", informative), ("variance", variance)):
-            asked = one_at_a_time(protocol, user, pick)
-            ways[name].append([accuracy(protocol, user, asked[:n]) for n in SHOTS])
-        at_once = [q.row for q in questions(protocol.prior, evidence, min(max(SHOTS), len(evidence.generic_N)))]
-        ways["at once"].append([accuracy(protocol, user, at_once[:n]) for n in SHOTS])
+            asked = one_at_a_time(voters, user, pick)
+            ways[name].append([accuracy(voters, user, asked[:n]) for n in SHOTS])
+        at_once = [q.row for q in questions(voters.prior, evidence, min(max(SHOTS), len(evidence.generic_N)))]
+        ways["at once"].append([accuracy(voters, user, at_once[:n]) for n in SHOTS])
     return {name: np.array(found) for name, found in ways.items()}
+
+
+def difference(accuracies_M: np.ndarray, others_M: np.ndarray) -> str:
+    """The mean of the paired differences with a bootstrap interval over voters, in points."""
+    rng, gains_M = np.random.default_rng(SEED), 100 * (accuracies_M - others_M)
+    means = gains_M[rng.integers(len(gains_M), size=(SAMPLES, len(gains_M)))].mean(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return f"{gains_M.mean():+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def table(found: dict[str, np.ndarray]) -> str:
@@ -117,11 +157,11 @@ def main() -> None:
     check_adaptable(loaded)
     check_agreement(loaded.model.to(choose_device(loaded.config.device)))
     with torch.no_grad():
-        protocol = polis(loaded, args.data)
         training = training_judgements(loaded, update=True)
         assert training is not None
-        found = measured(protocol, torch.cat([training.of(user).features_NK for user in training.pairs]))
-    print(f"{len(protocol.users)} new voters")
+        voters = new_voters(loaded, training, args.data)
+        found = measured(voters, torch.cat([training.of(user).features_NK for user in training.pairs]))
+    print(f"{len(voters.users)} new voters")
     print(table(found))
     for name in found:
         for n in (8, 10, 12):

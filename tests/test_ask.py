@@ -16,8 +16,10 @@ import prlhf
 from prlhf import __main__ as console
 from prlhf.adapt import __main__ as adapt
 from prlhf.adapt.ask import expected_answer, questions
+from prlhf.adapt.forget import without
 from prlhf.adapt.newton import Evidence, Gaussian
 from prlhf.adapt.space import directions, nearest
+from prlhf.method.posterior import Posterior
 from prlhf.store.final import load_final
 from prlhf.train import __main__ as train
 
@@ -460,10 +462,23 @@ def test_who_is_forgotten_is_gone_and_the_others_stay_bit_for_bit(call, run, ada
     assert weights(adapted).keys() == state.keys() and users_of(adapted) == was  # whatever was linked
 
 
+def test_a_posterior_of_whole_vectors_forgets_a_user():
+    told = {2: randn(5, 1, seed=1), 4: randn(5, 3, seed=2), 7: randn(5, 2, seed=3)}
+    before = Posterior.of(20 * torch.eye(5).double(), told, full=True)
+    after = without(before, 4)
+    assert after.users_A.tolist() == [2, 6] and torch.equal(after.prior_KK, before.prior_KK)
+    for old, new in ((2, 2), (7, 6)):
+        assert torch.equal(after.covariance(new), before.covariance(old))
+        assert torch.allclose(after.covariance(new), 20 * torch.eye(5).double() - told[old] @ told[old].T)
+    assert without(before, 3).users_A.tolist() == [2, 3, 6]  # who was not adapted moves the others up too
+    assert without(None, 3) is None
+
+
 def test_all_users_can_be_forgotten_and_the_last_adapted_one_leaves_no_posterior(call, tmp_path):
     run = trained(tmp_path / "run", "cluster")
     generic = weights(run / "final")["user_model.w_MK"][:1]
     new = lines_to(tmp_path / "new.jsonl", [{**LINES[0], "user": "erin"}])
+    assert call(adapt.main, "--checkpoint", run, "--ask", 1, "--candidates", new, "--user", "erin")[0] == 0
     assert call(adapt.main, "--checkpoint", run, "--data", new, "--out", run)[0] == 0
     for name in reversed(users_of(run / "final")):
         assert call(adapt.main, "users", run, "--forget", name)[0] == 0

@@ -46,8 +46,12 @@ def without(posterior: Posterior | None, user: int) -> Posterior | None:
     if not keep.any():
         return None
     users_A = posterior.users_A[keep]
-    parts = (None if part is None else part[keep] for part in posterior[2:])
-    return Posterior(users_A - (users_A > user).long(), posterior.prior_KK, *parts)
+    covariance_AKK, told_ARK = (
+        None if part is None else part[keep] for part in (posterior.covariance_AKK, posterior.told_ARK)
+    )
+    return posterior._replace(
+        users_A=users_A - (users_A > user).long(), covariance_AKK=covariance_AKK, told_ARK=told_ARK
+    )
 
 
 def still_there(loaded: Loaded, name: str, user: int) -> list[str]:

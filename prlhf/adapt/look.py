@@ -8,6 +8,7 @@ a user from the model instead, in place, and says what still holds their compari
 """
 
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,9 @@ NAMED = 60  # points of the map with names, at most
 def main(arguments: Sequence[str] | None = None) -> None:
     """Show the users of the model that the command line names, or forget one."""
     parser = argparse.ArgumentParser(
-        prog="python -m prlhf.users", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=None if arguments is None else f"{Path(sys.argv[0]).name} users",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help="a run's directory or its final/, or an adapted folder")
     parser.add_argument("--data", help="held-out comparisons; by default the config's data.valid")
