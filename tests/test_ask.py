@@ -114,9 +114,9 @@ def test_nearest_users_and_the_map_of_points():
         assert [d for _, d in found] == pytest.approx([d for _, d in expected])
     assert nearest(points_MR[:1]) == [[]] and len(nearest(points_MR[:3])[0]) == 2
     points_M2, share = directions(points_MR)
-    _, S, Vt = torch.linalg.svd(points_MR)
-    assert (points_M2.abs() - (points_MR @ Vt.T[:, :2]).abs()).abs().max() < 1e-9
-    assert share == pytest.approx(((S[:2] ** 2).sum() / (S**2).sum()).item())
+    squares_R, axes_RR = torch.linalg.eigh(points_MR.T @ points_MR)
+    assert (points_M2.abs() - (points_MR @ axes_RR[:, [2, 1]]).abs()).abs().max() < 1e-9
+    assert share == pytest.approx((squares_R[1:].sum() / squares_R.sum()).item())
     assert directions(points_MR[:, :1])[0].shape == (30, 2)
 
 
@@ -485,3 +485,5 @@ def test_all_users_can_be_forgotten_and_the_last_adapted_one_leaves_no_posterior
         assert not (run / "final/posterior.safetensors").exists() and not (run / "final/told.json").exists()
     assert torch.equal(weights(run / "final")["user_model.w_MK"], generic)
     assert len(load_final(run).users) == 0
+    status, _, err = call(console.main, "users", run, "--data", new)
+    assert (status, err.count("\n")) == (2, 1) and "knows no users" in err

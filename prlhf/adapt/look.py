@@ -108,7 +108,9 @@ def shown_cell(value: Any) -> str | int | None:
 
 @torch.no_grad()
 def look(loaded: Loaded, source: str, limit: int | None) -> Users:
-    """All users of a model, on the comparisons of a file."""
+    """All users of a model, on the comparisons of a file. UserError where it knows nobody."""
+    if not len(loaded.users):
+        raise UserError(f"{loaded.path}: knows no users; expected some")
     file = read_held_out(source, loaded).sample(limit, loaded.config.seed)
     data = encoded(loaded, file)
     task = held_out_task(loaded, data)

@@ -87,10 +87,9 @@ def nearest(points_MR: Tensor) -> list[list[tuple[int, float]]]:
 
 def directions(points_MR: Tensor) -> tuple[Tensor, float]:
     """Points on the two directions in which users are furthest from the generic user, (M, 2), and their share of the squares."""
-    squares_R, axes_RR = torch.linalg.eigh(points_MR.T @ points_MR)
-    axes_R2 = axes_RR.flip(1)[:, :2]
-    points_M2 = points_MR @ axes_R2
+    U_MR, S_R, _ = torch.linalg.svd(points_MR, full_matrices=False)
+    points_M2 = U_MR[:, :2] * S_R[:2]
     if points_M2.shape[1] < 2:
         points_M2 = torch.nn.functional.pad(points_M2, (0, 2 - points_M2.shape[1]))
-    total = squares_R.sum().item()
-    return points_M2, points_M2.square().sum().item() / total if total else 0.0
+    total = S_R.square().sum().item()
+    return points_M2, S_R[:2].square().sum().item() / total if total else 0.0
