@@ -64,10 +64,12 @@ def still_there(loaded: Loaded, name: str, user: int) -> list[str]:
         said.append(f"- data.train: {config.data.train} is not there; whoever has it may have their comparisons")
     elif count:
         said.append(f"- data.train: {config.data.train} holds {count:,} of their comparisons")
-    if count or loaded.posterior is None or loaded.posterior.row(user) is None:
+    adapted = loaded.posterior is not None and loaded.posterior.row(user) is not None
+    if count or file is None or not adapted:
+        perhaps = "" if count or not adapted else "if they were a user of training, "
         said.append(
-            "- weights: those that all users share, and from them the prior of new users, were trained with their comparisons; "
-            "only training again without them undoes that"
+            f"- weights: {perhaps}those that all users share, and from them the prior of new users, were trained with their "
+            "comparisons; only training again without them undoes that"
         )
     if (run_dir / "checkpoints").is_dir():
         said.append(f"- {run_dir / 'checkpoints'}: training's checkpoints hold their vectors and name")

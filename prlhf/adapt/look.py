@@ -87,11 +87,8 @@ class Users(NamedTuple):
     def markdown(self) -> str:
         """The users with the most comparisons, as text."""
         shown = sorted(self.rows, key=lambda row: -(row["comparisons"] or 0))[: 2 * SHOWN]
-        said = (
-            f" These are the {2 * SHOWN} with the most comparisons; {USERS_CSV} has all."
-            if len(self.rows) > 2 * SHOWN
-            else ""
-        )
+        said = f" These are the {2 * SHOWN} with the most comparisons; {USERS_CSV} has all."
+        said = said if len(self.rows) > len(shown) else ""
         shares = {"accuracy", "generic_user", "gain"}
         cells = [[percent(row[k]) if k in shares else shown_cell(row[k]) for k in self.columns] for row in shown]
         head = [f"{k.replace('_', ' ')}{', %' if k in shares else ''}" for k in self.columns]
@@ -151,7 +148,7 @@ def comparisons_of(loaded: Loaded) -> dict[int, int]:
     """How many comparisons each user's vectors were learned from; without those of training whose file is gone."""
     file = training_file(loaded)
     counts = Counter(loaded.users.number(c.user) for c in file.comparisons) if file else Counter()
-    return counts | {loaded.users.number(name): len(pairs) for name, pairs in read_told(loaded).items()}
+    return {**counts, **{loaded.users.number(name): len(pairs) for name, pairs in read_told(loaded).items()}}
 
 
 def archetypes(loaded: Loaded) -> Tensor | None:
