@@ -60,7 +60,7 @@ def polis(loaded: Loaded, folder: str) -> Protocol:
         data = encoded(loaded, file)
         pairs = [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)]
         judged.append(judgements(loaded, pairs))
-    prior = new_users_prior(loaded, training_judgements(loaded, update=True))
+    prior = new_users_prior(loaded, training_judgements(loaded))
     print(f"prior of a new user: {prior.said}")
     return Protocol(loaded.config.loss, prior.gaussian, prior.sharpness, *judged)
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "evaluate a model on held-out comparisons",
     "generate": "answer prompts as several users, or score responses",
     "adapt": "make a model know new users from a few comparisons",
+    "users": "show who the users are to a model, or forget one",
     "data": "fetch, prepare, split or check comparisons",
     "compare": "compare evaluated models on the same comparisons",
     "simulate": "relabel comparisons with simulated preferences for length",

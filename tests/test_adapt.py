@@ -234,10 +234,10 @@ def test_around_the_posterior_mean_itself_what_is_told_is_the_same():
 
 def test_the_population_is_shrunk_and_needs_few_users():
     z_MK = randn(10, 4) * 3 + 1
-    prior = population(z_MK, standard=True)
+    prior = population(z_MK.T @ z_MK, 10, standard=True)
     expected = (5 * torch.eye(4, dtype=torch.float64) + sum(torch.outer(z, z) for z in z_MK)) / 15
     assert not prior.mean_K.any() and torch.allclose(prior.covariance_KK, expected)
-    one = population(randn(1, 6), standard=False)
+    one = population(randn(1, 6).T @ randn(1, 6), 1, standard=False)
     assert one.covariance_KK.isfinite().all() and torch.linalg.matrix_rank(one.covariance_KK) == 6
 
 
@@ -429,9 +429,11 @@ def test_update_goes_on_from_what_is_known(call, low_rank, tmp_path):
     assert (both[-1] - at_once[-1]).norm() < 0.35 * at_once[-1].norm()
     assert (half[-1] - at_once[-1]).norm() > (both[-1] - at_once[-1]).norm()
 
-    against = write_lines(tmp_path / "against.jsonl", {"dave": "dave"}, swap=True)
-    d = tmp_path / "d"
-    assert call(adapt.main, "--checkpoint", c, "--data", against, "--out", d, "--update")[0] == 0
+    judged = [{line["prompt"], line["chosen"], line["rejected"]} for line in LINES if line["user"] == "dave"]
+    others = [line for line in LINES if {line["prompt"], line["chosen"], line["rejected"]} not in judged]
+    d, more = tmp_path / "d", tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({**line, "user": "dave"}) + "\n" for line in others[:3]))
+    assert call(adapt.main, "--checkpoint", c, "--data", more, "--out", d, "--update")[0] == 0
     dave = users_of(d).index("dave")
     moved = (weights(d)["user_model.z_MK"] != both).any(dim=1)
     assert moved.tolist() == [row == dave for row in range(len(both))]

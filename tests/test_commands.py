@@ -15,6 +15,7 @@ from prlhf.batch.tokens import Encoder
 from prlhf.config.keys import DataConfig
 from prlhf.data.comparisons import read_comparisons, read_prompts
 from prlhf.evaluate import __main__ as evaluate
+from prlhf.evaluate import held_out
 from prlhf.generate import __main__ as generate
 from prlhf.generate import rewards
 from prlhf.train import __main__ as train
@@ -101,8 +102,8 @@ def test_a_model_trained_in_half_precision_is_evaluated_in_it(call, tmp_path, mo
     overrides = [f"run_dir={run}", *SMALL, f"model.family={family}", f"method={method}", *half]
     assert call(train.main, "--config", "tiny", "--set", *overrides)[0] == 0
     assert {t.dtype for t in load_file(run / "final" / "model.safetensors").values()} == {torch.float32}
-    known = evaluate.reference_model
-    monkeypatch.setattr(evaluate, "reference_model", lambda loaded: pytest.fail("is in the cache"))
+    known = held_out.reference_model
+    monkeypatch.setattr(held_out, "reference_model", lambda loaded: pytest.fail("is in the cache"))
     status, _, err = call(evaluate.main, "--checkpoint", run)
     assert status == 0, err
 
@@ -112,7 +113,7 @@ def test_a_model_trained_in_half_precision_is_evaluated_in_it(call, tmp_path, mo
     report = json.loads((run / "eval" / "report.json").read_text())
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["eval"] and last["accuracy_top"] == report["accuracy"]["top"]
-    monkeypatch.setattr(evaluate, "reference_model", known)
+    monkeypatch.setattr(held_out, "reference_model", known)
     monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "another cache"))
     assert call(evaluate.main, "--checkpoint", run, "--out", tmp_path / "again")[0] == 0
     assert margins(tmp_path / "again") == pytest.approx(margins(run / "eval"), abs=1e-6)

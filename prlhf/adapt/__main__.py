@@ -1,54 +1,118 @@
-"""Make a model know new users from their comparisons: python -m prlhf.adapt --checkpoint RUN --data new.jsonl --out DIR
+"""Users whom training did not know, from a few of their comparisons, with the language model as it is.
 
-Writes to DIR the same model with vectors for the users of the file, and how sure it is of them (posterior.safetensors). DIR is
-a model for evaluate.py, generate.py and prlhf.load. What does not change is linked, not copied. If DIR is the checkpoint's own
-folder, it is replaced. Known users stay as they are, bit for bit. For reward models with a linear head.
+    python -m prlhf.adapt --checkpoint RUN --data new.jsonl --out DIR [--update]
+    python -m prlhf.adapt --checkpoint RUN --ask K --candidates pairs.jsonl --user NAME [--out FILE]
+    python -m prlhf.adapt users RUN [--data FILE] [--out DIR] [--forget NAME]        (the same as prlhf.users)
+
+The first writes to DIR the same model with vectors for the users of the file, and how sure it is of them
+(posterior.safetensors). DIR is a model for evaluate.py, generate.py and prlhf.load. What does not change is linked, not copied.
+If DIR is the checkpoint's own folder, it is replaced. Known users stay as they are, bit for bit. One comparison of a user is
+enough. Refused: a user who chose both responses of one pair, and with --update a pair that the user has told of before.
+
+The second prints the K comparisons of pairs.jsonl whose answers would tell most about a user, known or new, most first: what
+they tell in nats, with those above them in mind, and the probability that the first response is preferred. The order of the two
+responses and the file's users mean nothing; `responses`: [a, b] may stand for chosen and rejected. --out FILE writes them as
+JSON lines, with `responses`, to be answered with chosen and rejected.
+
+Both are for reward models with a linear head. The third shows who the users are to any personal model, or forgets one.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prlhf.adapt.evidence import Judgements, judgements
+from prlhf.adapt import look
+from prlhf.adapt.ask import ask, check_askable, check_new, read_candidates, table, to_answer
+from prlhf.adapt.evidence import judgements
+from prlhf.adapt.reading import encoded, training_judgements
+from prlhf.adapt.told import told_after
 from prlhf.adapt.users import adapt, check_adaptable, new_users_prior
 from prlhf.backbone.loading import choose_device
-from prlhf.batch.datasets import Dataset, encode_file
-from prlhf.batch.tokens import Encoder
-from prlhf.data.comparisons import ComparisonFile, read_comparisons
-from prlhf.data.names import quoted
+from prlhf.data.comparisons import GENERIC, read_comparisons
+from prlhf.data.files import write_json_lines
+from prlhf.data.names import canonical, quoted
 from prlhf.data.unknown import alike, without_users
 from prlhf.data.users import UserIndex, ranked
-from prlhf.errors import UserError, expanded, run_command
+from prlhf.errors import UserError, check_range, expanded, run_command
 from prlhf.parallel.ranks import check_started_alone
 from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded, load_final, save_adapted
 
 
 def main() -> None:
-    """Adapt the model that the command line names to the users of a file."""
+    """Run what the command line names."""
+    if sys.argv[1:2] == ["users"]:
+        return look.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run's directory or its final/")
-    parser.add_argument("--data", required=True, help="comparisons of new users")
-    parser.add_argument("--out", required=True, help="a new folder, or the checkpoint's own")
+    parser.add_argument("--data", help="comparisons of new users")
+    parser.add_argument("--out", help="a new folder, or the checkpoint's own; with --ask a file for the questions")
     parser.add_argument("--update", action="store_true", help="go on learning users of the file who are known already")
+    parser.add_argument("--ask", type=int, metavar="K", help="which K comparisons to ask a user about")
+    parser.add_argument("--candidates", metavar="FILE", help="with --ask: comparisons to choose from")
+    parser.add_argument("--user", metavar="NAME", help="with --ask: whom to ask, a known or a new user")
     args = parser.parse_args()
-
+    check_options(args)
     check_started_alone("prlhf.adapt")
+    run_ask(args) if args.ask is not None else run_adapt(args)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """UserError for an option that is lacking, or is not for what is asked."""
+    asks = args.ask is not None
+    needed, foreign = ("data", "out"), ("candidates", "user")
+    if asks:
+        needed, foreign = foreign, ("data", "update")
+        check_range("--ask", args.ask, low=1)
+    for name in needed:
+        if getattr(args, name) is None:
+            raise UserError(f"--{name}: not given; expected it" + (" with --ask" if asks else ", or --ask K"))
+    for name in foreign:
+        if getattr(args, name):
+            raise UserError(f"--{name}: not for --ask" if asks else f"--{name}: for --ask alone")
+
+
+def run_adapt(args: argparse.Namespace) -> None:
+    """Adapt the model to the users of a file."""
     loaded = load_final(args.checkpoint)
     check_adaptable(loaded)
     out = folder_for(args.out, loaded.path)
     data = encoded(loaded, read_comparisons(args.data, loaded.config.data))
     users = with_new_users(loaded, args.data, data.names, args.update)
+    told = told_after(loaded, users, data.raw)
     print(f"{args.data}: {data.report.lines()}")
     check_agreement(loaded.model.to(choose_device(loaded.config.device)))
     judged = judgements(loaded, [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)])
-    training = training_judgements(loaded, args.update)
+    training = training_judgements(loaded, [user for user in judged.rows if user <= len(loaded.users)])
     prior = new_users_prior(loaded, training)
     print(f"prior of a new user: {prior.said}")
     rows, posterior = adapt(loaded, judged, training, prior)
-    save_adapted(out, loaded.path, users, loaded.model.user_model.table, rows, posterior)
+    save_adapted(out, loaded.path, users, loaded.model.user_model.table, rows, posterior, told)
     new, updated = len(users) - len(loaded.users), sum(user <= len(loaded.users) for user in judged.rows)
     print(f"{out}: {new:,} new users" + (f", {updated:,} updated" if updated else "") + f"; knows {len(users):,} users")
+
+
+def run_ask(args: argparse.Namespace) -> None:
+    """Print the questions worth asking a user, and write them to --out."""
+    name = canonical(args.user)
+    if not name or name == GENERIC:
+        raise UserError(
+            f"--user: found {args.user!r}, who is nobody to learn of; expected the name of a known or a new user"
+        )
+    if args.out and Path(args.out).exists() and Path(args.out).samefile(args.candidates):
+        raise UserError(f"--out: {args.out} is the file of candidates; expected another file")
+    loaded = load_final(args.checkpoint)
+    check_askable(loaded)
+    candidates = read_candidates(args.candidates, loaded)
+    check_new(loaded, candidates, name, args.ask)
+    if not loaded.users.number(name) and (said := near(loaded, "--user", [name])):
+        print(said)
+    check_agreement(loaded.model.to(choose_device(loaded.config.device)))
+    asked, said = ask(loaded, candidates, name, args.ask)
+    print(f"{name!r}: {said}\n{table(candidates, asked)}")
+    if args.out:
+        write_json_lines(args.out, to_answer(candidates, asked, name))
 
 
 def folder_for(out: str, source: Path) -> Path:
@@ -82,25 +146,6 @@ def near(loaded: Loaded, source: str, new: list[str]) -> str | None:
     """Which new users may be known ones, in a sentence."""
     pairs = [f"{name!r} (known: {known!r})" for name, known in loaded.users.near(new).items()]
     return f"{source}: new users whose names look like known ones: {', '.join(pairs[:3])}" if pairs else None
-
-
-def encoded(loaded: Loaded, file: ComparisonFile) -> Dataset:
-    """The comparisons as tokens."""
-    config = loaded.config
-    return encode_file(
-        file, Encoder(loaded.tokenizer, config.data, config.method, config.user_model.place), loaded.users
-    )
-
-
-def training_judgements(loaded: Loaded, update: bool) -> Judgements | None:
-    """What the users of training said in it, if that file is there and needed."""
-    config = loaded.config
-    if config.data.train is None or not expanded(config.data.train).is_file():
-        return None
-    if loaded.posterior is not None and not update:
-        return None
-    file = read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed)
-    return judgements(loaded, encoded(loaded, file).comparisons)
 
 
 if __name__ == "__main__":

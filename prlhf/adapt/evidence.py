@@ -29,6 +29,10 @@ class Evidence(NamedTuple):
         """Some of the comparisons."""
         return Evidence(*(part[rows] for part in self))
 
+    def times(self, sharpness: float) -> "Evidence":
+        """With all rewards times `sharpness`."""
+        return Evidence(*(part * sharpness for part in self[:4]), self.required_N)
+
     @property
     def generic_N(self) -> Tensor:
         """The generic user's margins."""

@@ -15,15 +15,18 @@ mean loss of 0.385 against 0.380 at the best scale of each. alpha has trained e_
 Shape suffixes: M users, K coordinates.
 """
 
-from torch import Tensor, ones_like
+from torch import Tensor, ones_like, zeros_like
 
 from prlhf.adapt.variational import Gaussian
 
 
-def population(coordinates_MK: Tensor, standard: bool) -> Gaussian:
-    """N(0, C). standard: T is the identity; else the diagonal of the users' own second moments."""
-    M, K = coordinates_MK.shape
-    zero_K = coordinates_MK.new_zeros(K)
-    target_K = ones_like(zero_K) if standard else coordinates_MK.square().sum(dim=0) / max(M, 1)
-    weight = min(K, M) + 1
-    return Gaussian.of(zero_K, (weight * target_K.diag() + coordinates_MK.T @ coordinates_MK) / (weight + M))
+def second_moment(coordinates_MK: Tensor) -> Tensor:
+    """sum_i c_i c_i^T, (K, K)."""
+    return coordinates_MK.T @ coordinates_MK
+
+
+def population(moment_KK: Tensor, users: int, standard: bool) -> Gaussian:
+    """N(0, C) of so many users. moment_KK: their `second_moment`. standard: T is the identity; else its diagonal's mean."""
+    zero_K, weight = zeros_like(moment_KK[0]), min(len(moment_KK), users) + 1
+    target_K = ones_like(zero_K) if standard else moment_KK.diagonal() / max(users, 1)
+    return Gaussian.of(zero_K, (weight * target_K.diag() + moment_KK) / (weight + users))

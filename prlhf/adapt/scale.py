@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prlhf.adapt.evidence import Evidence, Judgements
-from prlhf.adapt.population import population
+from prlhf.adapt.population import population, second_moment
 from prlhf.adapt.variational import Whitened, fits, whitened
 from prlhf.config.keys import LossConfig
 from prlhf.method.posterior import integrated
@@ -38,7 +38,6 @@ from prlhf.solve.strength import FOLDS
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 SHARPNESSES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
 SHOTS = (1, 2, 5, 10, 20)
-MOST_USERS = 200  # of training, drawn at random where there are more: the cost does not grow with all of them
 
 
 class Halves(NamedTuple):
@@ -70,12 +69,12 @@ class Shot(NamedTuple):
     @classmethod
     def of(cls, loss: LossConfig, evidence: Evidence, predict: Evidence, users_MK: Tensor, standard: bool) -> "Shot":
         """At scale and sharpness 1."""
-        prior, features_NK = population(users_MK, standard), predict.features_NK
+        prior, features_NK = population(second_moment(users_MK), len(users_MK), standard), predict.features_NK
         variance_N = (features_NK @ prior.root_KK).square().sum(dim=1)
         return cls(whitened(loss, evidence, prior), predict.generic_N, features_NK, variance_N)
 
 
-class Choice(NamedTuple):
+class Tuned(NamedTuple):
     """The scale, the sharpness, and the mean held-out loss of each pair that was tried."""
 
     scale: float
@@ -88,10 +87,10 @@ class Choice(NamedTuple):
         return self.losses[self.scale, self.sharpness]
 
 
-def choose(loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, standard: bool) -> Choice | None:
+def choose(loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, standard: bool) -> Tuned | None:
     """The best scale and sharpness. None where fewer than two users can be held out.
 
-    coordinates_MK: of users 1 to M, whose training comparisons are `judged`; standard: see `population`.
+    coordinates_MK: of those whose training comparisons are `judged`, by number; standard: see `population`.
     """
     rng, users = random.Random(0), sorted(judged.rows)
     splits = {user: split(judged.pairs(user), rng) for user in users}
@@ -117,7 +116,7 @@ def choose(loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, standar
         before = best
         best = best_of([(best[0], each) for each in SHARPNESSES])
         best = best_of([(each, best[1]) for each in SCALES])
-    return Choice(*best, losses)
+    return Tuned(*best, losses)
 
 
 def mean_loss(loss: LossConfig, shots: Sequence[Shot], scale: float, sharpness: float) -> float:
@@ -143,14 +142,13 @@ class Trained(NamedTuple):
 
 @torch.enable_grad()
 def trained(judged: Judgements, coordinates_MK: Tensor) -> Trained:
-    """Users 1 to M of coordinates_MK who have comparisons, as the user model of e_0 and B or of whole vectors."""
-    known = sorted(judged.rows)
-    problem, z_MK = of_users(judged.problem, known), coordinates_MK[[user - 1 for user in known]]
+    """Those whose comparisons are `judged`, with their coordinates, as a user model of e_0 and B or of whole vectors."""
+    problem = of_users(judged.problem, sorted(judged.rows))
     e_UW, scale_W = (judged.shared_W * problem.scale_W)[None], problem.scale_W
     if judged.basis_KW is None:
-        users: IndividualUsers | LowRankUsers = IndividualUsers(e_UW, (z_MK * scale_W)[:, None])
+        users: IndividualUsers | LowRankUsers = IndividualUsers(e_UW, (coordinates_MK * scale_W)[:, None])
     else:
-        users = LowRankUsers(e_UW, (judged.basis_KW * scale_W)[:, None], z_MK.clone())
+        users = LowRankUsers(e_UW, (judged.basis_KW * scale_W)[:, None], coordinates_MK.clone())
     return Trained(judged, problem, users, strength_of(problem, users))
 
 

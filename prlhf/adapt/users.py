@@ -9,13 +9,14 @@ knows of that user already, and the new comparisons must be new: one that is tol
 Shape suffixes: M + 1 rows of all users, 0 the generic one, A adapted users, K coordinates, R directions.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from prlhf.adapt.evidence import Judgements
-from prlhf.adapt.population import population
+from prlhf.adapt.population import population, second_moment
 from prlhf.adapt.scale import choose
 from prlhf.adapt.variational import Fit, Gaussian, fit, fits, told_by, whitened
 from prlhf.config.keys import is_linear
@@ -25,24 +26,31 @@ from prlhf.method.users import IndividualUsers, UserModel, is_personal
 from prlhf.store.final import Loaded
 
 AT_ONCE = 256  # new users in one batch
+ROWS_AT_ONCE = 2**16  # known users whose coordinates are in memory at once
 
 
 class Coordinates(NamedTuple):
-    """A user model as coordinates of its known users, and the way back to rows of its table."""
+    """A user model as coordinates of some of its users, and the way back to rows of its table."""
 
-    users_MK: Tensor  # user i's in row i - 1
+    users_MK: Tensor
     origin_K: Tensor  # a user's row less its coordinates
     full: bool  # whether coordinates are whole vectors
 
 
-def check_adaptable(loaded: Loaded) -> None:
-    """UserError for a model whose users cannot be adapted here."""
+def check_personal(loaded: Loaded) -> None:
+    """UserError for a model whose users have no vectors of their own."""
     config, users = loaded.config, loaded.config.user_model
     if not is_personal(loaded.model.user_model, config.loss.alpha):
         key = "loss.alpha=0" if config.loss.alpha == 0 else f"user_model.kind={users.kind}"
         raise UserError(
             f"{loaded.path}: found {key}, which gives users no vectors of their own; expected personal users"
         )
+
+
+def check_adaptable(loaded: Loaded) -> None:
+    """UserError for a model whose users cannot be adapted here."""
+    config, users = loaded.config, loaded.config.user_model
+    check_personal(loaded)
     if not is_linear(config):
         found = f"method={config.method} with user_model.aggregator={users.aggregator}"
         raise UserError(
@@ -54,16 +62,22 @@ def check_adaptable(loaded: Loaded) -> None:
         )
 
 
-def coordinates(user_model: UserModel, known: int) -> Coordinates:
-    """The coordinates of all known users, in float64 on the CPU."""
+def coordinates(user_model: UserModel, users_M: Sequence[int]) -> Coordinates:
+    """The coordinates of these known users, in float64 on the CPU."""
     device = user_model.vectors[0].device
-    shared_UD, basis_KUD, users, origin_K = user_model.parts(torch.arange(1, known + 1, device=device))
+    shared_UD, basis_KUD, users, origin_K = user_model.parts(torch.tensor(users_M, dtype=torch.long, device=device))
     assert users is not None
     users_MK = users.detach().flatten(1).cpu().double()
     if isinstance(user_model, IndividualUsers) and not user_model.shared:
         origin_K = shared_UD[0]
     origin_K = torch.zeros(users_MK.shape[1]) if origin_K is None else origin_K.detach().cpu()
     return Coordinates(users_MK, origin_K.double(), basis_KUD is None)
+
+
+def moments(user_model: UserModel, known: int) -> tuple[Tensor, int]:
+    """sum_i c_i c_i^T over all known users, ROWS_AT_ONCE at a time, and how many they are."""
+    blocks = [range(start, min(start + ROWS_AT_ONCE, known + 1)) for start in range(1, known + 1, ROWS_AT_ONCE)]
+    return sum(second_moment(coordinates(user_model, block).users_MK) for block in blocks), known
 
 
 class NewUsersPrior(NamedTuple):
@@ -79,9 +93,11 @@ def new_users_prior(loaded: Loaded, training: Judgements | None) -> NewUsersPrio
     if (posterior := loaded.posterior) is not None:
         gaussian = Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
         return NewUsersPrior(gaussian, posterior.sharpness.item(), "as of the users adapted before")
-    config, (users_MK, _, full) = loaded.config, coordinates(loaded.model.user_model, len(loaded.users))
-    standard = full is False and config.user_model.prior is not None
-    prior, found = population(users_MK, standard), None
+    config, user_model = loaded.config, loaded.model.user_model
+    judges = [] if training is None else sorted(training.rows)
+    users_MK, _, full = coordinates(user_model, judges)
+    standard = not full and config.user_model.prior is not None
+    prior, found = population(*moments(user_model, len(loaded.users)), standard), None
     if training is None:
         said = f"data.train: {config.data.train} is not there to choose them by"
     elif (found := choose(config.loss, training, users_MK, standard)) is None:
@@ -93,14 +109,12 @@ def new_users_prior(loaded: Loaded, training: Judgements | None) -> NewUsersPrio
     return NewUsersPrior(prior.scaled(scale), sharpness, said)
 
 
-def prior_of(
-    loaded: Loaded, user: int, vector_K: Tensor, prior: Gaussian, training: Judgements | None
-) -> tuple[Gaussian, Tensor]:
+def prior_of(loaded: Loaded, user: int, prior: Gaussian, training: Judgements | None) -> tuple[Gaussian, Tensor]:
     """What is known of a known user, around the vector as it is, and Y (K, R): its covariance is the prior's less Y Y^T.
 
     UserError for a user of training whose training comparisons are gone.
     """
-    posterior = loaded.posterior
+    posterior, vector_K = loaded.posterior, coordinates(loaded.model.user_model, [user]).users_MK[0]
     if posterior is not None and posterior.row(user) is not None:
         return Gaussian.of(vector_K, posterior.covariance(user)), posterior.told(user)
     if training is None or user not in training.rows:
@@ -130,21 +144,19 @@ class Adapted(NamedTuple):
 def adapt(loaded: Loaded, judged: Judgements, training: Judgements | None, prior: NewUsersPrior) -> Adapted:
     """The table with the users of `judged`, whose numbers go on from the known ones. UserError: see `prior_of`."""
     user_model, known, earlier = loaded.model.user_model, len(loaded.users), loaded.posterior
-    users_MK, origin_K, full = coordinates(user_model, known)
+    _, origin_K, full = coordinates(user_model, [])
     table = user_model.get_parameter(user_model.table).detach().cpu()
     rows = torch.cat([table, table.new_zeros(max([known, *judged.rows]) - known, *table.shape[1:])])
     kept = [] if earlier is None else [user for user in earlier.users_A.tolist() if user not in judged.rows]
     told = {user: earlier.told(user) for user in kept}
-    for user, fitted in fit_each(loaded, judged, training, prior, users_MK).items():
+    for user, fitted in fit_each(loaded, judged, training, prior).items():
         rows[user - user_model.first_user] = (origin_K + fitted.mean_K).to(rows).view(rows.shape[1:])
         told[user] = fitted.told_KR
     sharpness = {user: sharpness_of(loaded, user, prior.sharpness) for user in told}
     return Adapted(rows, Posterior.of(prior.gaussian.covariance_KK, told, full, {0: prior.sharpness, **sharpness}))
 
 
-def fit_each(
-    loaded: Loaded, judged: Judgements, training: Judgements | None, prior: NewUsersPrior, users_MK: Tensor
-) -> dict[int, Fit]:
+def fit_each(loaded: Loaded, judged: Judgements, training: Judgements | None, prior: NewUsersPrior) -> dict[int, Fit]:
     """The posterior of each user of `judged`: new users AT_ONCE at a time, known ones from what is known of them."""
     loss, gaussian, known = loaded.config.loss, prior.gaussian, len(loaded.users)
     new, found = [user for user in judged.rows if user > known], {}
@@ -153,7 +165,7 @@ def fit_each(
         problems = [whitened(loss, judged.of(user), gaussian).scaled(1.0, prior.sharpness) for user in some]
         found.update(zip(some, fits(loss, problems)))
     for user in set(judged.rows) - set(new):
-        before, told_KR = prior_of(loaded, user, users_MK[user - 1], gaussian, training)
+        before, told_KR = prior_of(loaded, user, gaussian, training)
         fitted = fit(loss, judged.of(user), before, sharpness_of(loaded, user, prior.sharpness))
         found[user] = fitted._replace(told_KR=torch.cat([told_KR, fitted.told_KR], dim=1))
     return found

@@ -12,26 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from prlhf.backbone.loading import choose_device
 from prlhf.batch.datasets import encode_file
 from prlhf.batch.tokens import Encoder
 from prlhf.config.keys import Config
 from prlhf.data.check.rules import FittedRules, fit
-from prlhf.data.comparisons import ComparisonFile, read_comparisons
-from prlhf.data.unknown import check_users
+from prlhf.data.comparisons import read_comparisons
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, expanded, run_command
 from prlhf.evaluate.accuracy import integrated_calibration, reward_margins, score_users, summarize
+from prlhf.evaluate.held_out import held_out_task, read_held_out
 from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
-from prlhf.method.losses import needs_reference
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.method.posterior import features, integrated
 from prlhf.parallel.ranks import check_started_alone
-from prlhf.score.agreement import check_agreement
-from prlhf.score.reference import computes_on, reference_log_probs
-from prlhf.score.states import States, fixed_states, response_states
+from prlhf.score.states import States, response_states
 from prlhf.score.task import Task
-from prlhf.store.final import Loaded, base_fingerprint, load_final, reference_model
+from prlhf.store.final import Loaded, load_final
 
 
 def main() -> None:
@@ -59,24 +55,13 @@ def main() -> None:
     print(f"{source}: {data.report.lines()}")
     rules = fit_rules(config, loaded.users).right(data.raw)
 
-    device = choose_device(config.device)
-    base = base_fingerprint(loaded.path)
-    reference = None
-    if needs_reference(config):  # before the model is on the GPU, which need not have room for both
-        reference = reference_log_probs(
-            lambda: check_agreement(reference_model(loaded).to(device)), data.comparisons,
-            config.evaluate.batch_size, base, computes_on(config.model, device),
-        )  # fmt: skip
-    model = loaded.model.to(device)
-    check_agreement(model)
-    states = fixed_states(model, data.comparisons, config.evaluate.batch_size, base)
-    task = Task(config, model, data.comparisons, reference, states, data.names)
+    task = held_out_task(loaded, data)
     margins = reward_margins(task, score_users(task))
     report = {
         "checkpoint": str(loaded.path),
         "data": str(source),
         "encoding": asdict(data.report),
-        **summarize(config.evaluate, margins, task.users, task.names, rules, others=model.users > 1),
+        **summarize(config.evaluate, margins, task.users, task.names, rules, others=task.model.users > 1),
     }
     report["calibration"] |= adapted_calibration(loaded, task, margins[0])
     (out / "report.json").unlink(missing_ok=True)  # an earlier evaluation's, whose margins are replaced
@@ -84,15 +69,6 @@ def main() -> None:
     draw_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
     write_report(report, out)  # last: a report says that the evaluation is complete
     print(f"{markdown(report)}\nwritten to {out}")
-
-
-def read_held_out(source: str, loaded: Loaded) -> ComparisonFile:
-    """The comparisons of a file. Prints which users the model does not know; UserError as of `check_users`."""
-    form = loaded.config.data
-    file = read_comparisons(source, form)
-    if said := check_users(source, [c.user for c in file.comparisons], loaded.users, form):
-        print(said)
-    return file
 
 
 def adapted_calibration(loaded: Loaded, task: Task, margins_B: np.ndarray) -> dict[str, Any]:

@@ -48,7 +48,9 @@ class Posterior(NamedTuple):
         """told: Y (K, R) of each user, S_u = prior - Y Y^T. full: whether coordinates are whole vectors. sharpness: k of each
         user, and under 0 that of a new one."""
         users = sorted(told)
-        sharpness_A, new = (torch.tensor([sharpness[user] for user in some]).double() for some in (users, [0]))
+        sharpness_A, new = (
+            torch.tensor([sharpness[user] for user in some], dtype=torch.float64) for some in (users, [0])
+        )
         found = cls(torch.tensor(users), sharpness_A, prior_KK, new[0])
         if full:
             return found._replace(told_ARK=pad_sequence([told[user].T for user in users], batch_first=True))

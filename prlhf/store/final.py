@@ -1,7 +1,8 @@
 """final/, the model for use: written after training, loaded by everything else.
 
 It holds model.safetensors (or adapter_model.safetensors, or neither where the backbone is frozen), users.safetensors,
-users.json, config.yaml, base.json and the tokenizer; with users who were adapted to it (`adapt`), posterior.safetensors.
+users.json, config.yaml, base.json and the tokenizer; with users who were adapted to it (`adapt`), posterior.safetensors and
+told.json.
 """
 
 import json
@@ -63,10 +64,19 @@ def save_final(
         on_main(write)
 
 
-def save_adapted(path: Path, source: Path, users: UserIndex, table: str, rows: Tensor, posterior: Posterior) -> None:
+def save_adapted(
+    path: Path,
+    source: Path,
+    users: UserIndex,
+    table: str,
+    rows: Tensor,
+    posterior: Posterior | None,
+    told: dict[str, list[str]] | None = None,
+) -> None:
     """Write the model of `source` with other users, to a new folder or in its own place.
 
-    rows: of the user model's `table`. All other weights are as they were, bit for bit; files that do not change are linked.
+    rows: of the user model's `table`. posterior: of the adapted users, if any. told: hashes of what they told, by name, if any.
+    All other weights are as they were, bit for bit; files that do not change are linked.
     TrainingError where that fails; `source` is then as it was.
     """
     weights = {**load_file(source / "users.safetensors"), f"user_model.{table}": rows.contiguous()}
@@ -79,7 +89,10 @@ def save_adapted(path: Path, source: Path, users: UserIndex, table: str, rows: T
     with written_aside(path, shared=True) as aside:
         shutil.copytree(source, aside, copy_function=link_or_copy, ignore=others, dirs_exist_ok=True)
         save_file(weights, aside / "users.safetensors")
-        save_file({n: t.contiguous() for n, t in posterior._asdict().items() if t is not None}, aside / POSTERIOR)
+        if posterior is not None:
+            save_file({n: t.contiguous() for n, t in posterior._asdict().items() if t is not None}, aside / POSTERIOR)
+        if told:
+            (aside / TOLD).write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
         users.save(aside / "users.json")
 
 
@@ -91,8 +104,8 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
-POSTERIOR = "posterior.safetensors"
-OF_USERS = ("users.safetensors", "users.json", POSTERIOR)  # the files that change with new users
+POSTERIOR, TOLD = "posterior.safetensors", "told.json"
+OF_USERS = ("users.safetensors", "users.json", POSTERIOR, TOLD)  # the files that change with new users
 
 
 class Loaded(NamedTuple):

@@ -21,6 +21,7 @@ import torch
 
 import prlhf.backbone.attention as attention
 import prlhf.evaluate.__main__ as evaluate
+import prlhf.evaluate.held_out as held_out
 import prlhf.generate.__main__ as generate
 import prlhf.generate.decode as decode
 import prlhf.method.models as models
@@ -85,7 +86,7 @@ def main() -> None:
     keys = [key for key in keys if not key.startswith("--")]
     torch.set_num_threads(1)
     os.chdir(ROOT)
-    for module in (train, evaluate, generate, final):
+    for module in (train, held_out, generate, final):
         if hasattr(module, "choose_device"):
             module.choose_device = lambda name: "cuda" if name in ("auto", "cuda") else "cpu"
     agreement.in_float32 = decode.in_float32 = as_it_is
