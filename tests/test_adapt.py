@@ -1,5 +1,7 @@
 """New users of a trained model: the most probable vector, how sure it is, the folder that is written, and what is refused."""
 
+import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -16,11 +18,11 @@ from torch.nn.functional import logsigmoid
 
 import prlhf
 from prlhf.adapt import __main__ as adapt
-from prlhf.adapt.evidence import Evidence
+from prlhf.adapt.evidence import Evidence, Judgements, apart
 from prlhf.adapt.population import population
-from prlhf.adapt.scale import split
+from prlhf.adapt.scale import trained, tune, without
 from prlhf.adapt.users import check_adaptable
-from prlhf.adapt.variational import Gaussian, fit, fits, told_by, whitened
+from prlhf.adapt.variational import Gaussian, fit, fits, surprise, told_by, whitened
 from prlhf.backbone.toys import random_backbone
 from prlhf.batch.tokens import Encoder, EncodingReport
 from prlhf.batch.trees import Reading
@@ -33,6 +35,9 @@ from prlhf.evaluate.stats.metrics import expected_calibration_error
 from prlhf.generate import __main__ as generate
 from prlhf.method.build import build_model
 from prlhf.method.posterior import Posterior, integrated
+from prlhf.method.prior import Strength, difference_scale
+from prlhf.method.users import IndividualUsers, LowRankUsers
+from prlhf.solve.linear import LinearProblem, solve
 from prlhf.store import files
 from prlhf.store import final as final_module
 from prlhf.store.final import Loaded, load_final, save_adapted
@@ -241,12 +246,96 @@ def test_the_population_is_shrunk_and_needs_few_users():
     assert one.covariance_KK.isfinite().all() and torch.linalg.matrix_rank(one.covariance_KK) == 6
 
 
-def test_what_is_predicted_shares_no_response_with_what_is_learnt_from():
-    rng = random.Random(1)
-    pairs = [tuple(rng.sample(range(12), 2)) for _ in range(60)]
-    learn, predict = split(pairs, random.Random(0))
-    assert len(learn) > 5 and len(predict) > 5
-    assert not {y for n in learn for y in pairs[n]} & {y for n in predict for y in pairs[n]}
+def test_pairs_that_are_apart_share_no_response():
+    assert apart([(0, 1), (1, 2), (2, 3), (4, 0), (5, 4), (3, 6)]) == [0, 2, 4]
+
+
+@pytest.mark.parametrize(("N", "wide"), [(12, 1.0), (3, 4.0)])
+def test_the_surprise_is_little_more_than_minus_the_log_of_the_marginal_likelihood(N, wide):
+    """The integral over the plane, by sums over a grid."""
+    e = random_evidence(N, 2, seed=3)._replace(required_N=torch.zeros(N, dtype=torch.float64))
+    prior = Gaussian.of(torch.zeros(2, dtype=torch.float64), wide**2 * torch.tensor([[0.8, 0.2], [0.2, 0.5]]).double())
+    line = torch.linspace(-7 * wide, 7 * wide, 601, dtype=torch.float64)
+    grid_G2 = torch.cartesian_prod(line, line)
+    log_prior_G = -((grid_G2 @ torch.linalg.inv(prior.covariance_KK)) * grid_G2).sum(dim=1) / 2
+    log_G = logsigmoid(1.4 * (e.generic_N[:, None] + e.features_NK @ grid_G2.T)).sum(dim=0)
+    exact = -((log_prior_G + log_G).logsumexp(0) - log_prior_G.logsumexp(0)).item()
+    found = surprise(LossConfig(), [whitened(LossConfig(), e, prior).scaled(1.0, 1.4)])
+    assert exact <= found < exact + (0.05 if wide == 1 else 0.3) and exact > 1
+
+
+def simulated(users: int, scale: float, sharpness: float, seed: int) -> list:
+    """Users of eight comparisons, drawn from N(0, scale I) and this sharpness."""
+    generator, K = torch.Generator().manual_seed(seed), 2
+    prior, found = Gaussian.of(torch.zeros(K).double(), torch.eye(K).double()), []
+    for _ in range(users):
+        a_N, x_NK = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((8,), (8, K)))
+        c_K = scale**0.5 * torch.randn(K, generator=generator, dtype=torch.float64)
+        right_N = torch.rand(8, generator=generator) < torch.sigmoid(sharpness * (a_N + x_NK @ c_K))
+        sign_N, zero_N = 2.0 * right_N.double() - 1, torch.zeros(8, dtype=torch.float64)
+        e = Evidence(sign_N * a_N, zero_N, sign_N[:, None] * x_NK, torch.zeros(8, K).double(), zero_N)
+        found.append(whitened(LossConfig(), e, prior))
+    return found
+
+
+@pytest.mark.parametrize(("scale", "sharpness"), [(4.0, 1.0), (0.25, 2.0)])
+def test_scale_and_sharpness_of_simulated_users_are_found(scale, sharpness):
+    """Many new users decide for themselves; of two, who were drawn otherwise, trained ones decide."""
+    own, others = simulated(150, scale, sharpness, seed=1), simulated(150, 1.0, 1.0, seed=2)
+    found = tune(LossConfig(), own, others)
+    assert scale / 2 <= found.scale <= 2 * scale and sharpness / 1.5 < found.sharpness < 1.5 * sharpness
+    few, none = tune(LossConfig(), own[:2], others), tune(LossConfig(), [], others)
+    assert few.scale == none.scale != found.scale and 1 / 1.5 < few.sharpness / none.sharpness < 1.5
+
+
+def solved(kind: str) -> tuple[Judgements, Tensor, LinearProblem, object]:
+    """Users 1 to 6 and their exact solution with s = 2, s_0 = 1.5, as judgements and coordinates."""
+    states_SW, generator = randn(40, 3, seed=21), random.Random(5)
+    rows = [(1 + n % 6, *generator.sample(range(40), 2)) for n in range(90)]
+    users_N, y1_N, y2_N = torch.tensor(rows).T
+    scale_W = difference_scale(states_SW[y1_N] - states_SW[y2_N])
+    half_N = torch.full((90,), 0.5, dtype=torch.float64)
+    problem = LinearProblem(
+        LossConfig(), states_SW / scale_W, scale_W, y1_N, y2_N, users_N, torch.zeros(90).double(), half_N, 6
+    )
+    e, B = torch.zeros(1, 3).double(), torch.zeros(2, 1, 3).double()
+    full = kind == "full"
+    users = (
+        IndividualUsers(e, torch.zeros(6, 1, 3).double()) if full else LowRankUsers(e, B, torch.zeros(6, 2).double())
+    )
+    solve(problem, users, Strength(2.0, 1.5))
+    own_rows = {user: [n for n in range(90) if users_N[n] == user] for user in range(1, 7)}
+    shared_W = users.e_UD.detach()[0] / scale_W
+    if full:
+        return Judgements(problem, shared_W, None, own_rows), users.offsets_MUD.detach()[:, 0] / scale_W, problem, users
+    assert users.z_MK.abs().max() > 0.1  # users differ
+    return (
+        Judgements(problem, shared_W, users.B_KUD.detach()[:, 0] / scale_W, own_rows),
+        users.z_MK.detach(),
+        problem,
+        users,
+    )
+
+
+@pytest.mark.parametrize("kind", ["full", "low rank"])
+def test_training_without_some_users_is_solved_anew(kind):
+    """The prior that training had is read off its optimum; without two users it is what solving from nothing gives."""
+    judged, coordinates_MK, problem, users = solved(kind)
+    of_all = trained(judged, coordinates_MK)
+    assert of_all.strength == pytest.approx((2.0, 1.5), rel=1e-3)
+    others, users_MK = without(of_all, [2, 5])
+    fresh = copy.deepcopy(users)
+    fresh.tables[0].data = fresh.tables[0].data[[0, 2, 3, 5]] * 0
+    keep_N = (problem.users_N != 2) & (problem.users_N != 5)
+    numbers = torch.tensor([0, 1, 0, 2, 3, 0, 4])
+    some = problem.of(keep_N)
+    solve(dataclasses.replace(some, users_N=numbers[some.users_N], known=4), fresh, Strength(2.0, 1.5))
+    scale_W = problem.scale_W
+    assert torch.allclose(others.shared_W, fresh.e_UD.detach()[0] / scale_W, atol=1e-4)
+    assert (others.shared_W - judged.shared_W).abs().max() > 1e-3
+    vectors_MW = users_MK if kind == "full" else users_MK @ others.basis_KW
+    expected = fresh(torch.arange(1, 5)).detach()[:, 0] / scale_W - others.shared_W
+    assert torch.allclose(vectors_MW, expected, atol=1e-3)
 
 
 # The folder.
@@ -265,7 +354,7 @@ LINES = [json.loads(line) for line in (ROOT / "examples/tiny/train.jsonl").read_
 TABLES = {"low rank": "z_MK", "cluster": "w_MK", "full": "offsets_MUD", "alone": "offsets_MUD"}
 
 
-def trained(folder: Path, form: str) -> Path:
+def trained_run(folder: Path, form: str) -> Path:
     """A trained reward model of a form."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -278,7 +367,7 @@ def trained(folder: Path, form: str) -> Path:
 
 @pytest.fixture(scope="module")
 def low_rank(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("low_rank") / "run", "low rank")
+    return trained_run(tmp_path_factory.mktemp("low_rank") / "run", "low rank")
 
 
 @pytest.fixture(autouse=True)
@@ -307,11 +396,11 @@ def users_of(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_new_users_of_every_form_are_at_the_optimum_and_known_ones_stay(call, form, low_rank, tmp_path):
-    run = low_rank if form == "low rank" else trained(tmp_path / "run", form)
+    run = low_rank if form == "low rank" else trained_run(tmp_path / "run", form)
     new, out = write_lines(tmp_path / "new.jsonl", {"dave": "erin", "alice": "frank"}, count=6), tmp_path / "out"
     status, said, err = call(adapt.main, "--checkpoint", run, "--data", new, "--out", out)
     assert status == 0, err
-    assert "2 new users" in said and "cross-validated" in said
+    assert "2 new users" in said and "by marginal likelihood of 2 new and 4 trained users" in said
     known = users_of(run / "final")
     assert users_of(out) == [*known, "erin", "frank"]
     before, after, table = weights(run / "final"), weights(out), f"user_model.{TABLES[form]}"
@@ -348,7 +437,7 @@ def test_new_users_of_every_form_are_at_the_optimum_and_known_ones_stay(call, fo
         )
         # In the prior's own units: c = -C gradient, and S^-1 = C^-1 + 2 gradient is (1 + 2 C gradient) S = C.
         C_KK = posterior.prior_KK
-        assert (C_KK @ by_mean_K + c).abs().max() < 1e-2 * c.abs().max()
+        assert (C_KK @ by_mean_K + c).abs().max() < 1e-2 * C_KK.diagonal().max().sqrt() < c.abs().max()
         left_KK = S_KK.detach() + C_KK @ (by_covariance_KK + by_covariance_KK.T) @ S_KK.detach()
         assert torch.allclose(left_KK, C_KK, atol=1e-2 * C_KK.diagonal().max())
         assert (S_KK.detach() - C_KK).abs().max() > 1e-2 * C_KK.diagonal().max()

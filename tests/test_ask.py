@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapt import HEAD, LINES, ROOT, randn, trained, users_of, weights, write_lines
+from test_adapt import HEAD, LINES, ROOT, randn, trained_run, users_of, weights, write_lines
 from torch import Tensor
 
 import prlhf
@@ -126,7 +126,7 @@ def test_nearest_users_and_the_map_of_points():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("low_rank") / "run", "low rank")
+    return trained_run(tmp_path_factory.mktemp("low_rank") / "run", "low rank")
 
 
 @pytest.fixture(autouse=True)
@@ -484,7 +484,7 @@ def test_a_posterior_of_whole_vectors_forgets_a_user():
 
 
 def test_all_users_can_be_forgotten_and_the_last_adapted_one_leaves_no_posterior(call, tmp_path):
-    run = trained(tmp_path / "run", "cluster")
+    run = trained_run(tmp_path / "run", "cluster")
     generic = weights(run / "final")["user_model.w_MK"][:1]
     new = lines_to(tmp_path / "new.jsonl", [{**LINES[0], "user": "erin"}])
     assert call(adapt.main, "--checkpoint", run, "--ask", 1, "--candidates", new, "--user", "erin")[0] == 0

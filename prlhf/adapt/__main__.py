@@ -85,12 +85,15 @@ def run_adapt(args: argparse.Namespace) -> None:
     check_agreement(loaded.model.to(choose_device(loaded.config.device)))
     judged = judgements(loaded, [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)])
     training = training_judgements(loaded, [user for user in judged.rows if user <= len(loaded.users)])
-    prior = new_users_prior(loaded, training)
+    new = [judged.apart(user) for user in judged.rows if user > len(loaded.users)]
+    prior = new_users_prior(loaded, training, new)
     print(f"prior of a new user: {prior.said}")
     rows, posterior = adapt(loaded, judged, training, prior)
     save_adapted(out, loaded.path, users, loaded.model.user_model.table, rows, posterior, told)
-    new, updated = len(users) - len(loaded.users), sum(user <= len(loaded.users) for user in judged.rows)
-    print(f"{out}: {new:,} new users" + (f", {updated:,} updated" if updated else "") + f"; knows {len(users):,} users")
+    added, updated = len(users) - len(loaded.users), sum(user <= len(loaded.users) for user in judged.rows)
+    print(
+        f"{out}: {added:,} new users" + (f", {updated:,} updated" if updated else "") + f"; knows {len(users):,} users"
+    )
 
 
 def run_ask(args: argparse.Namespace) -> None:

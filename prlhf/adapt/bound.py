@@ -127,8 +127,16 @@ def step(problems: Padded, state: State, fixed_mean: bool) -> State:
     )  # fmt: skip
 
 
-def nearest(config: LossConfig, problems: Sequence[Problem], fixed_mean: bool = False) -> list[tuple[Tensor, Tensor]]:
-    """Mean t (R,) and covariance (R, R) of each q; with `fixed_mean` of the best q whose mean is 0.
+class Nearest(NamedTuple):
+    """q = N(t, S) of a user, and the bound there: -log of the comparisons' probability under the prior, or a little more."""
+
+    t_R: Tensor
+    covariance_RR: Tensor
+    bound: float
+
+
+def nearest(config: LossConfig, problems: Sequence[Problem], fixed_mean: bool = False) -> list[Nearest]:
+    """q of each user; with `fixed_mean` the best q whose mean is 0.
 
     TrainingError where the search does not come near the minimum.
     """
@@ -140,10 +148,10 @@ def nearest(config: LossConfig, problems: Sequence[Problem], fixed_mean: bool = 
     going, at = torch.arange(B), all_of_them
     start = at.bound(t_BR, identity_BRR)
     state = State(t_BR, identity_BRR, identity_BRR, torch.ones(B).double(), start, torch.zeros(B).double())
-    t_BR, covariance_BRR = t_BR.clone(), identity_BRR.clone()
+    t_BR, covariance_BRR, bound_B = t_BR.clone(), identity_BRR.clone(), start.value_B.clone()
     for _ in range(MOST_STEPS if R else 0):
         before, state = state, step(at, state, fixed_mean)
-        t_BR[going], covariance_BRR[going] = state.t_BR, state.covariance_BRR
+        t_BR[going], covariance_BRR[going], bound_B[going] = state.t_BR, state.covariance_BRR, state.bound.value_B
         rest = (~state.ends(before)).nonzero()[:, 0]
         if not len(rest):
             break
@@ -153,7 +161,7 @@ def nearest(config: LossConfig, problems: Sequence[Problem], fixed_mean: bool = 
         if R and not state.moves_B.max() < FAR:
             raise TrainingError("a user's posterior was not found; expected rewards that are finite")
     sizes = [problem.features_CNR.shape[2] for problem in problems]
-    return [(t_BR[b, :r], covariance_BRR[b, :r, :r]) for b, r in enumerate(sizes)]
+    return [Nearest(t_BR[b, :r], covariance_BRR[b, :r, :r], bound_B[b].item()) for b, r in enumerate(sizes)]
 
 
 def padded(config: LossConfig, problems: Sequence[Problem]) -> Padded:

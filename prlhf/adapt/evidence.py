@@ -44,6 +44,17 @@ class Evidence(NamedTuple):
         return self.chosen_NK - self.rejected_NK
 
 
+def apart(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """The rows of the first pairs that share no response with one before them."""
+    seen: set[int] = set()
+    rows = []
+    for row, pair in enumerate(pairs):
+        if seen.isdisjoint(pair):
+            rows.append(row)
+            seen.update(pair)
+    return rows
+
+
 class Judgements(NamedTuple):
     """What users said of responses, whose rewards are e_0 . h + c . B h, on the CPU in float64."""
 
@@ -67,6 +78,10 @@ class Judgements(NamedTuple):
         """The responses chosen and rejected in each comparison of a user."""
         rows = self.rows[user]
         return list(zip(self.problem.chosen_N[rows].tolist(), self.problem.rejected_N[rows].tolist()))
+
+    def apart(self, user: int) -> Evidence:
+        """Those of a user's comparisons that are `apart`."""
+        return self.of(user).of(torch.tensor(apart(self.pairs(user))))
 
 
 def judgements(loaded: Loaded, comparisons: Sequence[EncodedComparison]) -> Judgements:

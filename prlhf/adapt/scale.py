@@ -1,4 +1,4 @@
-"""The scale of a new user's prior, and how sharp a single user is, chosen on training's file: trained users as new ones.
+"""The scale of new users' prior, and how sharp a single user is: what makes their comparisons least surprising.
 
     P(y1 preferred by a new user)  =  E sigma(k margin),   margin = (e_0 + B c) . (h(y1) - h(y2)),   c ~ N(0, scale C)
 
@@ -6,11 +6,16 @@ e_0 is what all users share, fitted to all of them at once, and people who diffe
 the margins of e_0 are those of the average. k, the sharpness, makes them those of one user (population-averaged and
 subject-specific effects; Zeger, Liang and Albert 1988, Biometrics 44). The vector e_0 + B c ranks responses as k times it does.
 
-Fold by fold, trained users are held out. Everything is solved anew without them (`solve.linear`): training fitted e_0 and B to
-the users held out as well, so that both would predict them too well. C (`population`) is of the others. Each held-out user's
-responses are divided in two halves. The first SHOTS pairs within the one give the coordinates, and all pairs within the other
-are predicted, with the posterior integrated out. The pair (scale, k) with the least mean of -log P
-is chosen, one of the two at a time, until neither changes.
+The pair (scale, k) minimises the surprise, -log of the marginal likelihood (empirical Bayes),
+
+    sum over new users  -log P(their comparisons)   +   WORTH . mean over trained users  -log P(their first comparisons),
+
+one of the two at a time, until neither changes. Of each user only comparisons that share no response are counted: what a user
+thinks of one response, beyond what the model can say, shows in all its comparisons, and would count as evidence that users
+differ. New users need not be like those whom training knew: they may have said less,
+or be less of one mind. But one or two of them tell nothing of that, so trained users count as WORTH new ones. These are held
+out fold by fold, and everything is solved anew without them (`solve.linear`): training fitted e_0 and B to the users held out as
+well, so that both would predict them too well. C (`population`) is of the others.
 
 Shape suffixes: M users, K coordinates, W width, N comparisons, S responses, U = 1 vector a user.
 """
@@ -23,112 +28,70 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from prlhf.adapt.evidence import Evidence, Judgements
+from prlhf.adapt.evidence import Judgements, apart
 from prlhf.adapt.population import population, second_moment
-from prlhf.adapt.variational import Whitened, fits, whitened
+from prlhf.adapt.variational import Whitened, surprise, whitened
 from prlhf.config.keys import LossConfig
-from prlhf.method.posterior import integrated
 from prlhf.method.prior import STATED, Strength
 from prlhf.method.users import IndividualUsers, LowRankUsers
 from prlhf.solve.linear import LinearProblem, solve
 from prlhf.solve.strength import FOLDS
 
-SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 SHARPNESSES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8)
-SHOTS = (1, 2, 5, 10, 20)
-
-
-class Halves(NamedTuple):
-    """A held-out user's comparisons to learn from, and those to predict, which share no response with them."""
-
-    learn: Tensor
-    predict: Tensor
-
-
-def split(pairs: Sequence[tuple[int, int]], rng: random.Random) -> Halves:
-    """Divide a user's responses in halves: the rows of pairs within the one, in random order, and within the other."""
-    responses = sorted({response for pair in pairs for response in pair})
-    rng.shuffle(responses)
-    first = set(responses[: len(responses) // 2])
-    inside = [sum(response in first for response in pair) for pair in pairs]
-    learn = [row for row, count in enumerate(inside) if count == 2]
-    rng.shuffle(learn)
-    return Halves(torch.tensor(learn), torch.tensor([row for row, count in enumerate(inside) if count == 0]))
-
-
-class Shot(NamedTuple):
-    """What a held-out user said first, as a problem in whitened coordinates, and what is to be predicted."""
-
-    problem: Whitened
-    generic_N: Tensor  # margins of the generic user
-    features_NK: Tensor
-    variance_N: Tensor  # x^T C x
-
-    @classmethod
-    def of(cls, loss: LossConfig, evidence: Evidence, predict: Evidence, users_MK: Tensor, standard: bool) -> "Shot":
-        """At scale and sharpness 1."""
-        prior, features_NK = population(second_moment(users_MK), len(users_MK), standard), predict.features_NK
-        variance_N = (features_NK @ prior.root_KK).square().sum(dim=1)
-        return cls(whitened(loss, evidence, prior), predict.generic_N, features_NK, variance_N)
+FIRST = 20  # comparisons of a trained user
+WORTH = 5  # new users
+MOST_NEW_USERS = 200  # new ones, evenly from where there are more
 
 
 class Tuned(NamedTuple):
-    """The scale, the sharpness, and the mean held-out loss of each pair that was tried."""
+    """The scale, the sharpness, and the surprise of each pair that was tried."""
 
     scale: float
     sharpness: float
-    losses: dict[tuple[float, float], float]
-
-    @property
-    def loss(self) -> float:
-        """That of the chosen pair."""
-        return self.losses[self.scale, self.sharpness]
+    surprises: dict[tuple[float, float], float]
 
 
-def choose(loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, standard: bool) -> Tuned | None:
-    """The best scale and sharpness. None where fewer than two users can be held out.
+def tune(loss: LossConfig, new: Sequence[Whitened], of_training: Sequence[Whitened]) -> Tuned:
+    """The least surprising scale and sharpness. The problems are at scale and sharpness 1, of priors whose mean is 0."""
+    new = new[:: max(1, -(-len(new) // MOST_NEW_USERS))]
+    surprises: dict[tuple[float, float], float] = {}
 
-    coordinates_MK: of those whose training comparisons are `judged`, by number; standard: see `population`.
-    """
-    rng, users = random.Random(0), sorted(judged.rows)
-    splits = {user: split(judged.pairs(user), rng) for user in users}
-    held_out = [user for user in users if len(splits[user].learn) and len(splits[user].predict)]
-    if len(held_out) < 2:
-        return None
-    shots, of_all = [], trained(judged, coordinates_MK)
-    for k in range(min(FOLDS, len(held_out))):
-        fold = held_out[k::FOLDS]
-        of_others, users_MK = without(of_all, fold)
-        for user in fold:
-            evidence, (learn, predict) = of_others.of(user), splits[user]
-            told, asked = [evidence.of(learn[:n]) for n in SHOTS], evidence.of(predict)
-            shots += [Shot.of(loss, each, asked, users_MK, standard) for each in told]
-    losses: dict[tuple[float, float], float] = {}
-
-    def best_of(candidates: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        losses.update({each: mean_loss(loss, shots, *each) for each in candidates if each not in losses})
-        return min(candidates, key=losses.__getitem__)
+    def of(pair: tuple[float, float]) -> float:
+        if pair not in surprises:
+            own, others = (surprise(loss, [user.scaled(*pair) for user in users]) for users in (new, of_training))
+            surprises[pair] = own + WORTH * others / max(len(of_training), 1)
+        return surprises[pair]
 
     best, before = (1.0, 1.0), None
     while best != before:
         before = best
-        best = best_of([(best[0], each) for each in SHARPNESSES])
-        best = best_of([(each, best[1]) for each in SCALES])
-    return Tuned(*best, losses)
+        best = min([(best[0], each) for each in SHARPNESSES], key=of)
+        best = min([(each, best[1]) for each in SCALES], key=of)
+    return Tuned(*best, surprises)
 
 
-def mean_loss(loss: LossConfig, shots: Sequence[Shot], scale: float, sharpness: float) -> float:
-    """The mean over users and SHOTS of the mean of -log P(y1 preferred)."""
-    problems = [shot.problem.scaled(scale, sharpness) for shot in shots]
-    total = 0.0
-    for shot, found in zip(shots, fits(loss, problems)):
-        told_N = (shot.features_NK @ found.told_KR).square().sum(dim=1)
-        variance_N = (scale * shot.variance_N - told_N).clamp(min=0)
-        margin_N = shot.generic_N + shot.features_NK @ found.mean_K
-        total -= logsigmoid(integrated(margin_N, variance_N, sharpness)).mean().item()
-    return total / len(shots)
+def held_out(loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, standard: bool) -> list[Whitened]:
+    """The problem of each trained user's first comparisons, in random order, by what is solved without that user.
+
+    coordinates_MK: of those whose training comparisons are `judged`, by number; standard: see `population`. Empty where there
+    are fewer than two.
+    """
+    rng, users = random.Random(0), sorted(judged.rows)
+    if len(users) < 2:
+        return []
+    found, of_all = [], trained(judged, coordinates_MK)
+    for k in range(min(FOLDS, len(users))):
+        fold = users[k::FOLDS]
+        of_others, users_MK = without(of_all, fold)
+        prior = population(second_moment(users_MK), len(users_MK), standard)
+        for user in fold:
+            pairs = of_others.pairs(user)
+            order = rng.sample(range(len(pairs)), len(pairs))
+            first = [order[row] for row in apart([pairs[row] for row in order])][:FIRST]
+            found.append(whitened(loss, of_others.of(user).of(torch.tensor(first)), prior))
+    return found
 
 
 class Trained(NamedTuple):
@@ -153,11 +116,11 @@ def trained(judged: Judgements, coordinates_MK: Tensor) -> Trained:
 
 
 @torch.enable_grad()
-def without(of_all: Trained, held_out: Sequence[int]) -> tuple[Judgements, Tensor]:
-    """The judgements with the e_0 and B that are solved without these users, and the others' coordinates."""
+def without(of_all: Trained, fold: Sequence[int]) -> tuple[Judgements, Tensor]:
+    """The judgements with the e_0 and B that are solved without the users of a fold, and the others' coordinates."""
     judged, problem, users, strength = of_all
     known = sorted(judged.rows)
-    places = [place for place, user in enumerate(known) if user not in held_out]
+    places = [place for place, user in enumerate(known) if user not in fold]
     solution, scale_W = copy.deepcopy(users), problem.scale_W
     table = solution.tables[0]
     table.data = table.data[places]

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prlhf.adapt.evidence import Judgements
+from prlhf.adapt.evidence import Evidence, Judgements
 from prlhf.adapt.population import population, second_moment
-from prlhf.adapt.scale import choose
+from prlhf.adapt.scale import held_out, tune
 from prlhf.adapt.variational import Fit, Gaussian, fit, fits, told_by, whitened
 from prlhf.config.keys import is_linear
 from prlhf.errors import UserError
@@ -88,8 +88,9 @@ class NewUsersPrior(NamedTuple):
     said: str
 
 
-def new_users_prior(loaded: Loaded, training: Judgements | None) -> NewUsersPrior:
-    """As of the users adapted before, if any. Else the population, cross-validated (`scale`) if training's file is there."""
+def new_users_prior(loaded: Loaded, training: Judgements | None, new: Sequence[Evidence] = ()) -> NewUsersPrior:
+    """As of the users adapted before, if any. Else the population of trained users, with the scale and sharpness that fit
+    these new ones and those of training (`scale`) if training's file is there. new: each one's comparisons that are `apart`."""
     if (posterior := loaded.posterior) is not None:
         gaussian = Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
         return NewUsersPrior(gaussian, posterior.sharpness.item(), "as of the users adapted before")
@@ -97,16 +98,18 @@ def new_users_prior(loaded: Loaded, training: Judgements | None) -> NewUsersPrio
     judges = [] if training is None else sorted(training.rows)
     users_MK, _, full = coordinates(user_model, judges)
     standard = not full and config.user_model.prior is not None
-    prior, found = population(*moments(user_model, len(loaded.users)), standard), None
-    if training is None:
-        said = f"data.train: {config.data.train} is not there to choose them by"
-    elif (found := choose(config.loss, training, users_MK, standard)) is None:
-        said = "too few trained users have comparisons that share no response to choose them by"
-    else:
-        said = f"cross-validated over trained users: loss {found.loss:.4f}"
-    scale, sharpness = (1.0, 1.0) if found is None else found[:2]
-    said = f"the population of trained users, scale {scale:g}, sharpness {sharpness:g} ({said})"
-    return NewUsersPrior(prior.scaled(scale), sharpness, said)
+    prior, of_training = population(*moments(user_model, len(loaded.users)), standard), []
+    if training is not None:
+        of_training = held_out(config.loss, training, users_MK, standard)
+    if not of_training:
+        said = (
+            f"scale 1, sharpness 1 (data.train: {config.data.train} is not there, or has one user, to choose them by)"
+        )
+        return NewUsersPrior(prior, 1.0, f"the population of trained users, {said}")
+    tuned = tune(config.loss, [whitened(config.loss, each, prior) for each in new], of_training)
+    said = f"scale {tuned.scale:g}, sharpness {tuned.sharpness:g} (by marginal likelihood"
+    said += f" of {len(new):,} new and {len(of_training):,} trained users)"
+    return NewUsersPrior(prior.scaled(tuned.scale), tuned.sharpness, f"the population of trained users, {said}")
 
 
 def prior_of(loaded: Loaded, user: int, prior: Gaussian, training: Judgements | None) -> tuple[Gaussian, Tensor]:

@@ -95,10 +95,17 @@ def whitened(config: LossConfig, evidence: Evidence, prior: Gaussian) -> Whitene
 def fits(config: LossConfig, users: Sequence[Whitened], fixed_mean: bool = False) -> list[Fit]:
     """q of each user, all at once; means are less the prior's. With `fixed_mean` the best q whose mean is the prior's."""
     found = []
-    for (_, directions_KR), (t_R, covariance_RR) in zip(users, nearest(config, [u.problem for u in users], fixed_mean)):
+    for (_, directions_KR), (t_R, covariance_RR, _) in zip(
+        users, nearest(config, [u.problem for u in users], fixed_mean)
+    ):
         told_R, axes_RR = torch.linalg.eigh(torch.eye(len(t_R), dtype=torch.float64) - covariance_RR)
         found.append(Fit(directions_KR @ t_R, directions_KR @ (axes_RR * told_R.clamp(min=0).sqrt())))
     return found
+
+
+def surprise(config: LossConfig, users: Sequence[Whitened]) -> float:
+    """The sum over users of the bound at q: -log of the probability of what they said under the prior, or a little more."""
+    return sum(found.bound for found in nearest(config, [user.problem for user in users]))
 
 
 def fit(config: LossConfig, evidence: Evidence, prior: Gaussian, sharpness: float = 1.0) -> Fit:
