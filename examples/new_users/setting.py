@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from examples.new_users.protocols import Division
+from examples.new_users.protocols import Division, Draw
 from prlhf.adapt.__main__ import encoded
 from prlhf.adapt.evidence import Judgements, judgements
 from prlhf.adapt.newton import Evidence, fit
@@ -47,13 +47,11 @@ class Setting(NamedTuple):
     raw: dict[int, list[Comparison]]  # the same, as text
     told: dict[int, list[EncodedComparison]]  # the same, as tokens
     trained: list[EncodedComparison]  # the training file, unknown users included
-    draws: list[dict[int, tuple[list[int], list[int]]]]  # in each draw: all rows to learn from, and to predict, by user
+    draws: list[dict[int, Draw]]  # of each user, as rows of `evidence`
 
     def turns(self, draw: int, shots: int) -> list[Turn]:
         """Everybody after so many comparisons."""
-        return [
-            Turn(user, learn[:shots], predict or learn[shots:]) for user, (learn, predict) in self.draws[draw].items()
-        ]
+        return [Turn(user, *drawn.at(shots)) for user, drawn in self.draws[draw].items()]
 
 
 def set_up(loaded: Loaded, division: Division) -> Setting:
@@ -82,9 +80,9 @@ def set_up(loaded: Loaded, division: Division) -> Setting:
     for drawn in division.draws:
         found = {}
         for draw in drawn:
-            rows = [[row for i in part if (row := row_of[i]) is not None] for part in (draw.learn, draw.predict)]
-            if rows[1] or len(rows[0]) > max(division.shots):
-                found[users.number(draw.user)] = (rows[0], rows[1])
+            learn, predict = ([row for i in part if (row := row_of[i]) is not None] for part in draw[1:])
+            if predict or len(learn) > max(division.shots):
+                found[users.number(draw.user)] = Draw(draw.user, learn, predict)
         draws.append(found)
     evidence = {user: new.of(user) for user in new.pairs}
     training = judgements(loaded, trained.comparisons)
