@@ -16,7 +16,6 @@ Nothing is chosen on the new users' comparisons but LoRe's best K.
 """
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -139,7 +138,7 @@ def main() -> None:
     if getattr(args, source) is None:
         raise UserError(f"{args.protocol}: found no --{source}; expected the folder of its files")
     folder = expanded(getattr(args, source))
-    divide: Callable[[Path], Division] = polis if args.protocol == "polis" else PROTOCOLS[args.protocol]
+    divide = polis if args.protocol == "polis" else PROTOCOLS[args.protocol]
     division = divide(folder)
     if unknown := sorted(set(args.in_context) - set(division.shots)):
         raise UserError(f"--in-context {unknown[0]}: expected some of {', '.join(map(str, division.shots))}")

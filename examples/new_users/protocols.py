@@ -20,7 +20,7 @@ Checked with the papers' code: github.com/RamyaLab/pluralistic-alignment, github
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,4 +153,4 @@ def lore_prism(folder: Path, known: float = 0.8, least: int = 6) -> Division:
     return divided(train, new, [draws], SHOTS)
 
 
-PROTOCOLS = {"pal": pal, "lore-tldr": lore_tldr, "lore-prism": lore_prism}
+PROTOCOLS: dict[str, Callable[[Path], Division]] = {"pal": pal, "lore-tldr": lore_tldr, "lore-prism": lore_prism}

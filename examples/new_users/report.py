@@ -75,19 +75,23 @@ def calibration_table(shots: Sequence[int], errors: Sequence[tuple[float, float]
 def draw(result: Result, path: Path, title: str) -> bool:
     """Accuracy against N, one line a row, of LoRe the best K; False without matplotlib."""
 
+    styles: dict[str, dict[str, Any]] = {
+        "adapted": dict(color="black", linewidth=2.5),
+        "generic user": dict(color="gray", linestyle="--"),
+    }
+
     def lines(axes: Any) -> None:
         for name, found in result.rows.items():
             if name.startswith("LoRe, K"):
                 continue
-            style = {"adapted": dict(color="black", linewidth=2.5), "generic user": dict(color="gray", linestyle="--")}
             means_N = 100 * found.mean(axis=(0, 2))
             at = np.flatnonzero(~np.isnan(means_N))
-            axes.plot(at, means_N[at], label=name, marker=".", **style.get(name, {}))
+            axes.plot(at, means_N[at], label=name, marker=".", **styles.get(name, {}))
         axes.set(xticks=range(len(result.shots)), xticklabels=result.shots, title=title)
         axes.set(xlabel="comparisons of the new user (N)", ylabel="accuracy, %, mean over users")
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
-    return save_figure(path, (8, 4), lines)
+    return save_figure(path, (6, 3), lines)
 
 
 def write(result: Result, folder: Path, said: Mapping[str, Any], text: str, title: str) -> None:
