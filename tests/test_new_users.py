@@ -437,3 +437,9 @@ def test_cells_and_the_spread_over_seeds_by_hand():
     assert cells[3] == ["LoRe, K = 2", "80.0 (+10.0 to +30.0)", "0.0"]  # gains of the users 0.3 and 0.1
     assert cells[4] == ["LoRe, K = 3", "70.0 (+0.0 to +20.0)", "14.1"]  # 0.6 and 0.8: 0.1 sqrt 2
     assert cells[5][:2] == [report.BEST, cells[3][1]]
+    seldom = np.full((2, 1, 2), np.nan)
+    result = report.Result(
+        (5,), {"generic user": generic, "adapted": better, "vote share": other, "in context": seldom}
+    )
+    less = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.less_table(result).splitlines()]
+    assert less[2:] == [["vote share", "+10.0 (+10.0 to +10.0)"], ["in context", ""]]  # 0.8 less 0.7 of both users

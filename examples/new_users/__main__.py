@@ -11,7 +11,8 @@ Rows: the generic user; adapted (prlhf.adapt); adapted to another user's compari
 user-blind reward model; the share of training votes; LoRe with K reward functions, and the best K at each N, chosen on what is
 predicted, so an upper bound; the same users trained from the start, a ceiling; with --in-context, the comparisons as text in the
 prompt, for the N that it names: this reads everything again for each user and N, which is slow.
-Accuracy is the mean over users; intervals (95%, bootstrap over users) are of the paired difference from the generic user.
+Accuracy is the mean over users; intervals (95%, bootstrap over users) are of the paired difference from the generic user, and
+in a second table of adapted less the other rows.
 Nothing is chosen on the new users' comparisons but LoRe's best K.
 """
 
@@ -149,7 +150,7 @@ def main() -> None:
             )
         return prepare(division, expanded(args.out))
     result, errors = measure(division, args.checkpoint, tuple(args.in_context))
-    text = f"{report.table(result)}\n\n{errors}"
+    text = "\n\n".join((report.table(result), report.less_table(result), errors))
     print(text)
     if args.out is not None:
         said = {"protocol": args.protocol, "folder": str(folder), "checkpoints": args.checkpoint}

@@ -64,6 +64,20 @@ def table(result: Result) -> str:
     return markdown_table(["N", *map(str, result.shots), "sd over seeds"], lines)
 
 
+def less_table(result: Result) -> str:
+    """Adapted less other rows, at each N in points, with the interval of the paired difference."""
+    adapted_NU = result.rows["adapted"].mean(axis=0)
+    lines = []
+    for name, found in result.rows.items():
+        if name in ("adapted", "generic user") or name.startswith("LoRe, K"):
+            continue
+        pairs = zip(adapted_NU, found.mean(axis=0))
+        gains = [None if np.isnan(other_U).any() else difference(own_U, other_U) for own_U, other_U in pairs]
+        cells = [f"{100 * g.mean:+.1f} ({100 * g.low:+.1f} to {100 * g.high:+.1f})" if g else "" for g in gains]
+        lines.append([name, *cells])
+    return markdown_table(["adapted less, N", *map(str, result.shots)], lines)
+
+
 def calibration_table(shots: Sequence[int], errors: Sequence[tuple[float, float]]) -> str:
     """Expected calibration error of adapted users, in points."""
     rows = zip(("most probable vector", "integrated"), zip(*errors))
