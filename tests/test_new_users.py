@@ -403,15 +403,26 @@ def test_what_is_refused(call, run, folder, tmp_path):
         assert status == 2 and message in err, err
 
 
-def test_a_protocol_writes_its_training_file_once(call, tmp_path, monkeypatch):
-    monkeypatch.setitem(protocols.PROTOCOLS, "lore-tldr", lambda path: protocols.lore_tldr(path, left_out=0))
+def test_a_protocol_writes_its_training_file_once_and_measures_what_was_trained_on_it(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(protocols.PROTOCOLS, "lore-tldr", lambda path: protocols.lore_tldr(path, left_out=0, runs=2))
     arguments = ("lore-tldr", "--raw", RAW / "tldr", "--out", tmp_path / "out")
     status, said, err = call(command.main, *arguments)
-    assert status == 0 and "4 comparisons of 1 users; 2 new users, 20 draws" in said, err
+    assert status == 0 and "4 comparisons of 1 users; 2 new users, 2 draws" in said, err
     assert f"data.train={tmp_path}/out/train.jsonl" in said
     assert {c.user for c in read_comparisons(tmp_path / "out/train.jsonl").comparisons} == {"anna"}
     status, _, err = call(command.main, *arguments)
     assert status == 2 and "exists; expected another --out" in err
+    monkeypatch.setattr(command, "KS", (2,))
+    monkeypatch.setattr(lore, "STEPS", 5)
+    run = trained(tmp_path / "run", "user_model.rank=2", f"data.train={tmp_path}/out/train.jsonl")
+    status, said, err = call(command.main, *arguments, "--checkpoint", run)
+    assert status == 0 and "2 new users" in said, err
+    adapted = json.loads((tmp_path / "out/result.json").read_text())["accuracy"]["adapted"]
+    assert np.shape(adapted) == (11, 2) and set(np.unique(adapted[0])) <= {
+        0.0,
+        0.5,
+        1.0,
+    }  # one comparison each to predict
 
 
 # The table.
