@@ -74,6 +74,11 @@ class Judgements(NamedTuple):
         required_N = problem.required_N[rows]
         return Evidence(chosen_NW @ self.shared_W, rejected_NW @ self.shared_W, chosen_NK, rejected_NK, required_N)
 
+    @property
+    def states_SW(self) -> Tensor:
+        """h of all responses."""
+        return self.problem.states_SW * self.problem.scale_W
+
     def pairs(self, user: int) -> list[tuple[int, int]]:
         """The responses chosen and rejected in each comparison of a user."""
         rows = self.rows[user]

@@ -18,8 +18,8 @@ from torch import Tensor
 from prlhf.adapt.evidence import Evidence, Judgements
 from prlhf.adapt.population import population, second_moment
 from prlhf.adapt.scale import held_out, tune
-from prlhf.adapt.variational import Fit, Gaussian, fit, fits, told_by, whitened
-from prlhf.config.keys import is_linear
+from prlhf.adapt.variational import Fit, Gaussian, Whitened, fit, fits, told_by, whitened
+from prlhf.config.keys import LossConfig, is_linear
 from prlhf.errors import UserError
 from prlhf.method.posterior import Posterior
 from prlhf.method.users import IndividualUsers, UserModel, is_personal
@@ -88,28 +88,42 @@ class NewUsersPrior(NamedTuple):
     said: str
 
 
+class TrainedPopulation(NamedTuple):
+    """The users of training as new users' prior at scale 1, and what each of them said first, held out (`scale.held_out`)."""
+
+    loss: LossConfig
+    gaussian: Gaussian
+    held_out: list[Whitened]
+
+    def prior(self, new: Sequence[Evidence]) -> NewUsersPrior:
+        """With the scale and sharpness that fit new users' comparisons that are `apart`, and those of training."""
+        if not self.held_out:
+            said = "scale 1, sharpness 1 (data.train is not there, or has one user, to choose them by)"
+            return NewUsersPrior(self.gaussian, 1.0, f"the population of trained users, {said}")
+        tuned = tune(self.loss, [whitened(self.loss, each, self.gaussian) for each in new], self.held_out)
+        said = f"scale {tuned.scale:g}, sharpness {tuned.sharpness:g} (by marginal likelihood"
+        said += f" of {len(new):,} new and {len(self.held_out):,} trained users)"
+        return NewUsersPrior(
+            self.gaussian.scaled(tuned.scale), tuned.sharpness, f"the population of trained users, {said}"
+        )
+
+
+def trained_population(loaded: Loaded, training: Judgements | None) -> TrainedPopulation:
+    """Of all trained users, and those whose comparisons are there."""
+    config, user_model = loaded.config, loaded.model.user_model
+    users_MK, _, full = coordinates(user_model, [] if training is None else sorted(training.rows))
+    standard = not full and config.user_model.prior is not None
+    gaussian = population(*moments(user_model, len(loaded.users)), standard)
+    first = [] if training is None else held_out(config.loss, training, users_MK, standard)
+    return TrainedPopulation(config.loss, gaussian, first)
+
+
 def new_users_prior(loaded: Loaded, training: Judgements | None, new: Sequence[Evidence] = ()) -> NewUsersPrior:
-    """As of the users adapted before, if any. Else the population of trained users, with the scale and sharpness that fit
-    these new ones and those of training (`scale`) if training's file is there. new: each one's comparisons that are `apart`."""
+    """As of the users adapted before, if any; else of the `TrainedPopulation`."""
     if (posterior := loaded.posterior) is not None:
         gaussian = Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
         return NewUsersPrior(gaussian, posterior.sharpness.item(), "as of the users adapted before")
-    config, user_model = loaded.config, loaded.model.user_model
-    judges = [] if training is None else sorted(training.rows)
-    users_MK, _, full = coordinates(user_model, judges)
-    standard = not full and config.user_model.prior is not None
-    prior, of_training = population(*moments(user_model, len(loaded.users)), standard), []
-    if training is not None:
-        of_training = held_out(config.loss, training, users_MK, standard)
-    if not of_training:
-        said = (
-            f"scale 1, sharpness 1 (data.train: {config.data.train} is not there, or has one user, to choose them by)"
-        )
-        return NewUsersPrior(prior, 1.0, f"the population of trained users, {said}")
-    tuned = tune(config.loss, [whitened(config.loss, each, prior) for each in new], of_training)
-    said = f"scale {tuned.scale:g}, sharpness {tuned.sharpness:g} (by marginal likelihood"
-    said += f" of {len(new):,} new and {len(of_training):,} trained users)"
-    return NewUsersPrior(prior.scaled(tuned.scale), tuned.sharpness, f"the population of trained users, {said}")
+    return trained_population(loaded, training).prior(new)
 
 
 def prior_of(loaded: Loaded, user: int, prior: Gaussian, training: Judgements | None) -> tuple[Gaussian, Tensor]:

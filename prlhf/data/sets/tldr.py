@@ -7,6 +7,7 @@ ten workers with most training comparisons are known. The split is the data set'
 In `tldr_length` the choices are simulated (paper, section 5.1): each worker prefers the longer or the shorter summary.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,27 +46,17 @@ class Filtered(NamedTuple):
 
 def read(folder: Path, options: Options) -> RawSet:
     """The comparisons of the raw files in `folder`. UserError, with file, line and field, for bad raw data."""
-    filtered = _filtered(folder)
+    filtered = labelled(folder)
     return _raw_set(filtered, filtered.train, filtered.valid, options)
 
 
 def read_length(folder: Path, options: Options) -> RawSet:
-    """The same comparisons with simulated choices. Each worker draws once: first those of training, in order of activity.
-
-    Length is in characters, as in the paper's code. Ties are dropped; that code decides them by position.
-    """
-    filtered = _filtered(folder)
-    workers = ranked(r["user"] for r in filtered.train)
-    order = list(dict.fromkeys((*workers, *ranked(r["user"] for r in filtered.valid))))
-    prefers_shorter = dict(zip(order, preferences(len(order), SHORTER, SEED)))
-
-    def relabelled(records: list[Record]) -> list[Record]:
-        choices = (relabel((r["chosen"], r["rejected"]), prefers_shorter[r["user"]], len) for r in records)
-        return [{**r, "chosen": choice[0], "rejected": choice[1]} for r, choice in zip(records, choices) if choice]
-
-    train, valid = relabelled(filtered.train), relabelled(filtered.valid)
+    """The same comparisons with simulated choices (`length_preferences`)."""
+    filtered = labelled(folder)
+    prefers_shorter = length_preferences(filtered)
+    train, valid = (relabelled(part, prefers_shorter) for part in (filtered.train, filtered.valid))
     filtered.dropped["as long as each other"] = len(filtered.train) + len(filtered.valid) - len(train) - len(valid)
-    known = set(workers[: options.known_users])
+    known = set(ranked(r["user"] for r in filtered.train)[: options.known_users])
     counts = []
     for (what, published), is_known in zip(PREFER_LONGER.items(), (True, False)):
         longer = [not prefers_shorter[r["user"]] for r in filtered.valid if (r["user"] in known) == is_known]
@@ -73,6 +64,22 @@ def read_length(folder: Path, options: Options) -> RawSet:
         counts.append(Count(what, share, published.get(options.known_users)))
     raw = _raw_set(filtered, train, valid, options)
     return raw._replace(counts=raw.counts + counts)
+
+
+def length_preferences(filtered: Filtered) -> dict[str, bool]:
+    """Whether each worker prefers the shorter summary. One draw each: first those of training, in order of activity."""
+    both = (ranked(r["user"] for r in part) for part in (filtered.train, filtered.valid))
+    order = list(dict.fromkeys(worker for part in both for worker in part))
+    return dict(zip(order, preferences(len(order), SHORTER, SEED)))
+
+
+def relabelled(records: list[Record], prefers_shorter: dict[str, bool]) -> list[Record]:
+    """The records with each worker's preference of length, in characters as in the paper's code.
+
+    Ties are dropped; that code decides them by position.
+    """
+    choices = (relabel((r["chosen"], r["rejected"]), prefers_shorter[r["user"]], len) for r in records)
+    return [{**r, "chosen": choice[0], "rejected": choice[1]} for r, choice in zip(records, choices) if choice]
 
 
 def _raw_set(filtered: Filtered, train: list[Record], valid: list[Record], options: Options) -> RawSet:
@@ -89,8 +96,13 @@ def _raw_set(filtered: Filtered, train: list[Record], valid: list[Record], optio
     return RawSet([], Official(trained, kept_valid, pool), counts, {**filtered.dropped, "with equal summaries": equal})
 
 
-def _filtered(folder: Path) -> Filtered:
-    """The comparisons that pass the filter of policies, in file order. UserError with file, line and field."""
+def supervised(policy: str) -> bool:
+    """The paper's filter of policies."""
+    return "sup" in policy and "ppo" not in policy and "cnn" not in policy
+
+
+def labelled(folder: Path, keeps: Callable[[str], bool] = supervised) -> Filtered:
+    """The comparisons of two policies that pass a filter, in file order. UserError with file, line and field."""
     dropped = dict.fromkeys(("of other policies", "without a post"), 0)
     parts: tuple[list[Record], list[Record]] = [], []
     counts = [0, 0]
@@ -101,7 +113,7 @@ def _filtered(folder: Path) -> Filtered:
             if len(summaries) != 2:
                 raise UserError(f"{where}, summaries: expected 2, found {len(summaries)}")
             policies = [field(s, "policy", str, f"{where}, summaries[{i}]") for i, s in enumerate(summaries)]
-            if not all("sup" in p and "ppo" not in p and "cnn" not in p for p in policies):
+            if not all(map(keeps, policies)):
                 dropped["of other policies"] += 1
                 continue
             choice, split = field(raw, "choice", int, where), field(raw, "split", str, where)
