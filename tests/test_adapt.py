@@ -480,9 +480,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(call, low_rank,
             ("user_model.kind=uniform", *HEAD),
             "found user_model.kind=uniform, which gives users no vectors of their own",
         ),
-        (("method=pdpo",), "method=pdpo with user_model.aggregator=soft_prompt"),
-        (("method=prm",), "method=prm with user_model.aggregator=soft_prompt"),
-        (("user_model.kind=cluster", "user_model.softmax=true", *HEAD), "softmax=true"),
+        (("method=pdpo", "loss.kind=hinge"), "found loss.kind=hinge, whose most probable users lie at kinks"),
     ):
         config = tiny_config(*(key for key in keys if key not in ("user_model.prior=2", "user_model.shared_prior=1")))
         model = build_model(config, TOKENIZER, 4, random_backbone(config.model, VOCABULARY, 0))

@@ -2,7 +2,7 @@
 
 Writes to DIR the same model with vectors for the users of the file, and how sure it is of them (posterior.safetensors). DIR is
 a model for evaluate.py, generate.py and prlhf.load. What does not change is linked, not copied. If DIR is the checkpoint's own
-folder, it is replaced. Known users stay as they are, bit for bit. For reward models with a linear head.
+folder, it is replaced. Known users stay as they are, bit for bit.
 """
 
 import argparse
@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prlhf.adapt.evidence import Judgements, judgements
-from prlhf.adapt.users import adapt, check_adaptable, new_users_prior
+from prlhf.adapt.nonlinear import adapt_nonlinear
+from prlhf.adapt.users import Adapted, adapt, check_adaptable, new_users_prior
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.datasets import Dataset, encode_file
-from prlhf.batch.tokens import Encoder
+from prlhf.batch.tokens import EncodedComparison, Encoder
+from prlhf.config.keys import has_linear_coordinates
 from prlhf.data.comparisons import ComparisonFile, read_comparisons
 from prlhf.data.names import quoted
 from prlhf.data.unknown import alike, without_users
@@ -41,14 +43,28 @@ def main() -> None:
     users = with_new_users(loaded, args.data, data.names, args.update)
     print(f"{args.data}: {data.report.lines()}")
     check_agreement(loaded.model.to(choose_device(loaded.config.device)))
-    judged = judgements(loaded, [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)])
-    training = training_judgements(loaded, args.update)
+    comparisons = [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)]
+    rows, posterior = adapted(loaded, users, comparisons, args.update)
+    save_adapted(out, loaded.path, users, loaded.model.user_model.table, rows, posterior)
+    new, updated = (
+        len(users) - len(loaded.users),
+        len({c.user for c in comparisons} & {*range(1, len(loaded.users) + 1)}),
+    )
+    print(f"{out}: {new:,} new users" + (f", {updated:,} updated" if updated else "") + f"; knows {len(users):,} users")
+
+
+def adapted(loaded: Loaded, users: UserIndex, comparisons: list[EncodedComparison], update: bool) -> Adapted:
+    """The new table and the posterior: exact where rewards are linear in users' coordinates, else by a search."""
+    if not has_linear_coordinates(loaded.config):
+        known = (
+            "the population of trained users, scale 1" if loaded.posterior is None else "as of the users adapted before"
+        )
+        print(f"prior of a new user: {known}")
+        return adapt_nonlinear(loaded, users, comparisons, training_comparisons(loaded) if update else None)
+    judged, training = judgements(loaded, comparisons), training_judgements(loaded, update)
     prior, said = new_users_prior(loaded, training)
     print(f"prior of a new user: {said}")
-    rows, posterior = adapt(loaded, judged, training, prior)
-    save_adapted(out, loaded.path, users, loaded.model.user_model.table, rows, posterior)
-    new, updated = len(users) - len(loaded.users), sum(user <= len(loaded.users) for user in judged.pairs)
-    print(f"{out}: {new:,} new users" + (f", {updated:,} updated" if updated else "") + f"; knows {len(users):,} users")
+    return adapt(loaded, judged, training, prior)
 
 
 def folder_for(out: str, source: Path) -> Path:
@@ -94,13 +110,19 @@ def encoded(loaded: Loaded, file: ComparisonFile) -> Dataset:
 
 def training_judgements(loaded: Loaded, update: bool) -> Judgements | None:
     """What the users of training said in it, if that file is there and needed."""
+    if loaded.posterior is not None and not update:
+        return None
+    comparisons = training_comparisons(loaded)
+    return None if comparisons is None else judgements(loaded, comparisons)
+
+
+def training_comparisons(loaded: Loaded) -> list[EncodedComparison] | None:
+    """What training learnt from, if that file is there."""
     config = loaded.config
     if config.data.train is None or not expanded(config.data.train).is_file():
         return None
-    if loaded.posterior is not None and not update:
-        return None
     file = read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed)
-    return judgements(loaded, encoded(loaded, file).comparisons)
+    return encoded(loaded, file).comparisons
 
 
 if __name__ == "__main__":

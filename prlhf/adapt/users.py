@@ -19,7 +19,6 @@ from prlhf.adapt.evidence import Judgements
 from prlhf.adapt.newton import Gaussian, fit, told_by
 from prlhf.adapt.population import population
 from prlhf.adapt.scale import held_out_losses
-from prlhf.config.keys import is_linear
 from prlhf.errors import UserError
 from prlhf.method.posterior import Posterior
 from prlhf.method.users import IndividualUsers, UserModel, is_personal
@@ -42,14 +41,10 @@ def check_adaptable(loaded: Loaded) -> None:
         raise UserError(
             f"{loaded.path}: found {key}, which gives users no vectors of their own; expected personal users"
         )
-    if not is_linear(config):
-        found = f"method={config.method} with user_model.aggregator={users.aggregator}"
+    if config.method == "pdpo" and config.loss.kind == "hinge":
         raise UserError(
-            f"{loaded.path}: found {found}; new users can be added to method=prm with aggregator=linear alone"
-        )
-    if users.softmax:
-        raise UserError(
-            f"{loaded.path}: found user_model.softmax=true, whose best weights are not unique; expected false"
+            f"{loaded.path}: found loss.kind=hinge, whose most probable users lie at kinks, where no gradient vanishes; "
+            "expected another loss"
         )
 
 
