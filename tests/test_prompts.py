@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import prlhf
+from examples import new_workers
 from prlhf.adapt import __main__ as adapt
 from prlhf.adapt import gauss_newton
 from prlhf.adapt.evidence import judgements
-from prlhf.adapt.gauss_newton import Problem, search
+from prlhf.adapt.gauss_newton import Problem, parts_of, search
 from prlhf.adapt.newton import Evidence, Gaussian, fit
-from prlhf.adapt.nonlinear import row_prior
+from prlhf.adapt.nonlinear import known_user, row_prior, task_of
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 from prlhf.evaluate import __main__ as evaluate
@@ -163,8 +164,8 @@ def test_the_search_ends_at_a_minimum_of_the_plain_methods_objective(keys, to_th
 
 
 @pytest.mark.parametrize("name", ["P-DPO", "P-RM"])
-def test_the_search_finds_what_a_brute_force_optimiser_finds(name, monkeypatch):
-    """At the search's own precision, in the vectors that the model reads. L-BFGS through the plain method, from elsewhere."""
+def test_the_search_finds_what_a_brute_force_optimiser_finds(name):
+    """L-BFGS through the plain method, from elsewhere; as near as the search's own end promises."""
     given = Given(*MODELS[name])
     at = search(given.task(), {5: given.problem()})[5]
     t_R = (at.t_R + 0.1 * torch.randn(len(at.t_R), generator=torch.Generator().manual_seed(0))).requires_grad_()
@@ -177,7 +178,7 @@ def test_the_search_finds_what_a_brute_force_optimiser_finds(name, monkeypatch):
         return value
 
     optimiser.step(closure)
-    assert (t_R - at.t_R).norm() < 2e-3 < 0.05 < at.t_R.norm()
+    assert (t_R - at.t_R).norm() < 1e-2 < 0.1 < at.t_R.norm()
 
 
 def test_a_linear_heads_search_is_newtons_exact_optimum_and_covariance(to_the_end):
@@ -216,6 +217,20 @@ def test_the_posterior_is_gauss_newtons(name, to_the_end):
         assert (inverse_RR - torch.linalg.inv(hessian_RR)).abs().max() < 0.1 * told
 
 
+def test_a_pairwise_models_objective_and_its_gradient():
+    """J at the generic user from `score`, one batch for all, and its slope along a line by differences of J."""
+    given = Given("method=pairwise", RANK)
+    task, problems = given.task(), {5: given.problem()}
+    scored = score(given.model, given.comparisons, [0] * 4, 4)
+    parts, zero_R = parts_of(task, range(4)), torch.zeros(2, dtype=torch.float64)
+    at = gauss_newton.evaluate(task, parts, problems, {5: zero_R})[5]
+    assert at.value.item() == pytest.approx(preference_loss(given.config.loss, scored, None).sum().item(), abs=1e-9)
+    line_R = torch.tensor([0.6, -0.8], dtype=torch.float64)
+    ahead, behind = (gauss_newton.evaluate(task, parts, problems, {5: s * line_R})[5].value for s in (1e-4, -1e-4))
+    slope = (at.gradient_R @ line_R).item()
+    assert slope == pytest.approx(((ahead - behind) / 2e-4).item(), abs=1e-6) and abs(slope) > 1e-3
+
+
 @pytest.mark.parametrize("place", ["before_prompt", "prompt_end"])
 def test_no_user_depends_on_who_else_is_in_the_file(place):
     """Two users judge the same pairs and others, in turn; each alone is found the same, whatever the batches."""
@@ -237,6 +252,7 @@ RUNS = {
     "LoRA": ("lora.rank=2",),
     "full weights": (LINEAR,),
     "reward model": (RM, RANK),
+    "pairwise": ("method=pairwise", RANK),
     "linear head, softmax": (RM, LINEAR, "user_model.tokens=1", *CLUSTER, SOFTMAX, "model.frozen=true"),
 }
 LINES = [json.loads(line) for line in (ROOT / "examples/tiny/train.jsonl").read_text().splitlines()]
@@ -256,6 +272,8 @@ def trained(folder: Path, *keys: str) -> Path:
         "optim.max_steps=6",
         "user_model.lr=0.1",
         "data.valid=null",
+        "data.limit=50",
+        "loss.beta=1",
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -359,9 +377,19 @@ def test_update_goes_on_from_what_is_known(call, lora, tmp_path):
     then, loaded = load_file(d / "users.safetensors")["user_model.offsets_MUD"], load_final(d)
     row = loaded.number("dave") - 1
     assert (then != both).flatten(1).any(dim=1).tolist() == [r == row for r in range(len(both))]
-    # What training's 15 comparisons told of dave is in the covariance: it is smaller than a new user's with 5.
-    traces = [loaded.posterior.covariance(user).trace() for user in loaded.posterior.users_A.tolist()]
-    assert traces[0] < traces[1]
+    # His covariance is the identity, less what training told at the trained vectors, less what the new comparisons told.
+    before = load_final(c)
+    prior, zero_R = row_prior(before), torch.zeros(4, dtype=torch.float64)
+    training = [x for x in adapt.training_comparisons(before) if x.user == row + 1]
+    trained = known_user(before, row + 1, both[row].flatten().double(), prior, training)
+    task = task_of(before, training)
+    numbers = list(range(len(training)))
+    problem = Problem("dave", numbers, both[row].flatten().double(), prior.basis(torch.eye(4, dtype=torch.float64)))
+    curvature_TR = gauss_newton.evaluate(task, parts_of(task, numbers), {1: problem}, {1: zero_R})[1].curvature_TR
+    first_KK = torch.linalg.inv(torch.eye(4, dtype=torch.float64) + curvature_TR.T @ curvature_TR)
+    assert len(training) > 5 and torch.allclose(trained.root_KR @ trained.root_KR.T, first_KK, atol=1e-9)
+    both_KK = loaded.posterior.covariance(row + 1)
+    assert torch.linalg.eigvalsh(first_KK - both_KK).min() > -1e-9 and 4 > first_KK.trace() > both_KK.trace() + 1e-4
     config = (c / "config.yaml").read_text()
     (c / "config.yaml").unlink()  # a link
     (c / "config.yaml").write_text(config.replace("examples/tiny/train.jsonl", "gone.jsonl"))
@@ -382,3 +410,16 @@ def test_what_cannot_be_searched_is_refused(call, lora, tmp_path, monkeypatch):
         judgements(loaded, given.comparisons)
     with pytest.raises(UserError, match="user 'erin': the loss of their comparisons is not finite"):
         search(given.task(), {5: given.problem()._replace(base_V=torch.full((96,), torch.nan, dtype=torch.float64))})
+
+
+def test_the_length_demos_new_workers_have_pairs_that_the_run_left_out(call, lora, tmp_path):
+    """Of 60 comparisons the run has learnt from 50."""
+    out = tmp_path / "new.jsonl"
+    call(new_workers.main, "--checkpoint", lora, "--shots", 2, 4, "--draws", 2, "--out", out)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["user"] for line in lines[:6]] == ["short0_n2"] * 2 + ["short0_n4"] * 4 and len(lines) == 24
+    for line in lines:
+        chosen, rejected = (len(line[side].split()) for side in ("chosen", "rejected"))
+        assert chosen < rejected if line["user"].startswith("short") else chosen > rejected
+    status, _, err = call(new_workers.main, "--checkpoint", lora, "--shots", 11, "--out", tmp_path / "more.jsonl")
+    assert status == 2 and "expected 11 or more" in err and not (tmp_path / "more.jsonl").exists()

@@ -39,7 +39,9 @@ MOST_ROUNDS = 60
 MOVES = 10  # that the approximation of J's Hessian remembers
 LEAST_CURVATURE = 0.1  # along a move that it remembers; the prior's own is 1
 LONGEST_STEP = 2.0  # in standard deviations of the prior
-LAST_GRADIENT = 1e-3  # of J, per standard deviation of the prior; in half types what their rounding allows
+LAST_GRADIENT = (
+    1e-2  # of J, per standard deviation of the prior: so near is t. In half types what their rounding allows
+)
 
 
 class Problem(NamedTuple):
