@@ -346,10 +346,12 @@ def test_a_new_user_is_who_their_comparisons_say(call, lora, tmp_path):
     new = new_lines(tmp_path / "new.jsonl", {"dave": "same"})
     opposite = [{**line, "user": "opposite", "chosen": line["rejected"], "rejected": line["chosen"]}
                 for line in map(json.loads, new.read_text().splitlines())]  # fmt: skip
+    nobody = {**opposite[0], "user": None}  # tells of nobody
     with new.open("a") as file:
-        file.writelines(json.dumps(line) + "\n" for line in opposite)
+        file.writelines(json.dumps(line) + "\n" for line in [*opposite, nobody])
     out = tmp_path / "out"
-    assert call(adapt.main, "--checkpoint", lora, "--data", new, "--out", out)[0] == 0
+    status, said, err = call(adapt.main, "--checkpoint", lora, "--data", new, "--out", out)
+    assert status == 0 and "2 new users; knows" in said, err
     model = prlhf.load(str(out))
     pairs = [line for line in LINES if line["user"] == "dave"][:5]
     same, generic, other = (sum(model.margins(pairs, users=name)) for name in ("same", "generic", "opposite"))

@@ -48,7 +48,7 @@ def main() -> None:
     save_adapted(out, loaded.path, users, loaded.model.user_model.table, rows, posterior)
     new, updated = (
         len(users) - len(loaded.users),
-        len({c.user for c in comparisons} & {*range(1, len(loaded.users) + 1)}),
+        sum(0 < user <= len(loaded.users) for user in {c.user for c in comparisons}),
     )
     print(f"{out}: {new:,} new users" + (f", {updated:,} updated" if updated else "") + f"; knows {len(users):,} users")
 
@@ -56,10 +56,8 @@ def main() -> None:
 def adapted(loaded: Loaded, users: UserIndex, comparisons: list[EncodedComparison], update: bool) -> Adapted:
     """The new table and the posterior: exact where rewards are linear in users' coordinates, else by a search."""
     if not has_linear_coordinates(loaded.config):
-        known = (
-            "the population of trained users, scale 1" if loaded.posterior is None else "as of the users adapted before"
-        )
-        print(f"prior of a new user: {known}")
+        new = "the population of trained users, scale 1"
+        print(f"prior of a new user: {new if loaded.posterior is None else 'as of the users adapted before'}")
         return adapt_nonlinear(loaded, users, comparisons, training_comparisons(loaded) if update else None)
     judged, training = judgements(loaded, comparisons), training_judgements(loaded, update)
     prior, said = new_users_prior(loaded, training)
