@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prlhf.adapt.ask import expected_answer, questions
+from prlhf.adapt.ask import check_askable, expected_answer, questions
 from prlhf.adapt.evidence import Evidence, Judgements, judgements
 from prlhf.adapt.reading import encoded, training_judgements
-from prlhf.adapt.users import check_adaptable, new_users_prior
+from prlhf.adapt.users import new_users_prior
 from prlhf.adapt.variational import Fit, Gaussian, fits, whitened
 from prlhf.backbone.loading import choose_device
 from prlhf.config.keys import LossConfig
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a Polis folder")
     args = parser.parse_args()
     loaded = load_final(args.checkpoint)
-    check_adaptable(loaded)
+    check_askable(loaded)
     check_agreement(loaded.model.to(choose_device(loaded.config.device)))
     with torch.no_grad():
         training = training_judgements(loaded)

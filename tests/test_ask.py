@@ -346,7 +346,7 @@ def test_models_without_personal_vectors_or_a_linear_head_are_refused(call, tmp_
         (uniform, "found user_model.kind=uniform, which gives users no vectors of their own"),
         (
             ("method=pdpo", *HEAD[:2]),
-            "found method=pdpo with user_model.aggregator=soft_prompt; --ask is for method=prm",
+            "found method=pdpo with user_model.aggregator=soft_prompt, softmax=False; --ask is for method=prm",
         ),
     ):
         folder = tmp_path / keys[0]

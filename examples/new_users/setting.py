@@ -149,7 +149,7 @@ class Adapted:
 
 def nearest(setting: Setting) -> Row:
     """As the trained user under whose vector the comparisons are most probable; without comparisons, the generic user."""
-    users_MK = coordinates(setting.loaded.model.user_model, len(setting.loaded.users)).users_MK
+    users_MK = coordinates(setting.loaded.model.user_model, range(1, len(setting.loaded.users) + 1)).users_MK
 
     def margins(turns: Sequence[Turn]) -> list[Tensor]:
         found = []

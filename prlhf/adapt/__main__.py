@@ -14,7 +14,7 @@ they tell in nats, with those above them in mind, and the probability that the f
 responses and the file's users mean nothing; `responses`: [a, b] may stand for chosen and rejected. --out FILE writes them as
 JSON lines, with `responses`, to be answered with chosen and rejected.
 
-Both are for reward models with a linear head. The third shows who the users are to any personal model, or forgets one.
+The second is for reward models with a linear head. The third shows who the users are to any personal model, or forgets one.
 """
 
 import argparse
@@ -25,10 +25,13 @@ from pathlib import Path
 from prlhf.adapt import look
 from prlhf.adapt.ask import ask, check_askable, check_new, read_candidates, table, to_answer
 from prlhf.adapt.evidence import judgements
-from prlhf.adapt.reading import encoded, training_judgements
+from prlhf.adapt.nonlinear import adapt_nonlinear
+from prlhf.adapt.reading import encoded, training_comparisons, training_judgements
 from prlhf.adapt.told import told_after
-from prlhf.adapt.users import adapt, check_adaptable, new_users_prior
+from prlhf.adapt.users import Adapted, adapt, check_adaptable, new_users_prior
 from prlhf.backbone.loading import choose_device
+from prlhf.batch.tokens import EncodedComparison
+from prlhf.config.keys import has_linear_coordinates
 from prlhf.data.comparisons import GENERIC, read_comparisons
 from prlhf.data.files import write_json_lines
 from prlhf.data.names import canonical, quoted
@@ -83,17 +86,31 @@ def run_adapt(args: argparse.Namespace) -> None:
     told = told_after(loaded, users, data.raw)
     print(f"{args.data}: {data.report.lines()}")
     check_agreement(loaded.model.to(choose_device(loaded.config.device)))
-    judged = judgements(loaded, [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)])
-    training = training_judgements(loaded, [user for user in judged.rows if user <= len(loaded.users)])
-    new = [judged.apart(user) for user in judged.rows if user > len(loaded.users)]
-    prior = new_users_prior(loaded, training, new)
-    print(f"prior of a new user: {prior.said}")
-    rows, posterior = adapt(loaded, judged, training, prior)
+    comparisons = [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)]
+    rows, posterior = adapted(loaded, users, comparisons)
     save_adapted(out, loaded.path, users, loaded.model.user_model.table, rows, posterior, told)
-    added, updated = len(users) - len(loaded.users), sum(user <= len(loaded.users) for user in judged.rows)
+    added, updated = (
+        len(users) - len(loaded.users),
+        sum(0 < user <= len(loaded.users) for user in {c.user for c in comparisons}),
+    )
     print(
         f"{out}: {added:,} new users" + (f", {updated:,} updated" if updated else "") + f"; knows {len(users):,} users"
     )
+
+
+def adapted(loaded: Loaded, users: UserIndex, comparisons: list[EncodedComparison]) -> Adapted:
+    """The new table and the posterior: by `variational` where rewards are linear in users' coordinates, else by a search."""
+    known = sorted({c.user for c in comparisons} & set(range(1, len(loaded.users) + 1)))
+    if not has_linear_coordinates(loaded.config):
+        new = "the population of trained users, scale 1"
+        print(f"prior of a new user: {new if loaded.posterior is None else 'as of the users adapted before'}")
+        return adapt_nonlinear(loaded, users, comparisons, training_comparisons(loaded) if known else None)
+    judged = judgements(loaded, comparisons)
+    new_ones = [judged.apart(user) for user in judged.rows if user > len(loaded.users)]
+    training = training_judgements(loaded, known)
+    prior = new_users_prior(loaded, training, new_ones)
+    print(f"prior of a new user: {prior.said}")
+    return adapt(loaded, judged, training, prior)
 
 
 def run_ask(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from prlhf.adapt.told import pair_fingerprint, told_by_known
 from prlhf.adapt.users import check_adaptable, check_personal, coordinates, new_users_prior, prior_of, sharpness_of
 from prlhf.adapt.variational import Gaussian
 from prlhf.batch.tokens import EncodedComparison, EncodingReport
-from prlhf.config.keys import is_linear
+from prlhf.config.keys import has_linear_coordinates
 from prlhf.data.check.rules import as_read
 from prlhf.data.check.tables import markdown_table
 from prlhf.data.comparisons import Comparison, parse_comparison, shortened
@@ -170,9 +170,12 @@ def known_of(loaded: Loaded, user: int) -> Known:
 def check_askable(loaded: Loaded) -> None:
     """UserError for a model without a linear reward head, or whose users cannot be adapted."""
     check_personal(loaded)
-    if not is_linear(loaded.config):
-        found = f"method={loaded.config.method} with user_model.aggregator={loaded.config.user_model.aggregator}"
-        raise UserError(f"{loaded.path}: found {found}; --ask is for method=prm with aggregator=linear alone")
+    users = loaded.config.user_model
+    if not has_linear_coordinates(loaded.config):
+        found = f"method={loaded.config.method} with user_model.aggregator={users.aggregator}, softmax={users.softmax}"
+        raise UserError(
+            f"{loaded.path}: found {found}; --ask is for method=prm, aggregator=linear, softmax=False alone"
+        )
     check_adaptable(loaded)
 
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from prlhf.batch.tokens import EncodedComparison
+from prlhf.config.keys import has_linear_coordinates
+from prlhf.errors import UserError
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.score.states import response_states
 from prlhf.solve.linear import LinearProblem, linear_problem
@@ -90,8 +92,14 @@ class Judgements(NamedTuple):
 
 
 def judgements(loaded: Loaded, comparisons: Sequence[EncodedComparison]) -> Judgements:
-    """The comparisons of each user; those of user 0 tell of nobody. TrainingError for a hidden state that is not finite."""
-    model = loaded.model
+    """The comparisons of each user; those of user 0 tell of nobody.
+
+    TrainingError for a hidden state that is not finite. UserError for a model whose rewards are not linear in users' coordinates.
+    """
+    model, users = loaded.model, loaded.config.user_model
+    if not has_linear_coordinates(loaded.config):
+        other = f"method={loaded.config.method}, user_model.aggregator={users.aggregator}, softmax={users.softmax}"
+        raise UserError(f"{loaded.path}: found {other}; expected method=prm with aggregator=linear and softmax=False")
     assert isinstance(model, PersonalizedRewardModel)
     model.check_lengths(comparisons)
     readings, states_SW = response_states(

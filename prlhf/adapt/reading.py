@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from prlhf.adapt.evidence import Judgements, judgements
 from prlhf.batch.datasets import Dataset, encode_file
-from prlhf.batch.tokens import Encoder
+from prlhf.batch.tokens import EncodedComparison, Encoder
 from prlhf.data.comparisons import ComparisonFile, read_comparisons
 from prlhf.errors import expanded
 from prlhf.store.final import Loaded
@@ -32,6 +32,12 @@ def training_file(loaded: Loaded) -> ComparisonFile | None:
     return read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed)
 
 
+def training_comparisons(loaded: Loaded) -> list[EncodedComparison] | None:
+    """What the model was trained on, as tokens; None where the file is gone."""
+    file = training_file(loaded)
+    return None if file is None else encoded(loaded, file).comparisons
+
+
 def training_judgements(loaded: Loaded, of: Sequence[int] = ()) -> Judgements | None:
     """What users of training said in it; None where that file is gone, or not needed.
 
@@ -40,9 +46,8 @@ def training_judgements(loaded: Loaded, of: Sequence[int] = ()) -> Judgements | 
     """
     if loaded.posterior is not None and not of:
         return None
-    if (file := training_file(loaded)) is None:
+    if (comparisons := training_comparisons(loaded)) is None:
         return None
-    comparisons = encoded(loaded, file).comparisons
     judges = sorted({c.user for c in comparisons} - {0})
     if len(judges) > MOST_USERS:
         some = {*of} | ({*random.Random(0).sample(judges, MOST_USERS)} if loaded.posterior is None else set())

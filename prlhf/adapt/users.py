@@ -19,13 +19,13 @@ from prlhf.adapt.evidence import Evidence, Judgements
 from prlhf.adapt.population import population, second_moment
 from prlhf.adapt.scale import held_out, tune
 from prlhf.adapt.variational import Fit, Gaussian, Whitened, fit, fits, told_by, whitened
-from prlhf.config.keys import LossConfig, is_linear
+from prlhf.config.keys import LossConfig
 from prlhf.errors import UserError
 from prlhf.method.posterior import Posterior
 from prlhf.method.users import IndividualUsers, UserModel, is_personal
 from prlhf.store.final import Loaded
 
-AT_ONCE = 256  # new users in one batch
+USERS_AT_ONCE = 256  # new users in one batch
 ROWS_AT_ONCE = 2**16  # known users whose coordinates are in memory at once
 
 
@@ -49,16 +49,11 @@ def check_personal(loaded: Loaded) -> None:
 
 def check_adaptable(loaded: Loaded) -> None:
     """UserError for a model whose users cannot be adapted here."""
-    config, users = loaded.config, loaded.config.user_model
     check_personal(loaded)
-    if not is_linear(config):
-        found = f"method={config.method} with user_model.aggregator={users.aggregator}"
+    if loaded.config.method == "pdpo" and loaded.config.loss.kind == "hinge":
         raise UserError(
-            f"{loaded.path}: found {found}; new users can be added to method=prm with aggregator=linear alone"
-        )
-    if users.softmax:
-        raise UserError(
-            f"{loaded.path}: found user_model.softmax=true, whose best weights are not unique; expected false"
+            f"{loaded.path}: found loss.kind=hinge, whose most probable users lie at kinks, where no gradient vanishes; "
+            "expected another loss"
         )
 
 
@@ -174,11 +169,11 @@ def adapt(loaded: Loaded, judged: Judgements, training: Judgements | None, prior
 
 
 def fit_each(loaded: Loaded, judged: Judgements, training: Judgements | None, prior: NewUsersPrior) -> dict[int, Fit]:
-    """The posterior of each user of `judged`: new users AT_ONCE at a time, known ones from what is known of them."""
+    """The posterior of each user of `judged`: new users USERS_AT_ONCE at a time, known ones from what is known of them."""
     loss, gaussian, known = loaded.config.loss, prior.gaussian, len(loaded.users)
     new, found = [user for user in judged.rows if user > known], {}
-    for start in range(0, len(new), AT_ONCE):
-        some = new[start : start + AT_ONCE]
+    for start in range(0, len(new), USERS_AT_ONCE):
+        some = new[start : start + USERS_AT_ONCE]
         problems = [whitened(loss, judged.of(user), gaussian).scaled(1.0, prior.sharpness) for user in some]
         found.update(zip(some, fits(loss, problems)))
     for user in set(judged.rows) - set(new):

@@ -279,6 +279,11 @@ def is_linear(config: Config) -> bool:
     return config.method == "prm" and config.user_model.aggregator == "linear"
 
 
+def has_linear_coordinates(config: Config) -> bool:
+    """Whether the reward is linear in the coordinates by which users differ: a linear reward head, and no softmax of them."""
+    return is_linear(config) and not config.user_model.softmax
+
+
 def solves_exactly(config: Config) -> bool:
     """Whether a run of this config is an exact solution, without updates."""
     has_priors = None not in (config.user_model.prior, config.user_model.shared_prior)

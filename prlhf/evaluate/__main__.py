@@ -14,7 +14,7 @@ import torch
 
 from prlhf.batch.datasets import encode_file
 from prlhf.batch.tokens import Encoder
-from prlhf.config.keys import Config
+from prlhf.config.keys import Config, has_linear_coordinates
 from prlhf.data.check.rules import FittedRules, fit
 from prlhf.data.comparisons import read_comparisons
 from prlhf.data.users import UserIndex
@@ -72,10 +72,11 @@ def main() -> None:
 
 
 def adapted_calibration(loaded: Loaded, task: Task, margins_B: np.ndarray) -> dict[str, Any]:
-    """{"adapted": calibration on adapted users' comparisons}, or {} where there is none. margins_B: as the true user."""
+    """{"adapted": calibration on adapted users' comparisons}, or {} where there is none, or rewards are not linear in
+    users' coordinates. margins_B: as the true user."""
     posterior = loaded.posterior
     rows = [i for i, user in enumerate(task.users) if posterior is not None and posterior.row(user) is not None]
-    if posterior is None or not rows:
+    if posterior is None or not rows or not has_linear_coordinates(loaded.config):
         return {}
     model, pairs = task.model, [task.comparisons[i] for i in rows]
     assert isinstance(model, PersonalizedRewardModel)

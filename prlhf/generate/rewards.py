@@ -2,9 +2,10 @@
 
 A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, as
 generate.py writes; the user may also stand in `data.user_column`. The output has {"id", "user", "known", "reward"} for
-each line, in order; of a model with adapted users (`adapt`) also "reward_std", the reward's standard deviation under the
-posterior of its user's vector, null for other users. An unknown user is scored as the generic one, and "known" says so. Rewards of responses to one
-prompt can be compared: all follow it as cut for the longest. Their zero means nothing: Bradley-Terry leaves it open.
+each line, in order; of a linear reward head with adapted users (`adapt`) also "reward_std", the reward's standard deviation under
+the posterior of its user's vector, null for other users. An unknown user is scored as the generic one, and "known" says so.
+Rewards of responses to one prompt can be compared: all follow it as cut for the longest. Their zero means nothing: Bradley-Terry
+leaves it open.
 """
 
 from collections import defaultdict
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import Encoder
 from prlhf.batch.trees import Reading
-from prlhf.config.keys import DataConfig
+from prlhf.config.keys import DataConfig, has_linear_coordinates
 from prlhf.data import comparisons as parse
 from prlhf.data.check.rules import prompt_key
 from prlhf.data.comparisons import CANONICAL, GENERIC, Messages, Tools
@@ -134,7 +135,7 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
         raise UserError(f"{loaded.path}: {int((~scored.isfinite()).sum())} of {len(lines)} rewards are not finite")
     known = [loaded.users.number(line.user) > 0 for line in lines]
     records = [{"id": n.id, "user": n.user, "known": k, "reward": r} for n, k, r in zip(lines, known, scored.tolist())]
-    if loaded.posterior is not None:
+    if loaded.posterior is not None and has_linear_coordinates(loaded.config):
         stds = reward_stds(loaded, [line.reading for line in encoded], batch_size)
         records = [{**record, "reward_std": std} for record, std in zip(records, stds)]
     write_json_lines(out, records)

@@ -189,9 +189,12 @@ class PersonalizedLM(PersonalizedModel):
             return hidden_ND
         return self.aggregator(hidden_ND, user_NUD)
 
-    def forward(self, batch: PreferenceBatch) -> ResponseLogProbs:
-        """log pi_P(y | x, u) of both responses of each comparison; of a batch without users, log pi(y | x)."""
-        hidden_ND = self.states_at(batch, batch.predicted_at_N)
+    def forward(self, batch: PreferenceBatch, hidden_ND: Tensor | None = None) -> ResponseLogProbs:
+        """log pi_P(y | x, u) of both responses of each comparison; of a batch without users, log pi(y | x).
+
+        hidden_ND: the hidden states that predict the response tokens, where they are known.
+        """
+        hidden_ND = self.states_at(batch, batch.predicted_at_N) if hidden_ND is None else hidden_ND
         user_NUD = None
         if self.aggregator is not None and batch.users_M is not None:
             user_NUD = self.user_model(batch.users_M).index_select(0, batch.reading_N)

@@ -31,7 +31,8 @@ class Posterior(NamedTuple):
     """The covariances of adapted users' coordinates, in float64 on the CPU, and the covariance of the prior that they came from.
 
     For few coordinates S_u itself. For full offsets S_u = prior - told_u^T told_u; R is the largest of any user, and rows
-    that a user lacks are 0.
+    that a user lacks are 0. Full offsets of a soft prompt or of P-DPO are mixtures of directions, f(u) = e_0 + D^T c_u: their
+    coordinates are the mixture's.
     """
 
     users_A: Tensor  # their numbers, ascending
@@ -40,6 +41,7 @@ class Posterior(NamedTuple):
     sharpness: Tensor  # k of a new user, ()
     covariance_AKK: Tensor | None = None
     told_ARK: Tensor | None = None
+    directions_KV: Tensor | None = None  # D, of the V numbers of a user's T_u vectors
 
     @classmethod
     def of(

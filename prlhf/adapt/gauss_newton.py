@@ -1,0 +1,219 @@
+"""Users' most probable coordinates where no reward is linear in them, by gradients through the model: Gauss-Newton.
+
+A comparison's loss is a function of two outputs: log pi(y | x, u) or r(x, y, u) of both responses, or a pairwise model's answers
+to both orders. Only a user's row of the table is learnt. With row = base + basis t,
+
+    minimise  J(t) = sum_n loss(outputs_n(t)) + |t|^2 / 2,    t ~ N(0, I)
+
+Each comparison weighs in full, as in `variational`. J's Hessian, but for the outputs' own curvature, is
+
+    H = I + sum_n X_n^T C_n X_n,   X_n = d outputs_n / d t  (2, R),   C_n = d^2 loss / d outputs_n^2  (2, 2)
+
+and where a loss is not convex (robust, orpo) C_n loses its negative part. Each round tries t - s B grad J, and halves s where J does
+not fall. B is H^-1, corrected for the outputs' curvature by what earlier rounds have seen of it (L-BFGS). J need not be convex:
+the search begins at t = 0 and ends where the gradient vanishes. The posterior there is N(t, H^-1). For a loss that is no -log p
+(ipo, simpo, orpo, nll) that is the curvature of what is minimised, and no more.
+
+One forward and two backward passes give X of all comparisons in a batch: each comparison reads a row of its own.
+
+Shape suffixes: N comparisons, V numbers in a row of the table, R whitened coordinates, T = 2 N, Q singular values.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from prlhf.batch.order import micro_batches
+from prlhf.batch.trees import PreferenceBatch
+from prlhf.errors import TrainingError, UserError
+from prlhf.method.losses import Outputs, ResponseLogProbs, preference_loss
+from prlhf.method.models import PersonalizedModel, PersonalizedRewardModel
+from prlhf.method.users import UserModel
+from prlhf.score.score import tree_keys
+from prlhf.score.task import Task
+
+MOST_ROUNDS = 60
+MOVES = 10  # that the approximation of J's Hessian remembers
+LEAST_CURVATURE = 0.1  # along a move that it remembers; the prior's own is 1
+LONGEST_STEP = 2.0  # in standard deviations of the prior
+LAST_GRADIENT = (
+    1e-2  # of J, per standard deviation of the prior: so near is t. In half types what their rounding allows
+)
+
+
+class UserProblem(NamedTuple):
+    """A user's comparisons (indices into a task's), and the user's row: base + basis t, t ~ N(0, I)."""
+
+    name: str
+    indices: list[int]
+    base_V: Tensor
+    basis_VR: Tensor
+
+
+class SearchPart(NamedTuple):
+    """The comparisons of one forward pass: comparison n is read by user n + 1."""
+
+    indices: list[int]
+    batch: PreferenceBatch
+    states: tuple[Tensor, ...]  # what the backbone computes of them, where it reads no user
+
+
+class Expansion(NamedTuple):
+    """The losses of N comparisons around their rows: values, gradients, and roots A of their Hessians, sum over both of A A^T."""
+
+    losses_N: Tensor
+    gradient_NV: Tensor
+    curvature_N2V: Tensor
+
+
+class At(NamedTuple):
+    """A user's J at t: its value and gradient, and H = I + A^T A."""
+
+    t_R: Tensor
+    value: Tensor
+    gradient_R: Tensor
+    curvature_TR: Tensor  # A
+
+    def told(self) -> Tensor:
+        """Y (R, Q) with H^-1 = I - Y Y^T."""
+        _, S_Q, Vt_QR = torch.linalg.svd(self.curvature_TR, full_matrices=False)
+        return Vt_QR.T * (S_Q / (1 + S_Q.square()).sqrt())
+
+    def step(self, moves: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """B grad J, (R,), with B the L-BFGS inverse Hessian of these moves (of t, of the gradient) on top of H^-1.
+
+        The two-loop recursion of Nocedal and Wright 2006, Numerical Optimization, algorithm 7.4.
+        """
+        step_R, shares = self.gradient_R, []
+        for s_R, y_R in reversed(moves):
+            shares.append((s_R @ step_R) / (s_R @ y_R))
+            step_R = step_R - shares[-1] * y_R
+        told_RQ = self.told()
+        step_R = step_R - told_RQ @ (told_RQ.T @ step_R)
+        for (s_R, y_R), share in zip(moves, reversed(shares)):
+            step_R = step_R + (share - (y_R @ step_R) / (s_R @ y_R)) * s_R
+        return step_R
+
+
+def search(task: Task, problems: Mapping[int, UserProblem]) -> dict[int, At]:
+    """A stationary point of each user's J. Each user's steps are their own; the forward passes are shared.
+
+    UserError for outputs that are not finite; TrainingError, with a user's name, where no such point is found.
+    """
+    parts = parts_of(task, [i for problem in problems.values() for i in problem.indices])
+    at = evaluate(task, parts, problems, {user: zeros(problem) for user, problem in problems.items()})
+    bad = [problems[user].name for user, point in at.items() if not point.value.isfinite()]
+    if bad:
+        raise UserError(
+            f"user {bad[0]!r}: the loss of their comparisons is not finite, expected a finite one (model.dtype)"
+        )
+    eps = torch.finfo(task.model.backbone.get_input_embeddings().weight.dtype).eps
+    enough, sizes = max(LAST_GRADIENT, eps**0.5), dict.fromkeys(problems, 1.0)
+    moves: dict[int, list[tuple[Tensor, Tensor]]] = {user: [] for user in problems}
+    for _ in range(MOST_ROUNDS):
+        left = [user for user, point in at.items() if not point.gradient_R.norm() <= enough]
+        if not left:
+            return at
+        if task.model.backbone_reads_users:  # else the parts hold what is computed
+            parts = parts_of(task, [i for user in left for i in problems[user].indices])
+        steps_R = {user: no_longer_than(LONGEST_STEP, at[user].step(moves[user])) for user in left}
+        tried = evaluate(task, parts, problems, {user: at[user].t_R - sizes[user] * steps_R[user] for user in left})
+        for user in left:
+            gain, rounding = sizes[user] * (at[user].gradient_R @ steps_R[user]), 10 * eps * at[user].value.abs()
+            if tried[user].value <= at[user].value - 1e-4 * gain + rounding:
+                move = tried[user].t_R - at[user].t_R, tried[user].gradient_R - at[user].gradient_R
+                if move[0] @ move[1] > LEAST_CURVATURE * move[0].square().sum():
+                    moves[user] = [*moves[user], move][-MOVES:]
+                at[user], sizes[user] = tried[user], 1.0
+            else:
+                sizes[user] /= 2
+    raise TrainingError(
+        f"user {problems[left[0]].name!r}: the search for the most probable vectors has not ended after {MOST_ROUNDS} rounds; "
+        f"expected a gradient of {enough:.1g} at most, found {at[left[0]].gradient_R.norm():.1g}"
+    )
+
+
+def no_longer_than(length: float, step_R: Tensor) -> Tensor:
+    """The step, shortened to this length where it is longer."""
+    return step_R * min(1.0, length / max(step_R.norm().item(), 1e-12))
+
+
+def zeros(problem: UserProblem) -> Tensor:
+    """t = 0, the prior's mean."""
+    return problem.base_V.new_zeros(problem.basis_VR.shape[1])
+
+
+def parts_of(task: Task, indices: Sequence[int]) -> list[SearchPart]:
+    """Comparisons in batches of optim.micro_batch_size trees, which share what different users share."""
+    model, comparisons = task.model, [task.comparisons[i] for i in indices]
+    trees = tree_keys(model, comparisons, range(1, len(comparisons) + 1))
+    parts = []
+    for some in micro_batches(trees, [c.length for c in comparisons], task.config.optim.micro_batch_size):
+        batch = model.collate([comparisons[n] for n in some], range(1, len(some) + 1))
+        parts.append(SearchPart([indices[n] for n in some], batch, user_free_states(model, batch)))
+    return parts
+
+
+@torch.no_grad()
+def user_free_states(model: PersonalizedModel, batch: PreferenceBatch) -> tuple[Tensor, ...]:
+    """The hidden states that `forward` takes in place of computing them, where the backbone reads no user; else nothing."""
+    if model.backbone_reads_users:
+        return ()
+    if isinstance(model, PersonalizedRewardModel):
+        return (model.pooled_states(batch),)
+    return (model.states_at(batch, batch.predicted_at_N),)
+
+
+def evaluate(
+    task: Task, parts: Sequence[SearchPart], problems: Mapping[int, UserProblem], t: Mapping[int, Tensor]
+) -> dict[int, At]:
+    """J of each user in `t`, at their t. Parts without their comparisons are left out."""
+    user_of = {i: user for user in t for i in problems[user].indices}
+    rows_V = {user: problems[user].base_V + problems[user].basis_VR @ t_R for user, t_R in t.items()}
+    values = {user: t_R.square().sum() / 2 for user, t_R in t.items()}
+    gradients_R = dict(t)
+    curvatures: dict[int, list[Tensor]] = {user: [] for user in t}
+    for part in parts:
+        asked = {n: user_of[i] for n, i in enumerate(part.indices) if i in user_of}
+        if not asked:
+            continue
+        anyone = next(iter(asked.values()))  # reads the comparisons of users who are not in t
+        rows_NV = torch.stack([rows_V[asked.get(n, anyone)] for n in range(len(part.indices))])
+        expansion = expand(task, part, rows_NV)
+        for user in dict.fromkeys(asked.values()):
+            own, basis_VR = [n for n in asked if asked[n] == user], problems[user].basis_VR
+            losses_N, gradient_NV, curvature_N2V = (x[own] for x in expansion)
+            values[user] = values[user] + losses_N.sum()
+            gradients_R[user] = gradients_R[user] + gradient_NV.sum(dim=0) @ basis_VR
+            curvatures[user].append(curvature_N2V.flatten(0, 1) @ basis_VR)
+    return {user: At(t[user], values[user], gradients_R[user], torch.cat(curvatures[user])) for user in t}
+
+
+def expand(task: Task, part: SearchPart, rows_NV: Tensor) -> Expansion:
+    """The losses of a part's comparisons around these rows, in float64 on the CPU."""
+    user_model: UserModel = task.model.user_model
+    table = user_model.get_parameter(user_model.table)
+    others = 1 - user_model.first_user  # rows before that of user 1
+    rows = torch.cat([table[:others].detach(), rows_NV.to(table).view(-1, *table.shape[1:])]).requires_grad_()
+    outputs = functional_call(task.model, {f"user_model.{user_model.table}": rows}, (part.batch, *part.states))
+    sides = [torch.autograd.grad(side.sum(), rows, retain_graph=True)[0].to_dense() for side in outputs[:2]]
+    jacobian_N2V = torch.stack([side[others:].flatten(1).cpu().double() for side in sides], dim=1)
+    losses_N, slopes_N2, curvature_N22 = derivatives(task, outputs, task.reference_of(part.indices))
+    shares_N2, axes_N22 = torch.linalg.eigh(curvature_N22.nan_to_num())
+    roots_N22 = axes_N22 * shares_N2.clamp(min=0).sqrt()[:, None]
+    gradient_NV = torch.einsum("no,nov->nv", slopes_N2, jacobian_N2V)
+    return Expansion(losses_N, gradient_NV, torch.einsum("noa,nov->nav", roots_N22, jacobian_N2V))
+
+
+def derivatives(task: Task, outputs: Outputs, reference: ResponseLogProbs | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each comparison (N,), its gradient (N, 2) and Hessian (N, 2, 2) by the outputs."""
+    y1_N, y2_N, *others = (part.detach().cpu().double() for part in outputs)
+    both = [y1_N.requires_grad_(), y2_N.requires_grad_()]
+    losses_N = preference_loss(task.config.loss, type(outputs)(*both, *others), reference)
+    slopes = torch.autograd.grad(losses_N.sum(), both, create_graph=True)
+    rows = [torch.autograd.grad(slope.sum(), both, retain_graph=True, materialize_grads=True) for slope in slopes]
+    curvature_N22 = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)
+    return losses_N.detach(), torch.stack(slopes, dim=1).detach(), curvature_N22.detach()
