@@ -33,7 +33,8 @@ class Evidence(NamedTuple):
 
     def times(self, sharpness: float) -> "Evidence":
         """With all rewards times `sharpness`."""
-        return Evidence(*(part * sharpness for part in self[:4]), self.required_N)
+        rewards = {name: part * sharpness for name, part in self._asdict().items() if name != "required_N"}
+        return self._replace(**rewards)
 
     @property
     def generic_N(self) -> Tensor:

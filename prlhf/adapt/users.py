@@ -171,7 +171,8 @@ def adapt(loaded: Loaded, judged: Judgements, training: Judgements | None, prior
 def fit_each(loaded: Loaded, judged: Judgements, training: Judgements | None, prior: NewUsersPrior) -> dict[int, Fit]:
     """The posterior of each user of `judged`: new users USERS_AT_ONCE at a time, known ones from what is known of them."""
     loss, gaussian, known = loaded.config.loss, prior.gaussian, len(loaded.users)
-    new, found = [user for user in judged.rows if user > known], {}
+    new = [user for user in judged.rows if user > known]
+    found: dict[int, Fit] = {}
     for start in range(0, len(new), USERS_AT_ONCE):
         some = new[start : start + USERS_AT_ONCE]
         problems = [whitened(loss, judged.of(user), gaussian).scaled(1.0, prior.sharpness) for user in some]
