@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -452,6 +453,14 @@ def test_an_adapted_folder_is_a_model_for_every_command(call, low_rank, tmp_path
     assert report["calibration"]["adapted"]["comparisons"] == report["comparisons"]["known_users"] > 0
     assert report["calibration"]["adapted"]["integrated"] != report["calibration"]["adapted"]["plug_in"]
     assert report["per_user"].keys() == {"erin", "dan"}
+    margins, posterior = (
+        list(map(json.loads, (out / "eval/margins.jsonl").read_text().splitlines())),
+        load_final(out).posterior,
+    )
+    k = posterior.sharpness.item()
+    assert k != 1 and all(0 < row["probability"] < 1 for row in margins)
+    for row in margins:  # nearer to a half than the margin alone says
+        assert 0 <= (math.log(row["probability"] / (1 - row["probability"])) / (k * row["true"])) < 1
 
     model = prlhf.load(str(out))
     assert model.users[-2:] == ("dan", "erin") or model.users[-2:] == ("erin", "dan")

@@ -7,7 +7,6 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,21 +62,23 @@ def main() -> None:
         "encoding": asdict(data.report),
         **summarize(config.evaluate, margins, task.users, task.names, rules, others=task.model.users > 1),
     }
-    report["calibration"] |= adapted_calibration(loaded, task, margins[0])
+    logits_B = adapted_logits(loaded, task, margins[0])
+    if (adapted_B := ~np.isnan(logits_B)).any():
+        report["calibration"]["adapted"] = integrated_calibration(margins[0][adapted_B], logits_B[adapted_B])
     (out / "report.json").unlink(missing_ok=True)  # an earlier evaluation's, whose margins are replaced
-    write_margins(out, data.raw, [user > 0 for user in task.users], margins)
+    write_margins(out, data.raw, [user > 0 for user in task.users], margins, logits_B)
     draw_curve(run_dir / "metrics.jsonl", out / "accuracy_curve.png")
     write_report(report, out)  # last: a report says that the evaluation is complete
     print(f"{markdown(report)}\nwritten to {out}")
 
 
-def adapted_calibration(loaded: Loaded, task: Task, margins_B: np.ndarray) -> dict[str, Any]:
-    """{"adapted": calibration on adapted users' comparisons}, or {} where there is none, or rewards are not linear in
-    users' coordinates. margins_B: as the true user."""
-    posterior = loaded.posterior
+def adapted_logits(loaded: Loaded, task: Task, margins_B: np.ndarray) -> np.ndarray:
+    """The logit of P(chosen is preferred), integrated over the posterior of an adapted user, (B,); NaN for others, and where
+    rewards are not linear in users' coordinates. margins_B: as the true user."""
+    posterior, logits_B = loaded.posterior, np.full(len(task.users), np.nan)
     rows = [i for i, user in enumerate(task.users) if posterior is not None and posterior.row(user) is not None]
     if posterior is None or not rows or not has_linear_coordinates(loaded.config):
-        return {}
+        return logits_B
     model, pairs = task.model, [task.comparisons[i] for i in rows]
     assert isinstance(model, PersonalizedRewardModel)
     states = response_states(model, pairs, task.config.evaluate.batch_size, loaded.backbone_weights())
@@ -85,8 +86,8 @@ def adapted_calibration(loaded: Loaded, task: Task, margins_B: np.ndarray) -> di
     features_NK = features(model.user_model, chosen_NW - rejected_NW)
     users = [task.users[i] for i in rows]
     margin_N, variance_N = torch.from_numpy(margins_B[rows]).double(), posterior.variances(users, features_NK)
-    logits_N = integrated(margin_N, variance_N, posterior.sharpness_of(users))
-    return {"adapted": integrated_calibration(margins_B[rows], logits_N.numpy())}
+    logits_B[rows] = integrated(margin_N, variance_N, posterior.sharpness_of(users)).numpy()
+    return logits_B
 
 
 def draw_curve(metrics: Path, path: Path) -> None:

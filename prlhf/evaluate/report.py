@@ -50,15 +50,24 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     write_json(folder / "report.json", report)
 
 
-def write_margins(folder: Path, comparisons: Sequence[Comparison], known: Sequence[bool], margins: np.ndarray) -> None:
+def write_margins(
+    folder: Path,
+    comparisons: Sequence[Comparison],
+    known: Sequence[bool],
+    margins: np.ndarray,
+    logits_B: np.ndarray | None = None,
+) -> None:
     """Write margins.jsonl for `prlhf.compare`: ids, users, hashes of the texts, whether users are known, and margins.
 
-    margins: (3, B) reward margins, chosen minus rejected, as the true, generic and shuffled user (BRANCHES).
+    margins: (3, B) reward margins, chosen minus rejected, as the true, generic and shuffled user (BRANCHES). logits_B: of the
+    probability that an adapted user prefers the chosen response, integrated over the posterior; NaN for others.
     """
     records = []
-    for c, is_known, values in zip(comparisons, known, margins.T.tolist()):
+    logits_B = np.full(len(comparisons), np.nan) if logits_B is None else logits_B
+    for c, is_known, values, logit in zip(comparisons, known, margins.T.tolist(), logits_B.tolist()):
         record = {"id": c.id, "user": c.user, "text": fingerprint_of(c.prompt, c.chosen, c.rejected)}
-        records.append({**record, "known": bool(is_known), **dict(zip(BRANCHES, values))})
+        record |= {"known": bool(is_known), **dict(zip(BRANCHES, values))}
+        records.append(record if np.isnan(logit) else {**record, "probability": 1 / (1 + float(np.exp(-logit)))})
     write_json_lines(folder / MARGINS, records)
 
 
