@@ -1,6 +1,6 @@
 """Time and memory of prlhf.adapt for many new users, at two numbers of known ones.
 
-    python -m benchmarks.adapt --checkpoint RUN --data runs/data/polis_islands/unseen_users_adapt.jsonl --out FOLDER
+    python benchmarks/adapt.py --checkpoint RUN --data runs/data/polis_islands/unseen_users_adapt.jsonl --out FOLDER
 
 RUN: a frozen reward model with a linear head and users of a rank. 1,000 new users have the first 20 comparisons each of the
 file's users, in turn. RUN's folder is copied with as many known users more as `KNOWN` says, whose coordinates are those of its own

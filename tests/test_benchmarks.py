@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_adapt import trained_run
 from tokenizers import processors
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +23,7 @@ from prlhf.backbone.lora import lora_layers
 from prlhf.backbone.toys import byte_tokenizer, random_backbone
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.config.keys import ModelConfig
+from prlhf.store.final import load_final
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -376,6 +378,26 @@ def test_users_prints_a_table_and_writes_json(tmp_path):
         (kind, m) for kind in ("individual", "cluster") for m in (3, 50)
     ]
     assert rows[0]["over_smallest"] == 1 and rows[1]["late_user"] == 49
+
+
+def test_adapt_prints_time_and_memory(tmp_path, monkeypatch, call):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.chdir(ROOT)
+    import adapt
+
+    run = trained_run(tmp_path / "run", "low rank")
+    for name, value in {"NEW": 3, "COMPARISONS": 4, "KNOWN": (50,)}.items():
+        monkeypatch.setattr(adapt, name, value)
+    out = tmp_path / "out"
+    status, said, err = call(
+        adapt.main, "--checkpoint", run, "--data", ROOT / "examples/tiny/valid.jsonl", "--out", out
+    )
+    assert status == 0 and "\n50 known users more: " in said and "GiB at most" in said, err
+    found = load_final(out / "adapted50")
+    known = len(load_final(run).users)
+    assert len(found.users) == known + 53 and found.users.names[-3:] == ("new0", "new1", "new2")
+    z_MK = found.model.user_model.z_MK
+    assert torch.equal(z_MK[known : known + 50], z_MK[[n % known for n in range(50)]]) and z_MK[-3:].all()
 
 
 @pytest.mark.slow
