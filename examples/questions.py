@@ -9,7 +9,8 @@ that voter's own pairs there. Accuracy after n answers is on FOLDER/unseen_users
 - at once: the n most informative pairs (--ask n), with no answer in between.
 - variance: one at a time, the pair that most lowers the mean variance of margins over the pairs of RUN's training file.
 Accuracy is the mean over voters, with the difference from random at the same n, and a 95 % interval over voters of the paired
-difference (bootstrap). Nothing is chosen on either file: the prior comes from RUN and its training file.
+difference (bootstrap). A voter's prior has the scale and sharpness of RUN's voters and of the other half of the new ones, by the
+first COHORT pairs of each: as where users were adapted before. Nothing is chosen on the file that is predicted.
 """
 
 import argparse
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from prlhf.adapt.ask import check_askable, expected_answer, questions
-from prlhf.adapt.evidence import Evidence, Judgements, judgements
+from prlhf.adapt.evidence import Evidence, Judgements, apart, judgements
 from prlhf.adapt.reading import encoded, training_judgements
-from prlhf.adapt.users import new_users_prior
+from prlhf.adapt.users import trained_population
 from prlhf.adapt.variational import Fit, Gaussian, fits, whitened
 from prlhf.backbone.loading import choose_device
 from prlhf.config.keys import LossConfig
@@ -37,6 +38,7 @@ from prlhf.store.final import Loaded, load_final
 
 SHOTS = (1, 2, 5, 8, 10, 12, 15, 20)
 ORDERS = 20
+COHORT = 20  # pairs of each voter of the other half
 SAMPLES = 10_000
 SEED = 0
 
@@ -44,31 +46,32 @@ Pick = Callable[[Gaussian, Evidence], int]  # what is known of a voter and the p
 
 
 class Voters(NamedTuple):
-    """New voters' pairs to ask about and to predict, by number, and their prior."""
+    """New voters, by number, their pairs to ask about and to predict, and their prior."""
 
+    users: list[int]
     loss: LossConfig
     prior: Gaussian
     sharpness: float
     learn: Judgements
     predict: Judgements
 
-    @property
-    def users(self) -> list[int]:
-        """Those who are in both files."""
-        return sorted(set(self.learn.rows) & set(self.predict.rows))
 
-
-def new_voters(loaded: Loaded, training: Judgements, folder: str) -> Voters:
-    """The voters of a Polis folder whom training did not know."""
+def halves(loaded: Loaded, training: Judgements, folder: str) -> list[Voters]:
+    """The voters of a Polis folder whom training did not know, in two halves."""
     files = [read_comparisons(f"{folder}/unseen_users_{part}.jsonl", loaded.config.data) for part in ("adapt", "test")]
     users = UserIndex(ranked(c.user for c in files[0].comparisons))
     judged = []
     for data in (encoded(loaded, file) for file in files):
         numbered = [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)]
         judged.append(judgements(loaded, numbered))
-    prior = new_users_prior(loaded, training)
-    print(f"prior of a new user: {prior.said}")
-    return Voters(loaded.config.loss, prior.gaussian, prior.sharpness, *judged)
+    learn, population = judged[0], trained_population(loaded, training)
+    both, found = sorted(set(learn.rows) & set(judged[1].rows)), []
+    for half, others in ((both[::2], both[1::2]), (both[1::2], both[::2])):
+        told = [learn.of(user).of(torch.tensor(apart(learn.pairs(user)[:COHORT]))) for user in others]
+        prior = population.prior(told)
+        print(f"prior of {len(half)} new users: {prior.said}")
+        found.append(Voters(half, loaded.config.loss, prior.gaussian, prior.sharpness, learn, judged[1]))
+    return found
 
 
 Asked = list[list[int]]  # of each voter, rows of the voter's pairs
@@ -175,9 +178,10 @@ def main() -> None:
     with torch.no_grad():
         training = training_judgements(loaded)
         assert training is not None
-        voters = new_voters(loaded, training, args.data)
-        found = measured(voters, torch.cat([training.of(user).features_NK for user in training.rows]))
-    print(f"{len(voters.users)} new voters")
+        pairs_NK = torch.cat([training.of(user).features_NK for user in training.rows])
+        of_halves = [measured(voters, pairs_NK) for voters in halves(loaded, training, args.data)]
+    found = {name: np.concatenate([half[name] for half in of_halves]) for name in of_halves[0]}
+    print(f"{len(found['random'])} new voters")
     print(table(found))
     for name in found:
         for n in (8, 10, 12):
