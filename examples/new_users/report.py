@@ -80,14 +80,14 @@ def less_table(result: Result) -> str:
 
 def calibration_table(shots: Sequence[int], errors: Sequence[tuple[float, float]]) -> str:
     """Expected calibration error of adapted users, in points."""
-    rows = zip(("most probable vector", "integrated"), zip(*errors))
+    rows = zip(("the vector as it is", "integrated"), zip(*errors))
     return markdown_table(
         ["calibration error, N", *map(str, shots)], [[name, *(f"{100 * e:.1f}" for e in es)] for name, es in rows]
     )
 
 
 def draw(result: Result, path: Path, title: str) -> bool:
-    """Accuracy against N, one line a row, of LoRe the best K; False without matplotlib."""
+    """Accuracy against N, one line a row that is measured at all N, of LoRe the best K; False without matplotlib."""
 
     styles: dict[str, dict[str, Any]] = {
         "adapted": dict(color="black", linewidth=2.5),
@@ -96,11 +96,9 @@ def draw(result: Result, path: Path, title: str) -> bool:
 
     def lines(axes: Any) -> None:
         for name, found in result.rows.items():
-            if name.startswith("LoRe, K"):
-                continue
             means_N = 100 * found.mean(axis=(0, 2))
-            at = np.flatnonzero(~np.isnan(means_N))
-            axes.plot(at, means_N[at], label=name, marker=".", **styles.get(name, {}))
+            if not name.startswith("LoRe, K") and not np.isnan(means_N).any():
+                axes.plot(means_N, label=name, marker=".", **styles.get(name, {}))
         axes.set(xticks=range(len(result.shots)), xticklabels=result.shots, title=title)
         axes.set(xlabel="comparisons of the new user (N)", ylabel="accuracy, %, mean over users")
         axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))

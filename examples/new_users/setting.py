@@ -90,7 +90,7 @@ def set_up(loaded: Loaded, division: Division) -> Setting:
 
 
 class Margins(NamedTuple):
-    """Of the most probable vector, and integrated over the posterior; (N,) of each turn."""
+    """Of the vector as it is, and integrated over the posterior; (N,) of each turn."""
 
     plug_in: list[Tensor]
     integrated: list[Tensor]
