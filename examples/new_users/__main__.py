@@ -5,7 +5,8 @@
     python -m examples.new_users pal --raw FOLDER --out FOLDER --checkpoint RUN [RUN ...]
 
 The protocols are in protocols.py: polis, pal, lore-tldr, lore-prism. Of the last three the first command writes FOLDER/train.jsonl
-and says how to train on it. RUN is a reward model with a linear head on a frozen backbone; several runs are training seeds.
+and says how to train on it. RUN is a reward model with a linear head; several runs are training seeds. Where
+the backbone was trained too, only the rows of the checkpoint's own vectors are measured.
 
 Rows: the generic user; adapted (prlhf.adapt); adapted to another user's comparisons, a control; the nearest trained user; a
 user-blind reward model; the share of training votes; LoRe with K reward functions, and the best K at each N, chosen on what is
@@ -54,6 +55,10 @@ def rows(setting: Setting, adapted: Adapted, in_context: tuple[int, ...]) -> dic
         "adapted": Measured(adapted.own),
         "another user's N": Measured(adapted.another),
         "nearest trained user": Measured(nearest(setting)),
+    }
+    if not setting.loaded.config.model.frozen:  # the others' training would have trained their own backbone
+        return found
+    found |= {
         "user-blind": Measured(user_blind(setting)),
         "vote share": Measured(vote_share(setting)),
     }
@@ -106,14 +111,13 @@ def prepare(division: Division, out: Path) -> None:
 def measure(division: Division, checkpoints: list[str], in_context: tuple[int, ...]) -> tuple[report.Result, str]:
     """All rows of all checkpoints, and the table of calibration."""
     found: dict[str, list[np.ndarray]] = {}
-    errors = []
+    errors, frozen = [], set()
     for checkpoint in checkpoints:
         loaded = load_final(checkpoint)
         check_adaptable(loaded)
-        if not loaded.config.model.frozen:
-            raise UserError(
-                f"{loaded.path}: found model.frozen=false; expected a frozen backbone, as the rows share it"
-            )
+        frozen.add(loaded.config.model.frozen)
+        if len(frozen) > 1:
+            raise UserError(f"{loaded.path}: found model.frozen={loaded.config.model.frozen}; expected the same in all")
         check_agreement(loaded.model.to(choose_device(loaded.config.device)))
         setting = set_up(loaded, division)
         adapted = Adapted(setting)

@@ -38,8 +38,11 @@ class Result(NamedTuple):
     rows: dict[str, np.ndarray]
 
     def with_best(self, prefix: str) -> "Result":
-        """With a row more: at each N the best of the rows whose names begin so, chosen on these very accuracies."""
-        of_prefix = np.stack([found for name, found in self.rows.items() if name.startswith(prefix)])
+        """With a row more: at each N the best of the rows whose names begin so, if any, chosen on these very accuracies."""
+        of_prefix = [found for name, found in self.rows.items() if name.startswith(prefix)]
+        if not of_prefix:
+            return self
+        of_prefix = np.stack(of_prefix)
         best_N = of_prefix.mean(axis=(1, 3)).argmax(axis=0)
         best = np.stack([of_prefix[k, :, n] for n, k in enumerate(best_N)], axis=1)
         return self._replace(rows={**self.rows, BEST: best})
