@@ -70,7 +70,7 @@ def halves(loaded: Loaded, training: Judgements, folder: str) -> list[Voters]:
         told = [learn.of(user).of(torch.tensor(apart(learn.pairs(user)[:COHORT]))) for user in others]
         prior = population.prior(told)
         print(f"prior of {len(half)} new users: {prior.said}")
-        found.append(Voters(half, loaded.config.loss, prior.gaussian, prior.sharpness, learn, judged[1]))
+        found.append(Voters(half, loaded.config.loss, prior.gaussian, prior.law.sharpness, learn, judged[1]))
     return found
 
 

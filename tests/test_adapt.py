@@ -21,7 +21,7 @@ import prlhf
 from prlhf.adapt import __main__ as adapt
 from prlhf.adapt.evidence import Evidence, Judgements, apart
 from prlhf.adapt.population import population
-from prlhf.adapt.scale import trained, tune, without
+from prlhf.adapt.scale import of_users, strength_of, trained, tune, without
 from prlhf.adapt.users import check_adaptable
 from prlhf.adapt.variational import Gaussian, fit, fits, surprise, told_by, whitened
 from prlhf.backbone.toys import random_backbone
@@ -35,7 +35,7 @@ from prlhf.evaluate import __main__ as evaluate
 from prlhf.evaluate.stats.metrics import expected_calibration_error
 from prlhf.generate import __main__ as generate
 from prlhf.method.build import build_model
-from prlhf.method.posterior import Posterior, integrated
+from prlhf.method.posterior import Law, Posterior, integrated
 from prlhf.method.prior import Strength, difference_scale
 from prlhf.method.users import IndividualUsers, LowRankUsers
 from prlhf.solve.linear import LinearProblem, solve
@@ -79,12 +79,11 @@ DENSITY = torch.exp(-SD_8.square() / 2) / torch.exp(-SD_8.square() / 2).sum()
 
 
 def expected_loss(loss: LossConfig, e: Evidence, mean_K: Tensor, covariance_KK: Tensor, sharpness: float) -> Tensor:
-    """sum_n E_q loss, one comparison at a time, by sums over the grid."""
+    """sum_n E_q loss, one comparison at a time, by sums over the grid. Centring is of the rewards, without the sharpness."""
     total = mean_K.new_zeros(())
     for a, b, x_K, y_K, required in zip(*e):
-        x_K, y_K, a, b = sharpness * x_K, sharpness * y_K, sharpness * a, sharpness * b
-        d_K = x_K - y_K
-        z = a - b + d_K @ mean_K - loss.margin * required + (d_K @ covariance_KK @ d_K).sqrt() * SD_8
+        d_K = sharpness * (x_K - y_K)
+        z = sharpness * (a - b) + d_K @ mean_K - loss.margin * required + (d_K @ covariance_KK @ d_K).sqrt() * SD_8
         of_z = -(1 - loss.label_smoothing) * logsigmoid(z) - loss.label_smoothing * logsigmoid(-z)
         s_K = x_K + y_K
         total = total + of_z @ DENSITY + loss.center * ((a + b + s_K @ mean_K) ** 2 + s_K @ covariance_KK @ s_K)
@@ -284,9 +283,9 @@ def test_scale_and_sharpness_of_simulated_users_are_found(scale, sharpness):
     """Many new users decide for themselves; of two, who were drawn otherwise, trained ones decide."""
     own, others = simulated(150, scale, sharpness, seed=1), simulated(150, 1.0, 1.0, seed=2)
     found = tune(LossConfig(), own, others)
-    assert scale / 2 <= found.scale <= 2 * scale and sharpness / 1.5 < found.sharpness < 1.5 * sharpness
+    assert scale / 2 <= found.law.scale <= 2 * scale and sharpness / 1.5 < found.law.sharpness < 1.5 * sharpness
     few, none = tune(LossConfig(), own[:2], others), tune(LossConfig(), [], others)
-    assert few.scale == none.scale != found.scale and 1 / 1.5 < few.sharpness / none.sharpness < 1.5
+    assert few.law.scale == none.law.scale != found.law.scale and 1 / 1.5 < few.law.sharpness / none.law.sharpness < 1.5
 
 
 def solved(kind: str) -> tuple[Judgements, Tensor, LinearProblem, object]:
@@ -322,7 +321,7 @@ def solved(kind: str) -> tuple[Judgements, Tensor, LinearProblem, object]:
 def test_training_without_some_users_is_solved_anew(kind):
     """The prior that training had is read off its optimum; without two users it is what solving from nothing gives."""
     judged, coordinates_MK, problem, users = solved(kind)
-    of_all = trained(judged, coordinates_MK)
+    of_all = trained(judged, coordinates_MK, 6)
     assert of_all.strength == pytest.approx((2.0, 1.5), rel=1e-3)
     others, users_MK = without(of_all, [2, 5])
     fresh = copy.deepcopy(users)
@@ -337,6 +336,27 @@ def test_training_without_some_users_is_solved_anew(kind):
     vectors_MW = users_MK if kind == "full" else users_MK @ others.basis_KW
     expected = fresh(torch.arange(1, 5)).detach()[:, 0] / scale_W - others.shared_W
     assert torch.allclose(vectors_MW, expected, atol=1e-3)
+
+
+def test_a_sample_of_trained_users_tells_the_strength_of_training():
+    """Of what all users share it has a part of the gradient; 60 users, of whom 20 are there."""
+    states_SW, generator, M = randn(40, 3, seed=31), random.Random(6), 60
+    rows = [(1 + n % M, *generator.sample(range(40), 2)) for n in range(M * 12)]
+    users_N, y1_N, y2_N = torch.tensor(rows).T
+    camps = torch.where(users_N % 2 == 0, 1.0, -1.0).double()  # two camps, and a taste that all share
+    wins_N = ((states_SW[y1_N] - states_SW[y2_N]) @ torch.tensor([0.0, 0.7, 1.0]).double()) + camps * (
+        states_SW[y1_N] - states_SW[y2_N]
+    )[:, 0] > 0
+    y1_N, y2_N = torch.where(wins_N, y1_N, y2_N), torch.where(wins_N, y2_N, y1_N)
+    scale_W, zero_N = difference_scale(states_SW[y1_N] - states_SW[y2_N]), torch.zeros(len(rows)).double()
+    problem = LinearProblem(LossConfig(), states_SW / scale_W, scale_W, y1_N, y2_N, users_N, zero_N, zero_N + 0.5, M)
+    users = LowRankUsers(torch.zeros(1, 3).double(), torch.zeros(2, 1, 3).double(), torch.zeros(M, 2).double())
+    solve(problem, users, Strength(2.0, 1.5))
+    some = of_users(problem, range(1, 21))
+    sample = LowRankUsers(users.e_UD.data, users.B_KUD.data, users.z_MK.data[:20])
+    assert strength_of(problem, users) == pytest.approx((2.0, 1.5), rel=1e-3)
+    assert strength_of(some, sample, share=3.0) == pytest.approx((2.0, 1.5), rel=0.35)
+    assert strength_of(some, sample).users > 1.4 * 2.0
 
 
 # The folder.
@@ -437,7 +457,7 @@ def test_new_users_of_every_form_are_at_the_optimum_and_known_ones_stay(call, fo
             expected_loss(LossConfig(), evidence, c_K, S_KK, k), [c_K, S_KK]
         )
         # In the prior's own units: c = -C gradient, and S^-1 = C^-1 + 2 gradient is (1 + 2 C gradient) S = C.
-        C_KK = posterior.prior_KK
+        C_KK = posterior.law.scale * posterior.prior_KK
         assert (C_KK @ by_mean_K + c).abs().max() < 1e-2 * C_KK.diagonal().max().sqrt() < c.abs().max()
         left_KK = S_KK.detach() + C_KK @ (by_covariance_KK + by_covariance_KK.T) @ S_KK.detach()
         assert torch.allclose(left_KK, C_KK, atol=1e-2 * C_KK.diagonal().max())
@@ -457,7 +477,7 @@ def test_an_adapted_folder_is_a_model_for_every_command(call, low_rank, tmp_path
         list(map(json.loads, (out / "eval/margins.jsonl").read_text().splitlines())),
         load_final(out).posterior,
     )
-    k = posterior.sharpness.item()
+    k = posterior.law.sharpness
     assert k != 1 and all(0 < row["probability"] < 1 for row in margins)
     for row in margins:  # nearer to a half than the margin alone says
         assert 0 <= (math.log(row["probability"] / (1 - row["probability"])) / (k * row["true"])) < 1
@@ -581,7 +601,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_folder_whole(low_rank, t
     (final / "eval").mkdir()
     (final / "eval/kept").write_text("kept")
     loaded = load_final(final)
-    posterior = Posterior.of(torch.eye(2), {5: torch.zeros(2, 1)}, full=False, sharpness={0: 1.0, 5: 1.0})
+    posterior = Posterior.of(torch.eye(2), {5: torch.zeros(2, 1)}, full=False, laws={0: Law(1, 1), 5: Law(1, 1)})
     before, users = folder_state(final), UserIndex([*loaded.users.names, "erin"])
     rows = torch.cat([loaded.model.user_model.z_MK.detach(), torch.ones(1, 2)])
     seen = set()
@@ -645,9 +665,39 @@ def test_in_place_and_without_training_data(call, low_rank, tmp_path):
     config = (run / "final/config.yaml").read_text()
     (run / "final/config.yaml").write_text(config.replace("examples/tiny/train.jsonl", "gone.jsonl"))
     status, said, err = call(adapt.main, "--checkpoint", run, "--data", new, "--out", run)
-    assert status == 0 and "scale 1, sharpness 1 (data.train is not there" in said, err
+    assert status == 0 and "scale 1, sharpness 1 (no comparisons of two trained users are there" in said, err
     assert users_of(run / "final") == [*users_of(low_rank / "final"), "erin"]
     again = write_lines(tmp_path / "again.jsonl", {"alice": "frank"})
     status, said, _ = call(adapt.main, "--checkpoint", run, "--data", again, "--out", run / "final")
-    assert status == 0 and "as of the users adapted before" in said
+    assert status == 0 and "as of the users who were added last" in said
     assert len(load_final(run).posterior.users_A) == 2 and not list(run.glob(".*partial"))
+
+
+def test_a_later_file_is_for_itself_and_leaves_earlier_users_as_they_are(call, low_rank, tmp_path):
+    """What a file's users become does not depend on who was adapted before; earlier vectors and covariances stay bit for bit."""
+    first = write_lines(tmp_path / "first.jsonl", {"alice": "gina", "carol": "hugo"}, swap=True)
+    second = write_lines(tmp_path / "second.jsonl", {"dave": "erin"}, count=5)
+    a, both, alone = (tmp_path / name for name in ("a", "both", "alone"))
+    assert call(adapt.main, "--checkpoint", low_rank, "--data", first, "--out", a)[0] == 0
+    assert call(adapt.main, "--checkpoint", a, "--data", second, "--out", both)[0] == 0
+    assert call(adapt.main, "--checkpoint", low_rank, "--data", second, "--out", alone)[0] == 0
+    earlier, later, fresh = (load_final(folder) for folder in (a, both, alone))
+    z = {folder: weights(folder)["user_model.z_MK"] for folder in (a, both, alone)}
+    assert torch.equal(z[both][-1], z[alone][-1]) and torch.equal(z[both][:-1], z[a])
+    erin, there = later.number("erin"), fresh.number("erin")
+    assert torch.equal(later.posterior.covariance(erin), fresh.posterior.covariance(there))
+    assert later.posterior.law_of(erin) == fresh.posterior.law_of(there)
+    for name in ("gina", "hugo"):
+        number = earlier.number(name)
+        assert torch.equal(later.posterior.covariance(number), earlier.posterior.covariance(number))
+        assert later.posterior.law_of(number) == earlier.posterior.law_of(number)
+
+
+def test_users_who_do_not_differ_have_no_new_ones(call, tmp_path):
+    """Under so narrow a prior training finds nobody different."""
+    keys = (f"run_dir={tmp_path / 'run'}", "data.valid=null", *HEAD, "user_model.rank=2", "user_model.prior=0.01")
+    assert call(train.main, "--config", "tiny", "--set", *keys)[0] == 0
+    assert not weights(tmp_path / "run/final")["user_model.B_KUD"].any()
+    new, out = write_lines(tmp_path / "new.jsonl", {"dave": "erin"}), tmp_path / "out"
+    status, _, err = call(adapt.main, "--checkpoint", tmp_path / "run", "--data", new, "--out", out)
+    assert (status, err.count("\n")) == (2, 1) and "its users do not differ" in err and not out.exists()

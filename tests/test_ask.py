@@ -20,7 +20,7 @@ from prlhf.adapt.evidence import Evidence
 from prlhf.adapt.forget import without
 from prlhf.adapt.space import directions, nearest
 from prlhf.adapt.variational import Gaussian
-from prlhf.method.posterior import Posterior
+from prlhf.method.posterior import Law, Posterior
 from prlhf.store.final import load_final
 from prlhf.train import __main__ as train
 
@@ -196,11 +196,13 @@ def test_the_questions_for_each_kind_of_user(call, adapted, tmp_path, name):
     zero_N = margins(torch.zeros(2))
     x_NK = torch.stack([margins(e_K) - zero_N for e_K in torch.eye(2)], dim=1)
     mean_K, covariance_KK = torch.zeros(2).double(), loaded.posterior.prior_KK
+    if name == "zoe":
+        covariance_KK = covariance_KK * loaded.posterior.law.scale
     if name != "zoe":
         mean_K = weights(adapted)["user_model.z_MK"][loaded.number(name) - 1].double()
     if name == "erin":
         covariance_KK = loaded.posterior.covariance(loaded.number(name))
-    k = {"erin": loaded.posterior.sharpness_A[0].item(), "dave": 1.0, "zoe": loaded.posterior.sharpness.item()}[name]
+    k = {"erin": loaded.posterior.sharpness_A[0].item(), "dave": 1.0, "zoe": loaded.posterior.law.sharpness}[name]
     assert name == "dave" or k != 1
     z_G = torch.linspace(-9, 9, 4001, dtype=torch.float64)
     weights_G = torch.softmax(-(z_G**2) / 2, dim=0)
@@ -228,6 +230,9 @@ def test_the_questions_for_each_kind_of_user(call, adapted, tmp_path, name):
         {"id": x["id"], "prompt": x["prompt"], "responses": [x["rejected"], x["chosen"]], "user": 7} for x in lines
     ]
     lines_to(pairs, swapped)
+    assert call(adapt.main, *ask, "--candidates", pairs)[0] == 2  # nothing that exists is replaced
+    assert [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()] == asked
+    (tmp_path / "asked.jsonl").unlink()
     assert call(adapt.main, *ask, "--candidates", pairs)[0] == 0
     again = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
     assert [row["id"] for row in again] == order
@@ -298,7 +303,7 @@ def test_bad_questions_and_answers_are_refused_in_one_line(call, run, adapted, t
         ([{"prompt": "x"}], (), "line 1: no field 'chosen'"),
         (good, ("--user", "generic"), "--user: found 'generic', who is nobody"),
         (good, ("--update",), "--update: not for --ask"),
-        (good, ("--out", pairs), "pairs.jsonl is the file of candidates"),
+        (good, ("--out", pairs), "pairs.jsonl exists, or its folder does not"),
     ]
     for lines, options, message in asking:
         lines_to(pairs, lines)
@@ -472,7 +477,9 @@ def test_who_is_forgotten_is_gone_and_the_others_stay_bit_for_bit(call, run, ada
 
 def test_a_posterior_of_whole_vectors_forgets_a_user():
     told = {2: randn(5, 1, seed=1), 4: randn(5, 3, seed=2), 7: randn(5, 2, seed=3)}
-    before = Posterior.of(20 * torch.eye(5).double(), told, True, {0: 1.0, 2: 1.1, 4: 1.2, 7: 1.3})
+    before = Posterior.of(
+        20 * torch.eye(5).double(), told, True, {0: Law(1, 1), 2: Law(1, 1.1), 4: Law(1, 1.2), 7: Law(1, 1.3)}
+    )
     after = without(before, 4)
     assert after.sharpness_A.tolist() == [1.1, 1.3]
     assert after.users_A.tolist() == [2, 6] and torch.equal(after.prior_KK, before.prior_KK)

@@ -127,15 +127,15 @@ class Adapted:
 
     def margins(self, turns: Sequence[Turn], of: Sequence[Turn]) -> Margins:
         """What is predicted of each turn's user from what the user `of` the same place said."""
-        found, loss, (gaussian, sharpness, _) = Margins([], []), self.setting.loaded.config.loss, self.prior(turns)
+        found, loss, prior = Margins([], []), self.setting.loaded.config.loss, self.prior(turns)
         told = [self.setting.evidence[turn.user].of(turn.learn) for turn in of]
-        problems = [whitened(loss, each, gaussian).scaled(1.0, sharpness) for each in told]
+        problems = [whitened(loss, each, prior.population).scaled(*prior.law) for each in told]
         for turn, own in zip(turns, fits(loss, problems)):
             test = self.setting.evidence[turn.user].of(turn.predict)
             plug_in_N = margins_under(test, own.mean_K)
             found.plug_in.append(plug_in_N)
-            variance_N = own.variances(gaussian, test.features_NK)
-            found.integrated.append(integrated(plug_in_N, variance_N, sharpness))
+            variance_N = own.variances(prior.gaussian, test.features_NK)
+            found.integrated.append(integrated(plug_in_N, variance_N, prior.law.sharpness))
         return found
 
     def own(self, turns: Sequence[Turn]) -> list[Tensor]:

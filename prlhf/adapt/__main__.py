@@ -120,8 +120,10 @@ def run_ask(args: argparse.Namespace) -> None:
         raise UserError(
             f"--user: found {args.user!r}, who is nobody to learn of; expected the name of a known or a new user"
         )
-    if args.out and Path(args.out).exists() and Path(args.out).samefile(args.candidates):
-        raise UserError(f"--out: {args.out} is the file of candidates; expected another file")
+    if args.out and (Path(args.out).exists() or not Path(args.out).resolve().parent.is_dir()):
+        raise UserError(
+            f"--out: {args.out} exists, or its folder does not; expected a new file in a folder that is there"
+        )
     loaded = load_final(args.checkpoint)
     check_askable(loaded)
     candidates = read_candidates(args.candidates, loaded)

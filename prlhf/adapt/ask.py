@@ -23,7 +23,14 @@ from torch import Tensor
 from prlhf.adapt.evidence import Evidence, judgements
 from prlhf.adapt.reading import encoder_of, training_judgements
 from prlhf.adapt.told import pair_fingerprint, told_by_known
-from prlhf.adapt.users import check_adaptable, check_personal, coordinates, new_users_prior, prior_of, sharpness_of
+from prlhf.adapt.users import (
+    check_adaptable,
+    check_personal,
+    coordinates,
+    new_users_prior,
+    prior_of,
+    trained_population,
+)
 from prlhf.adapt.variational import Gaussian
 from prlhf.batch.tokens import EncodedComparison, EncodingReport
 from prlhf.config.keys import has_linear_coordinates
@@ -156,15 +163,15 @@ def known_of(loaded: Loaded, user: int) -> Known:
     if user and posterior is not None and posterior.row(user) is not None:
         return Known(
             Gaussian.of(coordinates(loaded.model.user_model, [user]).users_MK[0], posterior.covariance(user)),
-            sharpness_of(loaded, user, 1.0),
+            posterior.law_of(user).sharpness,
             "adapted",
         )
-    training = training_judgements(loaded, [user] if user else [])
-    prior = new_users_prior(loaded, training)
+    training = None if not user and posterior is not None else training_judgements(loaded, [user] if user else [])
     if not user:
-        return Known(prior.gaussian, prior.sharpness, f"new; {prior.said}")
-    gaussian, _ = prior_of(loaded, user, prior.gaussian, training)
-    return Known(gaussian, sharpness_of(loaded, user, 1.0), "known from training")
+        prior = new_users_prior(loaded, training)
+        return Known(prior.gaussian, prior.law.sharpness, f"new; {prior.said}")
+    gaussian, _ = prior_of(loaded, user, trained_population(loaded, None).gaussian, training)
+    return Known(gaussian, 1.0, "known from training")
 
 
 def check_askable(loaded: Loaded) -> None:

@@ -149,6 +149,7 @@ def nearest(config: LossConfig, problems: Sequence[Problem], fixed_mean: bool = 
     start = at.bound(t_BR, identity_BRR)
     state = State(t_BR, identity_BRR, identity_BRR, torch.ones(B).double(), start, torch.zeros(B).double())
     t_BR, covariance_BRR, bound_B = t_BR.clone(), identity_BRR.clone(), start.value_B.clone()
+    far = False
     for _ in range(MOST_STEPS if R else 0):
         before, state = state, step(at, state, fixed_mean)
         t_BR[going], covariance_BRR[going], bound_B[going] = state.t_BR, state.covariance_BRR, state.bound.value_B
@@ -158,8 +159,9 @@ def nearest(config: LossConfig, problems: Sequence[Problem], fixed_mean: bool = 
         going, at = going[rest], at.some(rest)
         state = State(*(part[rest] if torch.is_tensor(part) else Bound(*(x[rest] for x in part)) for part in state))
     else:
-        if R and not state.moves_B.max() < FAR:
-            raise TrainingError("a user's posterior was not found; expected rewards that are finite")
+        far = R > 0 and bool(state.moves_B.max() > FAR)
+    if far or not bound_B.isfinite().all():
+        raise TrainingError("a user's posterior was not found; expected rewards that are finite, and not too large")
     sizes = [problem.features_CNR.shape[2] for problem in problems]
     return [Nearest(t_BR[b, :r], covariance_BRR[b, :r, :r], bound_B[b].item()) for b, r in enumerate(sizes)]
 

@@ -45,13 +45,13 @@ def without(posterior: Posterior | None, user: int) -> Posterior | None:
     keep = posterior.users_A != user
     if not keep.any():
         return None
-    users_A, sharpness_A = posterior.users_A[keep], posterior.sharpness_A[keep]
+    users_A, scale_A, sharpness_A = (part[keep] for part in posterior[:3])
     covariance_AKK, told_ARK = (
         None if part is None else part[keep] for part in (posterior.covariance_AKK, posterior.told_ARK)
     )
     users_A = users_A - (users_A > user).long()
     return posterior._replace(
-        users_A=users_A, sharpness_A=sharpness_A, covariance_AKK=covariance_AKK, told_ARK=told_ARK
+        users_A=users_A, scale_A=scale_A, sharpness_A=sharpness_A, covariance_AKK=covariance_AKK, told_ARK=told_ARK
     )
 
 
@@ -64,7 +64,10 @@ def still_there(loaded: Loaded, name: str, user: int) -> list[str]:
     if file is None:
         said.append(f"- data.train: {config.data.train} is not there; whoever has it may have their comparisons")
     elif count:
-        said.append(f"- data.train: {config.data.train} holds {count:,} of their comparisons")
+        said.append(
+            f"- data.train: {config.data.train} holds {count:,} of their comparisons, and prlhf.adapt reads them for the "
+            "prior of new users; take them out of it"
+        )
     adapted = loaded.posterior is not None and loaded.posterior.row(user) is not None
     if count or file is None or not adapted:
         perhaps = "" if count or not adapted else "if they were a user of training, "

@@ -30,7 +30,7 @@ from prlhf.batch.tokens import EncodedComparison
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 from prlhf.method.losses import needs_reference
-from prlhf.method.posterior import Posterior
+from prlhf.method.posterior import Law, Posterior
 from prlhf.method.users import ClusterUsers, IndividualUsers
 from prlhf.score.agreement import check_agreement
 from prlhf.score.reference import computes_on, reference_log_probs
@@ -117,8 +117,8 @@ def adapt_nonlinear(
             row_V = problems[user].base_V + problems[user].basis_VR @ at.t_R
             rows[user - user_model.first_user] = row_V.to(rows).view(rows.shape[1:])
             told[user] = torch.cat([before[user].told_KQ, before[user].root_KR @ at.told()], dim=1)
-    sharpness = dict.fromkeys([0, *told], 1.0)
-    posterior = Posterior.of(prior.prior_KK, told, prior.directions_KV is not None, sharpness)
+    laws = dict.fromkeys([0, *told], Law(1.0, 1.0))
+    posterior = Posterior.of(prior.prior_KK, told, prior.directions_KV is not None, laws)
     return Adapted(rows, posterior._replace(directions_KV=prior.directions_KV))
 
 

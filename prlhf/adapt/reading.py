@@ -39,17 +39,15 @@ def training_comparisons(loaded: Loaded) -> list[EncodedComparison] | None:
 
 
 def training_judgements(loaded: Loaded, of: Sequence[int] = ()) -> Judgements | None:
-    """What users of training said in it; None where that file is gone, or not needed.
+    """What users of training said in it; None where that file is gone.
 
     These are all of them or, where there are more, MOST_USERS drawn at random, so that the cost does not grow with all; and
-    `of`, known users. Where users were adapted before, a new user's prior is known, and `of` alone are needed.
+    `of`, known users.
     """
-    if loaded.posterior is not None and not of:
-        return None
     if (comparisons := training_comparisons(loaded)) is None:
         return None
     judges = sorted({c.user for c in comparisons} - {0})
     if len(judges) > MOST_USERS:
-        some = {*of} | ({*random.Random(0).sample(judges, MOST_USERS)} if loaded.posterior is None else set())
+        some = {*of, *random.Random(0).sample(judges, MOST_USERS)}
         comparisons = [c for c in comparisons if c.user in some]
     return judgements(loaded, comparisons) if comparisons else None

@@ -6,7 +6,8 @@ e_0 is what all users share, fitted to all of them at once, and people who diffe
 the margins of e_0 are those of the average. k, the sharpness, makes them those of one user (population-averaged and
 subject-specific effects; Zeger, Liang and Albert 1988, Biometrics 44). The vector e_0 + B c ranks responses as k times it does.
 
-The pair (scale, k) minimises the surprise, -log of the marginal likelihood (empirical Bayes),
+The pair (scale, k) minimises the surprise, -log of the marginal likelihood (empirical Bayes) of the choices alone, whatever
+else training's loss has,
 
     sum over new users  -log P(their comparisons)   +   WORTH . mean over trained users  -log P(their first comparisons),
 
@@ -21,9 +22,9 @@ Shape suffixes: M users, K coordinates, W width, N comparisons, S responses, U =
 """
 
 import copy
+import dataclasses
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ from prlhf.adapt.evidence import Judgements, apart
 from prlhf.adapt.population import population, second_moment
 from prlhf.adapt.variational import Whitened, surprise, whitened
 from prlhf.config.keys import LossConfig
+from prlhf.method.posterior import Law
 from prlhf.method.prior import STATED, Strength
 from prlhf.method.users import IndividualUsers, LowRankUsers
 from prlhf.solve.linear import LinearProblem, solve
@@ -46,16 +48,16 @@ MOST_NEW_USERS = 200  # new ones, evenly from where there are more
 
 
 class Tuned(NamedTuple):
-    """The scale, the sharpness, and the surprise of each pair that was tried."""
+    """Scale and sharpness, and the surprise of each pair that was tried."""
 
-    scale: float
-    sharpness: float
+    law: Law
     surprises: dict[tuple[float, float], float]
 
 
 def tune(loss: LossConfig, new: Sequence[Whitened], of_training: Sequence[Whitened]) -> Tuned:
     """The least surprising scale and sharpness. The problems are at scale and sharpness 1, of priors whose mean is 0."""
-    new = new[:: max(1, -(-len(new) // MOST_NEW_USERS))]
+    step = max(1.0, len(new) / MOST_NEW_USERS)
+    new = [new[int(n * step)] for n in range(min(len(new), MOST_NEW_USERS))]
     surprises: dict[tuple[float, float], float] = {}
 
     def of(pair: tuple[float, float]) -> float:
@@ -69,19 +71,26 @@ def tune(loss: LossConfig, new: Sequence[Whitened], of_training: Sequence[Whiten
         before = best
         best = min([(best[0], each) for each in SHARPNESSES], key=of)
         best = min([(each, best[1]) for each in SCALES], key=of)
-    return Tuned(*best, surprises)
+    return Tuned(Law(*best), surprises)
 
 
-def held_out(loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, standard: bool) -> list[Whitened]:
+def plain(loss: LossConfig) -> LossConfig:
+    """-log P(y1 preferred): without margins to win by, smoothing or centring."""
+    return dataclasses.replace(loss, margin=0.0, label_smoothing=0.0, center=0.0)
+
+
+def held_out(
+    loss: LossConfig, judged: Judgements, coordinates_MK: Tensor, standard: bool, known: int
+) -> list[Whitened]:
     """The problem of each trained user's first comparisons, in random order, by what is solved without that user.
 
-    coordinates_MK: of those whose training comparisons are `judged`, by number; standard: see `population`. Empty where there
-    are fewer than two.
+    coordinates_MK: of those whose training comparisons are `judged`, by number; standard: see `population`; known: how many
+    users training had. Empty where there are fewer than two.
     """
     rng, users = random.Random(0), sorted(judged.rows)
     if len(users) < 2:
         return []
-    found, of_all = [], trained(judged, coordinates_MK)
+    found, of_all = [], trained(judged, coordinates_MK, known)
     for k in range(min(FOLDS, len(users))):
         fold = users[k::FOLDS]
         of_others, users_MK = without(of_all, fold)
@@ -104,7 +113,7 @@ class Trained(NamedTuple):
 
 
 @torch.enable_grad()
-def trained(judged: Judgements, coordinates_MK: Tensor) -> Trained:
+def trained(judged: Judgements, coordinates_MK: Tensor, known: int) -> Trained:
     """Those whose comparisons are `judged`, with their coordinates, as a user model of e_0 and B or of whole vectors."""
     problem = of_users(judged.problem, sorted(judged.rows))
     e_UW, scale_W = (judged.shared_W * problem.scale_W)[None], problem.scale_W
@@ -112,7 +121,7 @@ def trained(judged: Judgements, coordinates_MK: Tensor) -> Trained:
         users: IndividualUsers | LowRankUsers = IndividualUsers(e_UW, (coordinates_MK * scale_W)[:, None])
     else:
         users = LowRankUsers(e_UW, (judged.basis_KW * scale_W)[:, None], coordinates_MK.clone())
-    return Trained(judged, problem, users, strength_of(problem, users))
+    return Trained(judged, problem, users, strength_of(problem, users, max(known / problem.known, 1.0)))
 
 
 @torch.enable_grad()
@@ -136,13 +145,15 @@ def of_users(problem: LinearProblem, users: Sequence[int]) -> LinearProblem:
     number_of = torch.full((problem.known + 1,), -1)
     number_of[[0, *users]] = torch.arange(len(users) + 1)
     some = problem.of(number_of[problem.users_N] >= 0)
-    return replace(some, users_N=number_of[some.users_N], known=len(users))
+    return dataclasses.replace(some, users_N=number_of[some.users_N], known=len(users))
 
 
-def strength_of(problem: LinearProblem, solution: IndividualUsers | LowRankUsers) -> Strength:
+def strength_of(problem: LinearProblem, solution: IndividualUsers | LowRankUsers, share: float = 1.0) -> Strength:
     """The strength s, s_0 of the prior at whose optimum a trained user model is; STATED and none where it is at none.
 
-    At an optimum x = -s_x^2 gradient of the loss for what has prior N(0, s_x^2), so s_x^2 = -|x|^2 / (x . gradient).
+    At an optimum x = -s_x^2 gradient of the loss for what has prior N(0, s_x^2), so s_x^2 = -|x|^2 / (x . gradient). share: all
+    users of training for each of the problem's: what all users share has a gradient that is so much larger. Clusters are taken
+    for users of a rank, whose prior differs a little from theirs.
     """
 
     def implied(x: Tensor, gradient: Tensor) -> float | None:
@@ -152,6 +163,8 @@ def strength_of(problem: LinearProblem, solution: IndividualUsers | LowRankUsers
     loss = problem.losses(problem.vectors(solution)).sum()
     basis = solution.B_KUD if isinstance(solution, LowRankUsers) else solution.offsets_MUD
     of_shared, of_basis = torch.autograd.grad(loss, [solution.e_UD, basis])
+    of_shared = share * of_shared
+    of_basis = share * of_basis if isinstance(solution, LowRankUsers) else of_basis
     s = implied(basis.detach(), of_basis)
     if s is not None and isinstance(solution, LowRankUsers):
         s *= len(basis) ** 0.5

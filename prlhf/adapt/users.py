@@ -17,11 +17,11 @@ from torch import Tensor
 
 from prlhf.adapt.evidence import Evidence, Judgements
 from prlhf.adapt.population import population, second_moment
-from prlhf.adapt.scale import held_out, tune
+from prlhf.adapt.scale import held_out, plain, tune
 from prlhf.adapt.variational import Fit, Gaussian, Whitened, fit, fits, told_by, whitened
 from prlhf.config.keys import LossConfig
 from prlhf.errors import UserError
-from prlhf.method.posterior import Posterior
+from prlhf.method.posterior import Law, Posterior
 from prlhf.method.users import IndividualUsers, UserModel, is_personal
 from prlhf.store.final import Loaded
 
@@ -76,11 +76,16 @@ def moments(user_model: UserModel, known: int) -> tuple[Tensor, int]:
 
 
 class NewUsersPrior(NamedTuple):
-    """What is known of a new user: coordinates, sharpness, and how both were found."""
+    """What is presumed of new users: N(0, C), scale and sharpness, and how both were found."""
 
-    gaussian: Gaussian
-    sharpness: float
+    population: Gaussian
+    law: Law
     said: str
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """N(0, scale C)."""
+        return self.population.scaled(self.law.scale)
 
 
 class TrainedPopulation(NamedTuple):
@@ -91,40 +96,51 @@ class TrainedPopulation(NamedTuple):
     held_out: list[Whitened]
 
     def prior(self, new: Sequence[Evidence]) -> NewUsersPrior:
-        """With the scale and sharpness that fit new users' comparisons that are `apart`, and those of training."""
+        """With the scale and sharpness that fit these new users' comparisons that are `apart`, and those of training."""
         if not self.held_out:
-            said = "scale 1, sharpness 1 (data.train is not there, or has one user, to choose them by)"
-            return NewUsersPrior(self.gaussian, 1.0, f"the population of trained users, {said}")
-        tuned = tune(self.loss, [whitened(self.loss, each, self.gaussian) for each in new], self.held_out)
-        said = f"scale {tuned.scale:g}, sharpness {tuned.sharpness:g} (by marginal likelihood"
+            said = "scale 1, sharpness 1 (no comparisons of two trained users are there to choose them by)"
+            return NewUsersPrior(self.gaussian, Law(1.0, 1.0), f"the population of trained users, {said}")
+        law, _ = tune(self.loss, [whitened(self.loss, each, self.gaussian) for each in new], self.held_out)
+        said = f"scale {law.scale:g}, sharpness {law.sharpness:g} (by marginal likelihood"
         said += f" of {len(new):,} new and {len(self.held_out):,} trained users)"
-        return NewUsersPrior(
-            self.gaussian.scaled(tuned.scale), tuned.sharpness, f"the population of trained users, {said}"
-        )
+        return NewUsersPrior(self.gaussian, law, f"the population of trained users, {said}")
 
 
 def trained_population(loaded: Loaded, training: Judgements | None) -> TrainedPopulation:
     """Of all trained users, and those whose comparisons are there."""
-    config, user_model = loaded.config, loaded.model.user_model
-    users_MK, _, full = coordinates(user_model, [] if training is None else sorted(training.rows))
+    config, user_model, posterior = loaded.config, loaded.model.user_model, loaded.posterior
+    judges = [] if training is None else sorted(training.rows)
+    users_MK, _, full = coordinates(user_model, judges)
     standard = not full and config.user_model.prior is not None
-    gaussian = population(*moments(user_model, len(loaded.users)), standard)
-    first = [] if training is None else held_out(config.loss, training, users_MK, standard)
-    return TrainedPopulation(config.loss, gaussian, first)
+    known = len(loaded.users) - (0 if posterior is None else int((posterior.users_A > 0).sum()))
+    if posterior is None:
+        moment_KK, _ = moments(user_model, known)
+        gaussian = population(moment_KK, known, standard)
+    else:
+        gaussian = Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
+    loss = plain(config.loss)
+    first = [] if training is None else held_out(loss, training, users_MK, standard, known)
+    return TrainedPopulation(loss, gaussian, first)
 
 
 def new_users_prior(loaded: Loaded, training: Judgements | None, new: Sequence[Evidence] = ()) -> NewUsersPrior:
-    """As of the users adapted before, if any; else of the `TrainedPopulation`."""
-    if (posterior := loaded.posterior) is not None:
+    """Of the `TrainedPopulation`, for these users. Without training's comparisons, as of the users who were added last, if any.
+
+    UserError where training found that users do not differ.
+    """
+    if training is None and (posterior := loaded.posterior) is not None:
         gaussian = Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
-        return NewUsersPrior(gaussian, posterior.sharpness.item(), "as of the users adapted before")
+        return NewUsersPrior(gaussian, posterior.law, "as of the users who were added last")
+    user_model = loaded.model.user_model
+    if not all(parameter.any() for parameter in (user_model.vectors[-1], *user_model.tables)):
+        raise UserError(f"{loaded.path}: its users do not differ, as training found; expected users who do")
     return trained_population(loaded, training).prior(new)
 
 
-def prior_of(loaded: Loaded, user: int, prior: Gaussian, training: Judgements | None) -> tuple[Gaussian, Tensor]:
+def prior_of(loaded: Loaded, user: int, population: Gaussian, training: Judgements | None) -> tuple[Gaussian, Tensor]:
     """What is known of a known user, around the vector as it is, and Y (K, R): its covariance is the prior's less Y Y^T.
 
-    UserError for a user of training whose training comparisons are gone.
+    A trained user's prior is the population at scale 1: they are of it. UserError for one whose training comparisons are gone.
     """
     posterior, vector_K = loaded.posterior, coordinates(loaded.model.user_model, [user]).users_MK[0]
     if posterior is not None and posterior.row(user) is not None:
@@ -134,16 +150,16 @@ def prior_of(loaded: Loaded, user: int, prior: Gaussian, training: Judgements | 
             f"{loaded.path}: user {loaded.users.names[user - 1]!r} is known from training, but data.train: "
             f"{loaded.config.data.train} is not there to say how well; expected that file, or other users"
         )
-    told_KR = told_by(loaded.config.loss, training.of(user), prior._replace(mean_K=vector_K))
-    return Gaussian.of(vector_K, prior.covariance_KK - told_KR @ told_KR.T), told_KR
+    told_KR = told_by(loaded.config.loss, training.of(user), population._replace(mean_K=vector_K))
+    return Gaussian.of(vector_K, population.covariance_KK - told_KR @ told_KR.T), told_KR
 
 
-def sharpness_of(loaded: Loaded, user: int, new: float) -> float:
-    """k of an adapted user; of a user of training 1, as that user's own vector was trained; `new` of a new user."""
+def law_of(loaded: Loaded, user: int, new: Law) -> Law:
+    """Of an adapted user, as they were adapted; of a user of training scale and sharpness 1; `new` of a new user."""
     posterior = loaded.posterior
     if posterior is not None and posterior.row(user) is not None:
-        return posterior.sharpness_of([user]).item()
-    return 1.0 if user <= len(loaded.users) else new
+        return posterior.law_of(user)
+    return Law(1.0, 1.0) if user <= len(loaded.users) else new
 
 
 class Adapted(NamedTuple):
@@ -164,21 +180,26 @@ def adapt(loaded: Loaded, judged: Judgements, training: Judgements | None, prior
     for user, fitted in fit_each(loaded, judged, training, prior).items():
         rows[user - user_model.first_user] = (origin_K + fitted.mean_K).to(rows).view(rows.shape[1:])
         told[user] = fitted.told_KR
-    sharpness = {user: sharpness_of(loaded, user, prior.sharpness) for user in told}
-    return Adapted(rows, Posterior.of(prior.gaussian.covariance_KK, told, full, {0: prior.sharpness, **sharpness}))
+    laws = {0: prior.law, **{user: law_of(loaded, user, prior.law) for user in told}}
+    prior_KK = prior.population.covariance_KK if earlier is None else earlier.prior_KK
+    posterior = Posterior.of(prior_KK, told, full, laws)
+    if posterior.covariance_AKK is not None and earlier is not None:
+        for user in kept:  # bit for bit
+            posterior.covariance_AKK[posterior.row(user)] = earlier.covariance(user)
+    return Adapted(rows, posterior)
 
 
 def fit_each(loaded: Loaded, judged: Judgements, training: Judgements | None, prior: NewUsersPrior) -> dict[int, Fit]:
     """The posterior of each user of `judged`: new users USERS_AT_ONCE at a time, known ones from what is known of them."""
-    loss, gaussian, known = loaded.config.loss, prior.gaussian, len(loaded.users)
+    loss, known = loaded.config.loss, len(loaded.users)
     new = [user for user in judged.rows if user > known]
     found: dict[int, Fit] = {}
     for start in range(0, len(new), USERS_AT_ONCE):
         some = new[start : start + USERS_AT_ONCE]
-        problems = [whitened(loss, judged.of(user), gaussian).scaled(1.0, prior.sharpness) for user in some]
+        problems = [whitened(loss, judged.of(user), prior.population).scaled(*prior.law) for user in some]
         found.update(zip(some, fits(loss, problems)))
     for user in set(judged.rows) - set(new):
-        before, told_KR = prior_of(loaded, user, gaussian, training)
-        fitted = fit(loss, judged.of(user), before, sharpness_of(loaded, user, prior.sharpness))
+        before, told_KR = prior_of(loaded, user, prior.population, training)
+        fitted = fit(loss, judged.of(user), before, law_of(loaded, user, prior.law).sharpness)
         found[user] = fitted._replace(told_KR=torch.cat([told_KR, fitted.told_KR], dim=1))
     return found

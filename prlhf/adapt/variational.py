@@ -5,7 +5,7 @@
     q = N(mean, S)  minimises  KL(q || p),  which is, but for a constant,  sum_n E_q loss(margin_n) + KL(q || N(m, C))
 
 The loss is that of training's user branch, with its label smoothing, its margin and its centring (r1 + r2)^2; k is the
-`sharpness` (see `scale`). The bound is convex (Challis and Barber 2013, JMLR 14), so there is one q (`bound` has the search).
+`sharpness` of choices (see `scale`), which centring does not know. The bound is convex (Challis and Barber 2013, JMLR 14), so there is one q (`bound` has the search).
 Laplace's approximation, around the most probable vector, is not used: where users differ much, few comparisons leave a
 posterior that is wide and lopsided, and its highest point is far from its mean.
 
@@ -63,8 +63,8 @@ class Fit(NamedTuple):
 
     def variances(self, prior: Gaussian, features_NK: Tensor) -> Tensor:
         """x^T (C - Y Y^T) x for rows x, (N,)."""
-        both = ((features_NK @ root).square().sum(dim=1) for root in (prior.root_KK, self.told_KR))
-        return (next(both) - next(both)).clamp(min=0)
+        of_prior_N, told_N = ((features_NK @ root).square().sum(dim=1) for root in (prior.root_KK, self.told_KR))
+        return (of_prior_N - told_N).clamp(min=0)
 
 
 class Whitened(NamedTuple):
@@ -74,9 +74,11 @@ class Whitened(NamedTuple):
     directions_KR: Tensor
 
     def scaled(self, scale: float, sharpness: float) -> "Whitened":
-        """With `scale` times the prior's covariance (for a prior whose mean is 0), and all rewards times `sharpness`."""
+        """With `scale` times the prior's covariance, and margins times `sharpness`. A prior whose mean is not 0 has scale 1."""
         at_CN, features_CNR, required_N = self.problem
-        problem = Problem(at_CN * sharpness, features_CNR * (sharpness * scale**0.5), required_N)
+        sharpness_C = torch.tensor([sharpness, 1.0], dtype=torch.float64)[: len(at_CN)]
+        features_CNR = features_CNR * sharpness_C[:, None, None] * scale**0.5
+        problem = Problem(at_CN * sharpness_C[:, None], features_CNR, required_N)
         return Whitened(problem, self.directions_KR * scale**0.5)
 
 

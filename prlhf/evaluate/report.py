@@ -66,8 +66,8 @@ def write_margins(
     logits_B = np.full(len(comparisons), np.nan) if logits_B is None else logits_B
     for c, is_known, values, logit in zip(comparisons, known, margins.T.tolist(), logits_B.tolist()):
         record = {"id": c.id, "user": c.user, "text": fingerprint_of(c.prompt, c.chosen, c.rejected)}
-        record |= {"known": bool(is_known), **dict(zip(BRANCHES, values))}
-        records.append(record if np.isnan(logit) else {**record, "probability": 1 / (1 + float(np.exp(-logit)))})
+        sure = {} if np.isnan(logit) else {"probability": 1 / (1 + float(np.exp(-logit)))}
+        records.append({**record, "known": bool(is_known), **dict(zip(BRANCHES, values)), **sure})
     write_json_lines(folder / MARGINS, records)
 
 

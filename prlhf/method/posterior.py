@@ -27,36 +27,51 @@ def integrated(margin_N: Tensor, variance_N: Tensor, sharpness: Tensor | float =
     return sharpness * margin_N / torch.sqrt(1 + math.pi / 8 * sharpness**2 * variance_N)
 
 
+class Law(NamedTuple):
+    """What is presumed of a user: coordinates c ~ N(0, scale C), and that choices have k = sharpness."""
+
+    scale: float
+    sharpness: float
+
+
 class Posterior(NamedTuple):
     """The covariances of adapted users' coordinates, in float64 on the CPU, and the covariance of the prior that they came from.
 
-    For few coordinates S_u itself. For full offsets S_u = prior - told_u^T told_u; R is the largest of any user, and rows
+    For few coordinates S_u itself. For full offsets S_u = scale_u prior - told_u^T told_u; R is the largest of any user, and rows
     that a user lacks are 0. Full offsets of a soft prompt or of P-DPO are mixtures of directions, f(u) = e_0 + D^T c_u: their
     coordinates are the mixture's.
     """
 
     users_A: Tensor  # their numbers, ascending
+    scale_A: Tensor  # of each, by which the prior is multiplied
     sharpness_A: Tensor  # k of each
-    prior_KK: Tensor
-    sharpness: Tensor  # k of a new user, ()
+    prior_KK: Tensor  # C
+    law_2: Tensor  # scale and sharpness of the users who were added last
     covariance_AKK: Tensor | None = None
     told_ARK: Tensor | None = None
     directions_KV: Tensor | None = None  # D, of the V numbers of a user's T_u vectors
 
     @classmethod
-    def of(
-        cls, prior_KK: Tensor, told: Mapping[int, Tensor], full: bool, sharpness: Mapping[int, float]
-    ) -> "Posterior":
-        """told: Y (K, R) of each user, S_u = prior - Y Y^T. full: whether coordinates are whole vectors. sharpness: k of each
-        user, and under 0 that of a new one."""
+    def of(cls, prior_KK: Tensor, told: Mapping[int, Tensor], full: bool, laws: Mapping[int, Law]) -> "Posterior":
+        """told: Y (K, R) of each user, S_u = scale_u prior - Y Y^T. full: whether coordinates are whole vectors. laws: of each
+        user, and under 0 that of the users who were added last."""
         users = sorted(told)
-        sharpness_A, new = (
-            torch.tensor([sharpness[user] for user in some], dtype=torch.float64) for some in (users, [0])
-        )
-        found = cls(torch.tensor(users), sharpness_A, prior_KK, new[0])
+        scale_A, sharpness_A = torch.tensor([laws[user] for user in users], dtype=torch.float64).T
+        found = cls(torch.tensor(users), scale_A, sharpness_A, prior_KK, torch.tensor(laws[0], dtype=torch.float64))
         if full:
             return found._replace(told_ARK=pad_sequence([told[user].T for user in users], batch_first=True))
-        return found._replace(covariance_AKK=torch.stack([prior_KK - told[user] @ told[user].T for user in users]))
+        covariances = [laws[user].scale * prior_KK - told[user] @ told[user].T for user in users]
+        return found._replace(covariance_AKK=torch.stack(covariances))
+
+    @property
+    def law(self) -> Law:
+        """Of the users who were added last."""
+        return Law(*self.law_2.tolist())
+
+    def law_of(self, user: int) -> Law:
+        """Of an adapted user."""
+        row = self.row(user)
+        return Law(self.scale_A[row].item(), self.sharpness_A[row].item())
 
     def row(self, user: int) -> int | None:
         """The place of a user among the adapted ones; None for others."""
@@ -64,23 +79,23 @@ class Posterior(NamedTuple):
         return found[0] if found else None
 
     def told(self, user: int) -> Tensor:
-        """Y (K, R) with S_u = prior - Y Y^T, of an adapted user."""
+        """Y (K, R) with S_u = scale_u prior - Y Y^T, of an adapted user."""
         row = self.row(user)
         if self.told_ARK is not None:
             return self.told_ARK[row].T
-        less_K, axes_KK = torch.linalg.eigh(self.prior_KK - self.covariance_AKK[row])
+        less_K, axes_KK = torch.linalg.eigh(self.scale_A[row] * self.prior_KK - self.covariance_AKK[row])
         return axes_KK * less_K.clamp(min=0).sqrt()
 
     def covariance(self, user: int) -> Tensor:
         """S_u (K, K) of an adapted user."""
         if self.covariance_AKK is not None:
             return self.covariance_AKK[self.row(user)]
-        return self.prior_KK - self.told(user) @ self.told(user).T
+        return self.scale_A[self.row(user)] * self.prior_KK - self.told(user) @ self.told(user).T
 
     def sharpness_of(self, users_N: Sequence[int]) -> Tensor:
-        """k of each user, (N,); of a new one for users who were not adapted."""
+        """k of each adapted user, (N,)."""
         of_user = dict(zip(self.users_A.tolist(), self.sharpness_A.tolist()))
-        return torch.tensor([of_user.get(user, self.sharpness.item()) for user in users_N], dtype=torch.float64)
+        return torch.tensor([of_user[user] for user in users_N], dtype=torch.float64)
 
     def variances(self, users_N: Sequence[int], features_NK: Tensor) -> Tensor:
         """x^T S_u x of each row x of the features, (N,); NaN for users who were not adapted."""
