@@ -1,4 +1,4 @@
-"""New users of a trained model: the most probable vector, how sure it is, the folder that is written, and what is refused."""
+"""New users of a trained model: their vector, how sure it is, the folder that is written, and what is refused."""
 
 import copy
 import dataclasses

@@ -3,9 +3,9 @@
     margin = k (a + x . c) ~ N(mu, v),   c ~ N(m, S),  mu = k (a + x . m),  v = k^2 x^T S x
     information = H(E p) - E H(p),   p = s(margin)
 
-k is the sharpness (`scale`). It is the mutual information of the answer and c, in nats (BALD; Houlsby et al. 2011, arXiv 1112.5745), H the entropy of a Bernoulli
-answer. The answer depends on c by its margin alone, so it is one integral. Both responses may change places. Within a batch
-answers are not known, but that they will come is: after each pick
+k is the sharpness (`scale`). It is the mutual information of the answer and c, in nats (BALD; Houlsby et al. 2011, arXiv
+1112.5745), H the entropy of a Bernoulli answer. The answer depends on c by its margin alone, so it is one integral. Both
+responses may change places. Within a batch answers are not known, but that they will come is: after each pick
 
     S <- S - w k^2 S x x^T S / (1 + w k^2 x^T S x),   w = E p (1 - p)
 

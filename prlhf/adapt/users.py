@@ -3,8 +3,9 @@
 A new user's prior is the population of trained users (`population`). With --update a known user's prior is what the model
 knows of that user already, and the new comparisons must be new: one that is told twice counts twice.
 - Who was adapted before has a posterior, which becomes the prior: Bayes' rule, one comparison after the other.
-- Who was trained has a vector but no covariance. Their training comparisons give it, as the best Gaussian around the vector as it is. Where the training file is gone they are refused: the population's covariance around their vector would
-  count all that they said in training as nothing.
+- Who was trained has a vector but no covariance. Their training comparisons give it, as the best Gaussian around the vector as
+  it is. Where the training file is gone they are refused: the population's covariance around their vector would count all that
+  they said in training as nothing.
 
 Shape suffixes: M + 1 rows of all users, 0 the generic one, A adapted users, K coordinates, R directions.
 """

@@ -5,9 +5,9 @@
     q = N(mean, S)  minimises  KL(q || p),  which is, but for a constant,  sum_n E_q loss(margin_n) + KL(q || N(m, C))
 
 The loss is that of training's user branch, with its label smoothing, its margin and its centring (r1 + r2)^2; k is the
-`sharpness` of choices (see `scale`), which centring does not know. The bound is convex (Challis and Barber 2013, JMLR 14), so there is one q (`bound` has the search).
-Laplace's approximation, around the most probable vector, is not used: where users differ much, few comparisons leave a
-posterior that is wide and lopsided, and its highest point is far from its mean.
+`sharpness` of choices (see `scale`), which centring does not know. The bound is convex (Challis and Barber 2013, JMLR 14), so
+there is one q (`bound` has the search). Laplace's approximation, around the most probable vector, is not used: where users
+differ much, few comparisons leave a posterior that is wide and lopsided, and its highest point is far from its mean.
 
 It works in whitened coordinates: with C = L L^T and the singular value decomposition X L = U diag V^T, c = m + L V t has
 t ~ N(0, I) in the R <= min(N, K) directions that the comparisons tell of. In all others the posterior is the prior. So users

@@ -5,8 +5,8 @@
     P(y1 preferred) = E sigma(k margin)  ~  sigma(k mean / sqrt(1 + pi / 8 k^2 variance))
 
 The last is MacKay's (1992, "The evidence framework applied to classification networks", eq. 5.7): a sigmoid is nearly a
-probit of slope sqrt(pi / 8). k is the sharpness of a single user (`adapt.scale`). For full offsets B is the identity: S_u differs from the prior only in the span of u's
-comparisons, and this difference is kept.
+probit of slope sqrt(pi / 8). k is the sharpness of a single user (`adapt.scale`). For full offsets B is the identity: S_u
+differs from the prior only in the span of u's comparisons, and this difference is kept.
 
 Shape suffixes: A adapted users, K coordinates, R directions that a user's comparisons tell of, N responses or pairs, W width.
 """
