@@ -16,7 +16,7 @@ import prlhf
 from prlhf.evaluate.figures import optional_pyplot
 from prlhf.judge import __main__ as command
 from prlhf.judge.judges import Judge, find_judge
-from prlhf.judge.length import RIDGE, length_controlled
+from prlhf.judge.length import RIDGE, length_controlled, separable
 from prlhf.judge.pairs import Pair, read_pairs
 from prlhf.judge.report import judgement
 from prlhf.judge.verdicts import Decision, decide
@@ -174,8 +174,8 @@ def test_sign_tests_are_binomial_and_adjusted_after_holm():
     assert report["users_significantly"] == {"for_a": 0, "for_b": 1}
 
 
-def test_intervals_cover_the_rates_of_the_users_there_could_have_been():
-    """Twelve users of 8 or 24 pairs; half of a user's responses of A are ten words longer, half ten words shorter.
+def coverage(users, draws):
+    """The share of intervals that cover the truth, for users of 8 or 24 pairs; half of a user's responses of A are ten words longer, half ten words shorter.
 
     Each user's rate of wins is from a beta distribution around a mean of their size and of whether A is longer; a fifth of
     all pairs is a tie. Two lengths determine intercept and slope, so the fit is right for the mean over all pairs.
@@ -190,10 +190,10 @@ def test_intervals_cover_the_rates_of_the_users_there_could_have_been():
         "length_controlled": 1 / (1 + math.exp(-np.log(by_length / (1 - by_length)).mean())),
     }
     assert max(truth.values()) - min(truth.values()) > 0.02
-    draws, covered, pairs = 400, dict.fromkeys(truth, 0), {}
+    covered, pairs = dict.fromkeys(truth, 0), {}
     for _ in range(draws):
         asked, decisions = [], []
-        for user in map(str, range(12)):
+        for user in map(str, range(users)):
             size = rng.integers(2)
             for longer in (0, 1):
                 p = rng.beta(6 * means[size, longer], 6 * (1 - means[size, longer]))
@@ -206,9 +206,13 @@ def test_intervals_cover_the_rates_of_the_users_there_could_have_been():
         for name, value in truth.items():
             low, high = report["interval"][name]
             covered[name] += low <= value <= high
-    print(covered)
-    for name, count in covered.items():
-        assert 0.92 <= count / draws <= 0.98, name
+    return {name: count / draws for name, count in covered.items()}
+
+
+def test_intervals_cover_the_rates_of_the_users_there_could_have_been():
+    found = coverage(users=12, draws=400)
+    print(found)
+    assert min(found.values()) >= 0.92 and max(found.values()) <= 0.98
 
 
 def another_fit(wins, z, ridge):
@@ -252,6 +256,22 @@ def test_a_judge_of_length_alone_says_nothing_at_equal_length():
     one_sided = length_controlled(np.ones(8), differences, [*"abcdabcd"])
     assert one_sided.separable and one_sided.interval is None and one_sided.rate > 0.9
     assert length_controlled(np.array([1.0, 0.0]), np.array([3, 3]), ["a", "b"]) is None
+
+
+def test_separable_is_that_a_direction_ranks_all():
+    """Over all outcomes at up to four lengths, beside all directions (a, b) between those in which a + b z is 0 at a length."""
+    angles = [math.atan2(-1, z) for z in (-1, 0, 2)]
+    angles = [*angles, *[a + 0.1 for a in angles], *[a - 0.1 for a in angles]]
+    directions = [(sign * math.cos(angle), sign * math.sin(angle)) for angle in angles for sign in (1, -1)]
+    found = set()
+    for z in ((-1, 0, 2), (-1, -1, 2), (0, 0, 2, 2), (2, 2, 2), (-1, 0, 0, 2)):
+        for wins in product((0, 0.5, 1), repeat=len(z)):
+            margins = [[(2 * y - 1) * (a + b * d) for y, d in zip(wins, z)] for a, b in directions]
+            ties = [[abs(a + b * d) for y, d in zip(wins, z) if y == 0.5] for a, b in directions]
+            expected = any(min(m) > -1e-9 and max(m) > 1e-9 and max(t, default=0) < 1e-9 for m, t in zip(margins, ties))
+            assert separable(np.array(wins), np.array(z, dtype=float)) == expected, (wins, z)
+            found.add(expected)
+    assert found == {True, False}
 
 
 def test_without_length_differences_the_controlled_rate_is_the_raw_one_with_the_robust_interval():
@@ -310,11 +330,15 @@ def test_a_reward_model_judges_by_the_users_own_reward(judged, tmp_path, reward_
 
 
 def test_b_may_be_a_file_of_comparisons(judged, tmp_path):
-    a = write(tmp_path / "a", [("x", "u", words(2)), ("x", "generic", words(2))])
-    records = [{"prompt": "x", "chosen": words(3), "rejected": words(1), "user": user} for user in ("u", None)]
-    (tmp_path / "b").write_text("".join(json.dumps(record) + "\n" for record in records))
+    """Its chosen responses count, those of null users for the generic one; prompts may be messages."""
+    messages = [{"role": "user", "content": "x"}]
+    a = write(tmp_path / "a", [("x", "u", words(2)), ("x", "generic", words(2)), (messages, "u", words(2))])
+    asked = [("x", "u", 1), ("x", None, 3), (messages, "u", 9)]
+    records = [{"prompt": x, "chosen": words(n), "rejected": words(30), "user": user} for x, user, n in asked]
+    (tmp_path / "b").write_text("".join(json.dumps(record) + "\n" for record in records[::-1]))
     report = judged(a, tmp_path / "b")[3]
-    assert report["win_rate"]["per_sample"] == 1 and report["words"]["b"] == 3
+    assert {user: row["wins"] for user, row in report["per_user"].items()} == {"u": 1, "generic": 1}
+    assert report["win_rate"]["per_sample"] == 2 / 3 and report["words"]["b"] == 13 / 3
 
 
 def test_bad_input_is_refused_and_nothing_is_written(judged, tmp_path):
@@ -341,6 +365,7 @@ def test_bad_input_is_refused_and_nothing_is_written(judged, tmp_path):
     cases = {
         (a, files["other_user"]): ("prompts or users do not match: 1 (prompt \"y\" of user 'u') only in", "1 (prompt \"y\" of user 'v')"),
         (a, files["fewer"]): ("1 (prompt \"y\" of user 'u') only in", "none only in"),
+        (files["fewer"], a): ("none only in", "1 (prompt \"y\" of user 'u') only in"),
         (files["twice"], a): (", line 3: prompt \"x\" of user 'u' was in", "line 1 already; expected it once"),
         (files["empty"], a): ("empty: empty, expected",),
         (a, no_response): ("line 1: no field 'response' (did you mean 'reponse'?)",),

@@ -90,15 +90,17 @@ def per_user(users: Sequence[str], wins_N: np.ndarray) -> list[dict[str, Any]]:
     """Each user's wins, ties, losses and win rate, in order of name; the sign test's p-value, and that after `holm`.
 
     p = P(|2 Binomial(k, 1/2) - k| >= |wins - losses|), k = wins + losses: ties say nothing of the sign. It is
-    `exact_sign_flip_test` of +1, 0 and -1.
+    `exact_sign_flip_test` of +1 and -1.
     """
     names, index_N = metrics.distinct(users)
+    counts = [
+        np.bincount(index_N, weights=wins_N == outcome, minlength=len(names)).astype(int) for outcome in (1, 0.5, 0)
+    ]
     table: list[dict[str, Any]] = []
-    for number, name in enumerate(names):
-        signs = 2 * wins_N[index_N == number] - 1
-        won, tied, lost = (int((signs == sign).sum()) for sign in (1, 0, -1))
-        row = {"user": name, "n": len(signs), "wins": won, "ties": tied, "losses": lost}
-        table.append({**row, "win_rate": (won + tied / 2) / len(signs), "p": metrics.exact_sign_flip_test(signs, 1.0)})
+    for name, won, tied, lost in zip(names, *(count.tolist() for count in counts)):
+        row = {"user": name, "n": won + tied + lost, "wins": won, "ties": tied, "losses": lost}
+        signs = np.repeat([1, -1], [won, lost])
+        table.append({**row, "win_rate": (won + tied / 2) / row["n"], "p": metrics.exact_sign_flip_test(signs, 1.0)})
     for row, adjusted in zip(table, metrics.holm(np.array([row["p"] for row in table]))):
         row["p_holm"] = float(adjusted)
     return table
