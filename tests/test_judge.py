@@ -84,6 +84,8 @@ def test_rates_by_hand(judged, tmp_path):
         "always_first": 0,
         "always_second": 0,
     }
+    assert report["length_fit"]["slope"] < 0  # of A's words less B's: -1, -3, 0, 1, -6
+    assert report["length_fit"]["scale"] == pytest.approx(math.sqrt((1 + 9 + 0 + 1 + 36) / 5))
     assert "70.00" in said and "61.11" in said and "A 3.2, B 5.0" in said
     lines = [json.loads(line) for line in (tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()]
     assert [line["win"] for line in lines] == [1, 1, 0.5, 0, 1] and lines[3]["words"] == [9, 8]
