@@ -12,6 +12,7 @@ COMMANDS = {
     "adapt": "make a model know new users from a few comparisons",
     "users": "show who the users are to a model, or forget one",
     "data": "fetch, prepare, split or check comparisons",
+    "judge": "win rates of one system's responses against another's, by a judge",
     "compare": "compare evaluated models on the same comparisons",
     "simulate": "relabel comparisons with simulated preferences for length",
     "lengths": "report how many words each user is answered with",

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
     "errors", "config", "data", "batch", "backbone", "kernels", "method", "parallel", "score", "solve", "store", "evaluate",
     "train", "generate",
-    "adapt", "forecast", "compare", "lengths", "simulate", "users",
+    "adapt", "judge", "forecast", "compare", "lengths", "simulate", "users",
 ]  # fmt: skip
 COMMANDS_OWN = {"forecast", "adapt", "judge", "rl", "export", "serve"}
 METHOD_READS = {"config", "batch", "backbone", "kernels", "method"}
