@@ -24,7 +24,7 @@ from torch import Tensor
 from examples.new_users.report import difference
 from prlhf.adapt.ask import check_askable, expected_answer, questions
 from prlhf.adapt.evidence import Evidence, Judgements, apart, judgements
-from prlhf.adapt.reading import encoded, training_judgements
+from prlhf.adapt.reading import training_judgements
 from prlhf.adapt.users import trained_population
 from prlhf.adapt.variational import Fit, Gaussian, fits, whitened
 from prlhf.backbone.loading import choose_device
@@ -33,6 +33,7 @@ from prlhf.data.check.tables import markdown_table
 from prlhf.data.comparisons import read_comparisons
 from prlhf.data.users import UserIndex, ranked
 from prlhf.errors import run_command
+from prlhf.evaluate.held_out import encoded
 from prlhf.evaluate.stats.metrics import correct
 from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded, load_final

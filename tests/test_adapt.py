@@ -283,9 +283,9 @@ def test_scale_and_sharpness_of_simulated_users_are_found(scale, sharpness):
     """Many new users decide for themselves; of two, who were drawn otherwise, trained ones decide."""
     own, others = simulated(150, scale, sharpness, seed=1), simulated(150, 1.0, 1.0, seed=2)
     found = tune(LossConfig(), own, others)
-    assert scale / 2 <= found.law.scale <= 2 * scale and sharpness / 1.5 < found.law.sharpness < 1.5 * sharpness
+    assert scale / 2 <= found.scale <= 2 * scale and sharpness / 1.5 < found.sharpness < 1.5 * sharpness
     few, none = tune(LossConfig(), own[:2], others), tune(LossConfig(), [], others)
-    assert few.law.scale == none.law.scale != found.law.scale and 1 / 1.5 < few.law.sharpness / none.law.sharpness < 1.5
+    assert few.scale == none.scale != found.scale and 1 / 1.5 < few.sharpness / none.sharpness < 1.5
 
 
 def solved(kind: str) -> tuple[Judgements, Tensor, LinearProblem, object]:

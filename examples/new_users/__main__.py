@@ -5,8 +5,8 @@
     python -m examples.new_users pal --raw FOLDER --out FOLDER --checkpoint RUN [RUN ...]
 
 The protocols are in protocols.py: polis, pal, lore-tldr, lore-prism. Of the last three the first command writes FOLDER/train.jsonl
-and says how to train on it. RUN is a reward model with a linear head; several runs are training seeds. Where
-the backbone was trained too, only the rows of the checkpoint's own vectors are measured.
+and says how to train on it. RUN is a reward model with a linear head; several runs are training seeds. Where the backbone was
+trained too, only the rows of the checkpoint's own vectors are measured.
 
 Rows: the generic user; adapted (prlhf.adapt); adapted to another user's comparisons, a control; the nearest trained user; a
 user-blind reward model; the share of training votes; LoRe with K reward functions, and the best K at each N, chosen on what is

@@ -14,14 +14,14 @@ from torch.nn.functional import logsigmoid
 
 from examples.new_users.protocols import Division, Draw
 from prlhf.adapt.evidence import Evidence, Judgements, apart, judgements
-from prlhf.adapt.reading import encoded
 from prlhf.adapt.users import NewUsersPrior, coordinates, trained_population
 from prlhf.adapt.variational import fits, whitened
 from prlhf.batch.tokens import EncodedComparison
-from prlhf.data.comparisons import Comparison, ComparisonFile, read_comparisons
+from prlhf.data.comparisons import Comparison, ComparisonFile
 from prlhf.data.names import quoted
 from prlhf.data.users import UserIndex, ranked
-from prlhf.errors import UserError, expanded
+from prlhf.errors import UserError
+from prlhf.evaluate.held_out import encoded, training_file
 from prlhf.method.posterior import integrated
 from prlhf.store.final import Loaded
 
@@ -60,10 +60,9 @@ def set_up(loaded: Loaded, division: Division) -> Setting:
     if known := [name for name in users.names if loaded.users.number(name)]:
         who = f"{len(known):,} of the protocol's {len(users):,} new users ({quoted(known)})"
         raise UserError(f"{loaded.path}: {who} were trained on; expected a checkpoint of the protocol's train.jsonl")
-    config = loaded.config
-    if config.data.train is None or not expanded(config.data.train).is_file():
-        raise UserError(f"{loaded.path}: data.train: {config.data.train} is not there; expected that file")
-    trained = encoded(loaded, read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed))
+    if (file := training_file(loaded)) is None:
+        raise UserError(f"{loaded.path}: data.train: {loaded.config.data.train} is not there; expected that file")
+    trained = encoded(loaded, file)
     data = encoded(loaded, ComparisonFile(division.new, 0))
     kept = [c._replace(user=users.number(name)) for c, name in zip(data.comparisons, data.names)]
     new = judgements(loaded, kept)

@@ -26,7 +26,7 @@ from prlhf.adapt import look
 from prlhf.adapt.ask import ask, check_askable, check_new, read_candidates, table, to_answer
 from prlhf.adapt.evidence import judgements
 from prlhf.adapt.nonlinear import adapt_nonlinear
-from prlhf.adapt.reading import encoded, training_comparisons, training_judgements
+from prlhf.adapt.reading import training_comparisons, training_judgements
 from prlhf.adapt.told import told_after
 from prlhf.adapt.users import Adapted, adapt, check_adaptable, new_users_prior
 from prlhf.backbone.loading import choose_device
@@ -38,6 +38,7 @@ from prlhf.data.names import canonical, quoted
 from prlhf.data.unknown import alike, without_users
 from prlhf.data.users import UserIndex, ranked
 from prlhf.errors import UserError, check_range, expanded, run_command
+from prlhf.evaluate.held_out import encoded
 from prlhf.parallel.ranks import check_started_alone
 from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded, load_final, save_adapted

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prlhf.adapt.evidence import Evidence, judgements
-from prlhf.adapt.reading import encoder_of, training_judgements
+from prlhf.adapt.reading import training_judgements
 from prlhf.adapt.told import pair_fingerprint, told_by_known
 from prlhf.adapt.users import (
     check_adaptable,
@@ -40,6 +40,7 @@ from prlhf.data.comparisons import Comparison, parse_comparison, shortened
 from prlhf.data.files import Record, read_records
 from prlhf.data.names import canonical
 from prlhf.errors import UserError
+from prlhf.evaluate.held_out import encoder_of
 from prlhf.store.final import Loaded
 
 NODES = torch.linspace(-8.5, 8.5, 401, dtype=torch.float64)  # of N(0, 1)

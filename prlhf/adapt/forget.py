@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from prlhf.adapt.reading import training_file
 from prlhf.adapt.told import read_told
 from prlhf.data.sources import cache_dir
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
+from prlhf.evaluate.held_out import training_file
 from prlhf.method.posterior import Posterior
 from prlhf.store.final import Loaded, save_adapted
 

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from prlhf.adapt.forget import forget
-from prlhf.adapt.reading import encoded, training_file
 from prlhf.adapt.space import Space, directions, nearest, space_of
 from prlhf.adapt.told import read_told
 from prlhf.adapt.users import check_personal
@@ -30,7 +29,7 @@ from prlhf.errors import UserError
 from prlhf.evaluate.accuracy import reward_margins, score_users
 from prlhf.evaluate.ends import SHOWN, USERS_CSV, write_users
 from prlhf.evaluate.figures import label, save_figure
-from prlhf.evaluate.held_out import held_out_task, read_held_out
+from prlhf.evaluate.held_out import encoded, held_out_task, read_held_out, training_file
 from prlhf.evaluate.stats.metrics import UserCounts, by_user
 from prlhf.method.users import ClusterUsers
 from prlhf.parallel.ranks import check_started_alone

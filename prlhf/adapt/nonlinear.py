@@ -24,11 +24,10 @@ from torch import Tensor
 
 from prlhf.adapt.gauss_newton import UserProblem, evaluate, parts_of, search, zeros
 from prlhf.adapt.population import population, second_moment
-from prlhf.adapt.users import Adapted
+from prlhf.adapt.users import Adapted, training_is_gone
 from prlhf.adapt.variational import Gaussian
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.data.users import UserIndex
-from prlhf.errors import UserError
 from prlhf.method.losses import needs_reference
 from prlhf.method.posterior import Law, Posterior
 from prlhf.method.users import ClusterUsers, IndividualUsers
@@ -136,10 +135,7 @@ def known_user(
         return KnownUser(Gaussian.of(zero_K, posterior.covariance(user)).root_KK, posterior.told(user))
     own = [c for c in training or () if c.user == user]
     if not own:
-        raise UserError(
-            f"{loaded.path}: user {loaded.users.names[user - 1]!r} is known from training, but data.train: "
-            f"{loaded.config.data.train} is not there to say how well; expected that file, or other users"
-        )
+        raise training_is_gone(loaded, user)
     task, root_KR = task_of(loaded, own), Gaussian.of(zero_K, prior.prior_KK).root_KK
     problem = UserProblem("", list(range(len(own))), base_V, prior.basis(root_KR))
     at = evaluate(task, parts_of(task, problem.indices), {user: problem}, {user: zeros(problem)})[user]

@@ -13,10 +13,10 @@ else training's loss has,
 
 one of the two at a time, until neither changes. Of each user only comparisons that share no response are counted: what a user
 thinks of one response, beyond what the model can say, shows in all its comparisons, and would count as evidence that users
-differ. New users need not be like those whom training knew: they may have said less,
-or be less of one mind. But one or two of them tell nothing of that, so trained users count as WORTH new ones. These are held
-out fold by fold, and everything is solved anew without them (`solve.linear`): training fitted e_0 and B to the users held out as
-well, so that both would predict them too well. C (`population`) is of the others.
+differ. New users need not be like those whom training knew: they may have said less, or be less of one mind. But one or two of
+them tell nothing of that, so trained users count as WORTH new ones. These are held out fold by fold, and everything is solved
+anew without them (`solve.linear`): training fitted e_0 and B to the users held out as well, so that both would predict them too
+well. C (`population`) is of the others.
 
 Shape suffixes: M users, K coordinates, W width, N comparisons, S responses, U = 1 vector a user.
 """
@@ -47,14 +47,7 @@ WORTH = 5  # new users
 MOST_NEW_USERS = 200  # new ones, evenly from where there are more
 
 
-class Tuned(NamedTuple):
-    """Scale and sharpness, and the surprise of each pair that was tried."""
-
-    law: Law
-    surprises: dict[tuple[float, float], float]
-
-
-def tune(loss: LossConfig, new: Sequence[Whitened], of_training: Sequence[Whitened]) -> Tuned:
+def tune(loss: LossConfig, new: Sequence[Whitened], of_training: Sequence[Whitened]) -> Law:
     """The least surprising scale and sharpness. The problems are at scale and sharpness 1, of priors whose mean is 0."""
     step = max(1.0, len(new) / MOST_NEW_USERS)
     new = [new[int(n * step)] for n in range(min(len(new), MOST_NEW_USERS))]
@@ -71,7 +64,7 @@ def tune(loss: LossConfig, new: Sequence[Whitened], of_training: Sequence[Whiten
         before = best
         best = min([(best[0], each) for each in SHARPNESSES], key=of)
         best = min([(each, best[1]) for each in SCALES], key=of)
-    return Tuned(Law(*best), surprises)
+    return Law(*best)
 
 
 def plain(loss: LossConfig) -> LossConfig:

@@ -8,12 +8,12 @@ Users of training have told what data.train holds.
 import json
 from collections.abc import Iterable, Sequence
 
-from prlhf.adapt.reading import training_file
 from prlhf.data.check.rules import as_read, prompt_key
 from prlhf.data.comparisons import Comparison
 from prlhf.data.files import fingerprint_of
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
+from prlhf.evaluate.held_out import training_file
 from prlhf.store.final import TOLD, Loaded
 
 

@@ -70,10 +70,10 @@ def coordinates(user_model: UserModel, users_M: Sequence[int]) -> Coordinates:
     return Coordinates(users_MK, origin_K.double(), basis_KUD is None)
 
 
-def moments(user_model: UserModel, known: int) -> tuple[Tensor, int]:
-    """sum_i c_i c_i^T over all known users, ROWS_AT_ONCE at a time, and how many they are."""
+def moments(user_model: UserModel, known: int) -> Tensor:
+    """sum_i c_i c_i^T over all known users, (K, K), ROWS_AT_ONCE at a time."""
     blocks = [range(start, min(start + ROWS_AT_ONCE, known + 1)) for start in range(1, known + 1, ROWS_AT_ONCE)]
-    return sum(second_moment(coordinates(user_model, block).users_MK) for block in blocks), known
+    return sum(second_moment(coordinates(user_model, block).users_MK) for block in blocks)
 
 
 class NewUsersPrior(NamedTuple):
@@ -101,7 +101,7 @@ class TrainedPopulation(NamedTuple):
         if not self.held_out:
             said = "scale 1, sharpness 1 (no comparisons of two trained users are there to choose them by)"
             return NewUsersPrior(self.gaussian, Law(1.0, 1.0), f"the population of trained users, {said}")
-        law, _ = tune(self.loss, [whitened(self.loss, each, self.gaussian) for each in new], self.held_out)
+        law = tune(self.loss, [whitened(self.loss, each, self.gaussian) for each in new], self.held_out)
         said = f"scale {law.scale:g}, sharpness {law.sharpness:g} (by marginal likelihood"
         said += f" of {len(new):,} new and {len(self.held_out):,} trained users)"
         return NewUsersPrior(self.gaussian, law, f"the population of trained users, {said}")
@@ -113,15 +113,16 @@ def trained_population(loaded: Loaded, training: Judgements | None) -> TrainedPo
     judges = [] if training is None else sorted(training.rows)
     users_MK, _, full = coordinates(user_model, judges)
     standard = not full and config.user_model.prior is not None
-    known = len(loaded.users) - (0 if posterior is None else int((posterior.users_A > 0).sum()))
-    if posterior is None:
-        moment_KK, _ = moments(user_model, known)
-        gaussian = population(moment_KK, known, standard)
-    else:
-        gaussian = Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
+    known = len(loaded.users) - (0 if posterior is None else len(posterior.users_A))
+    gaussian = before_first(posterior) if posterior else population(moments(user_model, known), known, standard)
     loss = plain(config.loss)
     first = [] if training is None else held_out(loss, training, users_MK, standard, known)
     return TrainedPopulation(loss, gaussian, first)
+
+
+def before_first(posterior: Posterior) -> Gaussian:
+    """N(0, C), the population as it was before any user was adapted."""
+    return Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
 
 
 def new_users_prior(loaded: Loaded, training: Judgements | None, new: Sequence[Evidence] = ()) -> NewUsersPrior:
@@ -130,8 +131,7 @@ def new_users_prior(loaded: Loaded, training: Judgements | None, new: Sequence[E
     UserError where training found that users do not differ.
     """
     if training is None and (posterior := loaded.posterior) is not None:
-        gaussian = Gaussian.of(torch.zeros_like(posterior.prior_KK[0]), posterior.prior_KK)
-        return NewUsersPrior(gaussian, posterior.law, "as of the users who were added last")
+        return NewUsersPrior(before_first(posterior), posterior.law, "as of the users who were added last")
     user_model = loaded.model.user_model
     if not all(parameter.any() for parameter in (user_model.vectors[-1], *user_model.tables)):
         raise UserError(f"{loaded.path}: its users do not differ, as training found; expected users who do")
@@ -147,12 +147,17 @@ def prior_of(loaded: Loaded, user: int, population: Gaussian, training: Judgemen
     if posterior is not None and posterior.row(user) is not None:
         return Gaussian.of(vector_K, posterior.covariance(user)), posterior.told(user)
     if training is None or user not in training.rows:
-        raise UserError(
-            f"{loaded.path}: user {loaded.users.names[user - 1]!r} is known from training, but data.train: "
-            f"{loaded.config.data.train} is not there to say how well; expected that file, or other users"
-        )
+        raise training_is_gone(loaded, user)
     told_KR = told_by(loaded.config.loss, training.of(user), population._replace(mean_K=vector_K))
     return Gaussian.of(vector_K, population.covariance_KK - told_KR @ told_KR.T), told_KR
+
+
+def training_is_gone(loaded: Loaded, user: int) -> UserError:
+    """The error for --update of a user of training whose training comparisons are gone."""
+    return UserError(
+        f"{loaded.path}: user {loaded.users.names[user - 1]!r} is known from training, but data.train: "
+        f"{loaded.config.data.train} is not there to say how well; expected that file, or other users"
+    )
 
 
 def law_of(loaded: Loaded, user: int, new: Law) -> Law:

@@ -11,15 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from prlhf.batch.datasets import encode_file
-from prlhf.batch.tokens import Encoder
-from prlhf.config.keys import Config, has_linear_coordinates
+from prlhf.config.keys import has_linear_coordinates
 from prlhf.data.check.rules import FittedRules, fit
-from prlhf.data.comparisons import read_comparisons
-from prlhf.data.users import UserIndex
-from prlhf.errors import UserError, expanded, run_command
+from prlhf.errors import UserError, run_command
 from prlhf.evaluate.accuracy import integrated_calibration, reward_margins, score_users, summarize
-from prlhf.evaluate.held_out import held_out_task, read_held_out
+from prlhf.evaluate.held_out import encoded, held_out_task, read_held_out, training_file
 from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write_report
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.method.posterior import features, integrated
@@ -47,12 +43,11 @@ def main() -> None:
     run_dir = loaded.path.parent if loaded.path.name == "final" else loaded.path
     out = Path(args.out) if args.out else run_dir / "eval"
     out.mkdir(parents=True, exist_ok=True)
-    encoder = Encoder(loaded.tokenizer, config.data, config.method, config.user_model.place)
     limited = args.data is None or any(text.startswith("data.valid_limit=") for text in args.set)
     file = read_held_out(source, loaded).sample(config.data.valid_limit if limited else None, config.seed)
-    data = encode_file(file, encoder, loaded.users)
+    data = encoded(loaded, file)
     print(f"{source}: {data.report.lines()}")
-    rules = fit_rules(config, loaded.users).right(data.raw)
+    rules = fit_rules(loaded).right(data.raw)
 
     task = held_out_task(loaded, data)
     margins = reward_margins(task, score_users(task))
@@ -99,13 +94,12 @@ def draw_curve(metrics: Path, path: Path) -> None:
         print(f"warning: no curve of accuracy against step: {error}", file=sys.stderr)
 
 
-def fit_rules(config: Config, users: UserIndex) -> FittedRules:
-    """The trivial rules, fitted to the training comparisons if that file is still there; `users` are known to them."""
-    if config.data.train is None or not expanded(config.data.train).is_file():
-        print(f"data.train: {config.data.train} is not there; rules that learn from it are left out")
+def fit_rules(loaded: Loaded) -> FittedRules:
+    """The trivial rules, fitted to the training comparisons if that file is still there; the model's users are known to them."""
+    if (file := training_file(loaded)) is None:
+        print(f"data.train: {loaded.config.data.train} is not there; rules that learn from it are left out")
         return fit([])
-    file = read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed)
-    return fit(file.comparisons, users)
+    return fit(file.comparisons, loaded.users)
 
 
 if __name__ == "__main__":

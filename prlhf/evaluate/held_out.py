@@ -1,15 +1,36 @@
-"""Held-out comparisons of a finished model, ready to be scored."""
+"""Files of comparisons as a finished model reads them; held-out ones, ready to be scored."""
 
 from prlhf.backbone.loading import choose_device
-from prlhf.batch.datasets import Dataset
+from prlhf.batch.datasets import Dataset, encode_file
+from prlhf.batch.tokens import Encoder
 from prlhf.data.comparisons import ComparisonFile, read_comparisons
 from prlhf.data.unknown import check_users
+from prlhf.errors import expanded
 from prlhf.method.losses import needs_reference
 from prlhf.score.agreement import check_agreement
 from prlhf.score.reference import computes_on, reference_log_probs
 from prlhf.score.states import fixed_states
 from prlhf.score.task import Task
 from prlhf.store.final import Loaded, base_fingerprint, reference_model
+
+
+def encoder_of(loaded: Loaded) -> Encoder:
+    """Text to tokens, as in training."""
+    config = loaded.config
+    return Encoder(loaded.tokenizer, config.data, config.method, config.user_model.place)
+
+
+def encoded(loaded: Loaded, file: ComparisonFile) -> Dataset:
+    """The comparisons as tokens."""
+    return encode_file(file, encoder_of(loaded), loaded.users)
+
+
+def training_file(loaded: Loaded) -> ComparisonFile | None:
+    """The comparisons that the model was trained on; None where the file is gone."""
+    config = loaded.config
+    if config.data.train is None or not expanded(config.data.train).is_file():
+        return None
+    return read_comparisons(config.data.train, config.data).sample(config.data.limit, config.seed)
 
 
 def read_held_out(source: str, loaded: Loaded) -> ComparisonFile:

@@ -12,6 +12,7 @@ from prlhf.data.comparisons import Comparison
 from prlhf.data.files import fingerprint_of, read_json_lines, write_json, write_json_lines
 from prlhf.evaluate.ends import USERS_CSV, ends, write_users
 from prlhf.evaluate.figures import label, save_figure
+from prlhf.evaluate.stats.metrics import sigmoid
 
 MARGINS = "margins.jsonl"
 BRANCHES = ("true", "generic", "shuffled")  # the users under whom margins are computed
@@ -66,7 +67,7 @@ def write_margins(
     logits_B = np.full(len(comparisons), np.nan) if logits_B is None else logits_B
     for c, is_known, values, logit in zip(comparisons, known, margins.T.tolist(), logits_B.tolist()):
         record = {"id": c.id, "user": c.user, "text": fingerprint_of(c.prompt, c.chosen, c.rejected)}
-        sure = {} if np.isnan(logit) else {"probability": 1 / (1 + float(np.exp(-logit)))}
+        sure = {} if np.isnan(logit) else {"probability": float(sigmoid(logit))}
         records.append({**record, "known": bool(is_known), **dict(zip(BRANCHES, values)), **sure})
     write_json_lines(folder / MARGINS, records)
 

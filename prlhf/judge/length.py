@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from prlhf.evaluate.stats.intervals import MISSED, Interval, student_t_quantile
-from prlhf.evaluate.stats.metrics import distinct
+from prlhf.evaluate.stats.metrics import distinct, sigmoid
 
 RIDGE = 1e-3
 
@@ -49,11 +49,6 @@ def length_controlled(wins_N: np.ndarray, differences_N: np.ndarray, users: Sequ
     apart = separable(wins_N, z_N)
     interval = None if apart else _interval(beta_2, x_N2, wins_N - p_N, p_N * (1 - p_N), users)
     return LengthFit(float(sigmoid(beta_2[0])), interval, float(beta_2[0]), float(beta_2[1]), scale, apart)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """s(x) = 1 / (1 + exp(-x)), which does not overflow."""
-    return 0.5 * (1 + np.tanh(x / 2))
 
 
 def logistic_fit(x_N2: np.ndarray, y_N: np.ndarray) -> np.ndarray:

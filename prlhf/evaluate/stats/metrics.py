@@ -95,6 +95,11 @@ def pooled_difference_interval(a: UserCounts, b: UserCounts, samples: int, rng: 
     return ratio_interval(a.correct - b.correct, a.n, samples, rng, accuracy=False)
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """s(x) = 1 / (1 + exp(-x)), which does not overflow."""
+    return 0.5 * (1 + np.tanh(x / 2))
+
+
 def expected_calibration_error(margins: np.ndarray, bins: int = 15) -> float | None:
     """ECE = sum over bins of |bin| / n * |accuracy - mean confidence| (Guo et al. 2017, arXiv 1706.04599, eq. 3).
 
@@ -103,7 +108,7 @@ def expected_calibration_error(margins: np.ndarray, bins: int = 15) -> float | N
     """
     if not len(margins):
         return None
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    confidence = sigmoid(np.abs(margins))
     index = np.clip(np.ceil((confidence - 0.5) * 2 * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(index, weights=correct(margins) - confidence, minlength=bins)
     return float(np.abs(gaps).sum() / len(margins))
