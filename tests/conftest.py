@@ -36,3 +36,11 @@ def call(monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def low_rank(tmp_path_factory):
+    """A small reward model of rank 2, which no test changes."""
+    from tiny_runs import trained_run
+
+    return trained_run(tmp_path_factory.mktemp("low_rank") / "run", "low rank")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapt import HEAD, LINES, ROOT, randn, trained_run, users_of, weights, write_lines
+from tiny_runs import HEAD, LINES, ROOT, randn, trained_run, users_of, weights, write_lines
 from torch import Tensor
 
 import prlhf
@@ -124,18 +124,13 @@ def test_nearest_users_and_the_map_of_points():
 # Commands.
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return trained_run(tmp_path_factory.mktemp("low_rank") / "run", "low rank")
-
-
 @pytest.fixture(autouse=True)
 def from_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
-def adapted(run, tmp_path_factory):
+def adapted(low_rank, tmp_path_factory):
     """erin said the first 4 things that dave did in training, dan one that carol did; ann is carol with opposite votes."""
     folder = tmp_path_factory.mktemp("adapted")
     new = write_lines(folder / "new.jsonl", {"dave": "erin"}, count=4)
@@ -145,7 +140,9 @@ def adapted(run, tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr("sys.argv", ["adapt", "--checkpoint", str(run), "--data", str(new), "--out", str(folder / "out")])
+        patch.setattr(
+            "sys.argv", ["adapt", "--checkpoint", str(low_rank), "--data", str(new), "--out", str(folder / "out")]
+        )
         adapt.main()
     return folder / "out"
 
@@ -245,7 +242,7 @@ def margins_of(model, margins, lines: list[dict], z_K: Tensor) -> Tensor:
     return torch.tensor(model.margins(lines, users="alice")).double()
 
 
-def test_what_was_told_is_remembered_as_hashes_and_counts_once(call, run, adapted, tmp_path):
+def test_what_was_told_is_remembered_as_hashes_and_counts_once(call, low_rank, adapted, tmp_path):
     told = json.loads((adapted / "told.json").read_text())
     assert {name: len(pairs) for name, pairs in told.items()} == {
         "erin": 4, "dan": 1, "ann": sum(line["user"] == "carol" for line in LINES)
@@ -269,9 +266,11 @@ def test_what_was_told_is_remembered_as_hashes_and_counts_once(call, run, adapte
     # A user of training has told the training file, also after an update, and when the file is gone.
     news = [{**line, "user": "dave"} for line in distinct(HELD_OUT) if line["user"] == "bob"][:1]
     both, old = tmp_path / "both", next(line for line in LINES if line["user"] == "dave")
-    status, _, err = call(adapt.main, "--checkpoint", run, "--update", "--out", both, "--data", lines_to(file, [old]))
+    status, _, err = call(
+        adapt.main, "--checkpoint", low_rank, "--update", "--out", both, "--data", lines_to(file, [old])
+    )
     assert status == 2 and "line 1: user 'dave' has told of this pair before" in err
-    assert call(adapt.main, "--checkpoint", run, "--update", "--out", both, "--data", lines_to(file, news))[0] == 0
+    assert call(adapt.main, "--checkpoint", low_rank, "--update", "--out", both, "--data", lines_to(file, news))[0] == 0
     config = both / "config.yaml"
     text = config.read_text().replace("examples/tiny/train.jsonl", "gone.jsonl")
     config.unlink()  # it is linked
@@ -287,9 +286,9 @@ def test_what_was_told_is_remembered_as_hashes_and_counts_once(call, run, adapte
     assert call(adapt.main, "--checkpoint", both, "--ask", 1, "--user", "zoe", "--candidates", file)[0] == 0
 
 
-def test_bad_questions_and_answers_are_refused_in_one_line(call, run, adapted, tmp_path):
+def test_bad_questions_and_answers_are_refused_in_one_line(call, low_rank, adapted, tmp_path):
     good = [{key: value for key, value in line.items() if key != "user"} for line in distinct(HELD_OUT)[:3]]
-    pairs, before = tmp_path / "pairs.jsonl", contents(adapted) | contents(run)
+    pairs, before = tmp_path / "pairs.jsonl", contents(adapted) | contents(low_rank)
     other_way = {**good[0], "chosen": good[0]["rejected"], "rejected": good[0]["chosen"] + " "}
     long = {**good[0], "prompt": "word " * 1000}
     sides = {"prompt": "x", "responses": ["a"]}
@@ -335,13 +334,13 @@ def test_bad_questions_and_answers_are_refused_in_one_line(call, run, adapted, t
         ),
     ):
         data = lines_to(tmp_path / "new.jsonl", lines)
-        status, _, err = call(adapt.main, "--checkpoint", run, "--data", data, "--out", tmp_path / "out")
+        status, _, err = call(adapt.main, "--checkpoint", low_rank, "--data", data, "--out", tmp_path / "out")
         assert (status, err.count("\n")) == (2, 1) and message in err, err
     assert not (tmp_path / "out").exists() and not (tmp_path / "x").exists()
     # The same answers by two users are no contradiction, and one comparison is enough.
     lines_to(data, [a, {**other_way, "user": "yan"}])
-    assert call(adapt.main, "--checkpoint", run, "--data", data, "--out", tmp_path / "out")[0] == 0
-    assert contents(adapted) | contents(run) == before
+    assert call(adapt.main, "--checkpoint", low_rank, "--data", data, "--out", tmp_path / "out")[0] == 0
+    assert contents(adapted) | contents(low_rank) == before
 
 
 def test_models_without_personal_vectors_or_a_linear_head_are_refused(call, tmp_path, monkeypatch):
@@ -439,7 +438,7 @@ def test_the_table_of_users_of_a_soft_prompt_is_that_of_their_vectors(call, form
 
 
 @pytest.mark.parametrize("name", ["erin", "dave"])
-def test_who_is_forgotten_is_gone_and_the_others_stay_bit_for_bit(call, run, adapted, tmp_path, name):
+def test_who_is_forgotten_is_gone_and_the_others_stay_bit_for_bit(call, low_rank, adapted, tmp_path, name):
     folder = tmp_path / "folder"
     shutil.copytree(adapted, folder)
     (folder / "eval").mkdir()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_adapt import trained_run
+from tiny_runs import trained_run
 from tokenizers import processors
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
