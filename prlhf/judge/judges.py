@@ -11,13 +11,15 @@ from typing import Literal, NamedTuple
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import Encoder
 from prlhf.data.check.rules import prompt_key
-from prlhf.data.comparisons import Messages, Tools, words
+from prlhf.data.comparisons import Messages, Tools, read_parsed, words
+from prlhf.data.files import sha256
 from prlhf.data.names import quoted
-from prlhf.errors import UserError, did_you_mean
+from prlhf.data.sets.simulate import rules_of
+from prlhf.errors import UserError, did_you_mean, expanded
 from prlhf.generate.rewards import ScoredLine, encode, rewards
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.score.agreement import check_agreement
-from prlhf.store.final import Loaded, load_final
+from prlhf.store.final import Loaded, load_final, weights_checksum
 
 Verdict = Literal["first", "second", "tie", "unparsed"]  # unparsed: an answer that could not be understood
 RULE_JUDGES = {"rule:shorter": -1, "rule:longer": 1}  # the sign with which the number of words counts
@@ -41,6 +43,7 @@ class Judge(NamedTuple):
     name: str
     verdicts: Callable[[Sequence[Query]], list[Verdict]]
     said: str | None = None
+    version: str = ""  # tells what a file or a run of this name holds now from what it held before
 
 
 def find_judge(name: str, users: Iterable[str | None]) -> Judge:
@@ -48,16 +51,46 @@ def find_judge(name: str, users: Iterable[str | None]) -> Judge:
     kind, _, run = name.partition(":")
     if name in RULE_JUDGES:
         sign = RULE_JUDGES[name]
-        return Judge(name, lambda queries: [larger(sign * words(q.first), sign * words(q.second)) for q in queries])
+        return Judge(name, lambda queries: [by_length(q, sign) for q in queries])
+    if kind == "simulated" and run:
+        return simulated_judge(name, run, users)
     if kind != "prm" or not run:
-        known = [*RULE_JUDGES, "prm:RUN"]
+        known = [*RULE_JUDGES, "prm:RUN", "simulated:FILE"]
         raise UserError(f"--judge {name}: no such judge{did_you_mean(name, known)}; expected one of {', '.join(known)}")
     loaded = load_final(run)
     if loaded.config.method != "prm":
         raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
-    unknown = {user: None for user in users if user is not None and not loaded.number(user)}  # in order
-    said = f"Users whom {run} does not know, judged as the generic user: {len(unknown):,} ({quoted(unknown)})."
-    return Judge(name, lambda queries: reward_verdicts(loaded, queries), said if unknown else None)
+    said = said_of_unknown(run, [user for user in users if user is not None and not loaded.number(user)])
+    return Judge(name, lambda queries: reward_verdicts(loaded, queries), said, weights_checksum(loaded.path))
+
+
+def said_of_unknown(source: str, unknown: Iterable[str]) -> str | None:
+    """The sentence on users whom a judge does not know; None where it knows all."""
+    names = dict.fromkeys(unknown)
+    if not names:
+        return None
+    return f"Users whom {source} does not know, judged as the generic user: {len(names):,} ({quoted(names)})."
+
+
+def simulated_judge(name: str, file: str, users: Iterable[str | None]) -> Judge:
+    """Each simulated user's own rule, by their comparisons in a file (`rules_of`): the shorter or the longer response wins.
+
+    A user who is not there, and the generic user, is judged by the rule of most comparisons; a tie where both have as many.
+    """
+    shorter = rules_of(c for _, _, c in read_parsed(file))
+    signs = {user: -1 if prefers_shorter else 1 for user, (prefers_shorter, _) in shorter.items()}
+    generic = sum(signs[user] * count for user, (_, count) in shorter.items())
+    said = said_of_unknown(file, [user for user in users if user is not None and user not in signs])
+
+    def sign(user: str | None) -> int:
+        return generic if user is None else signs.get(user, generic)
+
+    return Judge(name, lambda queries: [by_length(q, sign(q.user)) for q in queries], said, sha256(expanded(file)))
+
+
+def by_length(query: Query, sign: int) -> Verdict:
+    """The response of more words, for a negative sign of fewer; a tie where the sign is 0."""
+    return larger(sign * words(query.first), sign * words(query.second))
 
 
 def larger(first: float, second: float) -> Verdict:
