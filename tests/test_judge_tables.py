@@ -12,6 +12,7 @@ from prlhf.judge import __main__ as command
 from prlhf.judge import table
 from prlhf.judge.judges import Query, find_judge
 
+
 def words(n):
     return " ".join(["w"] * n)
 

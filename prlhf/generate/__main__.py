@@ -2,7 +2,8 @@
 --out responses.jsonl
 
 A line of --prompts is {"prompt": text or messages, "id"?, "user"?, "user_text"?}; a line of --out is {"id", "user", "prompt",
-"response", "tokens", "finished", ...}. The same command again continues where it stopped.
+"response", "tokens", "finished", ...}. The same command again continues where it stopped. With --baseline base the untouched base
+model of the run answers.
 
 Score responses with a reward model: python generate.py --checkpoint DIR --score FILE.jsonl --out rewards.jsonl
 A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --out, {"id", "user", "known", "reward"}.
@@ -12,8 +13,10 @@ import argparse
 import csv
 import io
 import sys
+from collections.abc import Hashable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,6 +30,7 @@ from prlhf.errors import UserError, check_range, run_command
 from prlhf.generate.decode import Decoding, Request, batches, check_decoding, generate
 from prlhf.generate.responses import ResponseFile
 from prlhf.generate.rewards import score_file
+from prlhf.judge.baselines import untouched
 from prlhf.parallel.ranks import check_started_alone
 from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded, load_final, weights_checksum
@@ -43,6 +47,9 @@ def main() -> None:
         "--users",
         help='for --prompts: names with commas between ("Smith, J." in quotes), generic, @all, or @own: who asks',
     )
+    parser.add_argument(
+        "--baseline", metavar="base", help="for --prompts: the run's base model answers, without user vectors"
+    )
     parser.add_argument("--out", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -58,7 +65,7 @@ def main() -> None:
     check_range("--top-p", args.top_p, low=1e-6, high=1)
     check_range("--batch-size", args.batch_size, low=1)
     check_range("--limit", 1 if args.limit is None else args.limit, low=1)
-    for name in ("users", "limit", "max_new_tokens", "temperature", "top_p", "seed"):
+    for name in ("users", "baseline", "limit", "max_new_tokens", "temperature", "top_p", "seed"):
         if args.score and getattr(args, name) != parser.get_default(name):
             raise UserError(f"--{name.replace('_', '-')}: not for --score, which takes --out and --batch-size")
     check_started_alone("generate.py")
@@ -74,7 +81,9 @@ def main() -> None:
 def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     """Write the responses to --prompts for each of --users, but those that --out has already."""
     prompts = read_prompts(args.prompts, loaded.config.data)
-    if loaded.config.method != "pdpo":
+    if args.baseline:
+        loaded = untouched(loaded, args.baseline)
+    elif loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
     if args.users == "@own":
         said = check_users(args.prompts, [p.user for p in prompts], loaded.users, loaded.config.data, "prompt")
@@ -89,29 +98,33 @@ def answer(args: argparse.Namespace, loaded: Loaded) -> None:
     read = [encoder.read(p.text, p.where, p.tools) for p in prompts]
     prefixes = [encoder.prefix_to_answer(x, p.user_text, p.where) for x, p in zip(read, prompts)]
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    out = ResponseFile(Path(args.out), {"model": weights_checksum(loaded.path), **asdict(decoding)}, args.overwrite)
+    settings = {"model": weights_checksum(loaded.path), "baseline": args.baseline, **asdict(decoding)}
+    out = ResponseFile(Path(args.out), settings, args.overwrite)
 
-    requests, records = [], []
+    asked: dict[Hashable, tuple[Request, list[dict[str, Any]]]] = {}  # equal ones have one greedy answer, computed once
     for prompt, prefix in zip(prompts, prefixes):
         for name, user in (users or {prompt.user or GENERIC: loaded.number(prompt.user)}).items():
             record = {"id": prompt.id, "user": name, "prompt": prompt.text, "user_text": prompt.user_text}
             record |= {"tools": prompt.tools} if prompt.tools else {}
             record["prefix"] = fingerprint_of(prefix.ids)[:12]
             if not out.has(record):
-                requests.append(Request(prefix.ids, user, f"{prompt.id} {name}", prefix.tail))
-                records.append(record)
+                request = Request(prefix.ids, user, f"{prompt.id} {name}", prefix.tail)
+                key = tuple(prefix.ids), user, args.temperature > 0 and request.name
+                asked.setdefault(key, (request, []))[1].append(record)
     cut = sum(p.prompt_cut + p.user_text_cut > 0 for p in prefixes)
     print(f"{len(prompts)} prompts, {cut} of them or their user texts truncated, for users {args.users}")
 
     ends = encoder.stop_ids(model.backbone.generation_config)
     if unusual := encoder.unusual_end((p.text for p in prompts), model.backbone.generation_config):
         print(f"warning: {unusual}", file=sys.stderr)
+    requests, records = [request for request, _ in asked.values()], [same for _, same in asked.values()]
     for batch in tqdm(batches(requests, args.batch_size), desc="generation", unit="batch", disable=None):
         responses = generate(model, [requests[n] for n in batch], ends, decoding)
         texts = loaded.tokenizer.batch_decode([r.ids for r in responses], skip_special_tokens=True)
         for n, response, text in zip(batch, responses, texts):
-            out.append({**records[n], "response": text, "tokens": len(response.ids), "finished": response.finished})
-    print(f"{args.out}: {len(requests)} new responses, {len(prompts) * (len(users) or 1)} in all")
+            for record in records[n]:
+                out.append({**record, "response": text, "tokens": len(response.ids), "finished": response.finished})
+    print(f"{args.out}: {sum(map(len, records))} new responses, {len(prompts) * (len(users) or 1)} in all")
 
 
 def asked_names(text: str, users: UserIndex) -> list[str]:
