@@ -2,15 +2,25 @@
 
 import json
 import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from examples import win_rates
+from prlhf.config import load as config_module
+from prlhf.data import __main__ as data_command
 from prlhf.data.comparisons import Comparison
 from prlhf.data.sets.simulate import simulate
 from prlhf.judge import __main__ as command
 from prlhf.judge import table
 from prlhf.judge.judges import Query, find_judge
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def words(n):
@@ -177,3 +187,211 @@ def test_a_file_of_real_people_is_no_simulation(call, systems, tmp_path):
         path = comparisons(tmp_path / "people", rows)
         status, _, err = call(command.main, a, base, "--judge", f"simulated:{path}", "--out", tmp_path / "out")
         assert status == 2 and part in err and not (tmp_path / "out").exists(), err
+
+
+# The papers' tables
+
+TINY = (
+    "device=cpu", "model.name=null", "model.family=llama", "model.layers=1", "model.width=32", "model.heads=2", "model.dtype=float32",
+    "model.compute_dtype=null", "model.recompute=cheap", "optim.max_steps=4", "optim.batch_size=2", "train.save_every=null",
+    "optim.lr=0.3", "optim.warmup_steps=0", "user_model.lr=10",
+    "evaluate.bootstrap=100",
+)  # fmt: skip
+PUBLISHED = """
+win rate in %, per sample against vanilla DPO: individual 64.47, K=10 61.84, K=100 65.79; against the chosen responses: vanilla
+42.11, 60.52, 61.84, 60.52. Per user: 60, 60, 65 and 25, 55, 70, 60.
+"""  # of arXiv 2402.05133v3
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Make a data set's table of its hand-written raw files, by the shorter response; the folder of the table, and the data's."""
+    root = tmp_path_factory.mktemp("tables")
+
+    def make(name, *more):
+        data, out = root / name, root / f"table_{name}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setenv("PRLHF_CACHE", str(root / "cache"))
+            patch.setattr("prlhf.evaluate.figures.optional_pyplot", lambda: None)
+            patch.setattr(
+                sys, "argv", ["data", "prepare", name, "--raw", str(ROOT / "tests/raw" / name), "--out", str(data)]
+            )
+            data_command.main()
+            asked = [name, "--data", str(data), "--out", str(out), "--max-new-tokens", "40", *more, "--set", *TINY]
+            patch.setattr(sys, "argv", ["win_rates", *asked])
+            win_rates.main()
+        return out, data
+
+    return make
+
+
+JUDGED = ("--arms", win_rates.VANILLA, "pdpo_cluster10", "--judge", "rule:shorter")
+
+
+@pytest.fixture(scope="module")
+def prism(made):
+    return made("prism", *JUDGED)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answers(path):
+    """Each response's number of words by prompt and user; of comparisons, the chosen ones'."""
+    found = {(json.dumps(r["prompt"]), r["user"] or "generic"): r.get("response", r.get("chosen")) for r in rows(path)}
+    return {key: len(text.split()) for key, text in found.items()}
+
+
+def shorter_wins(a, b):
+    """Win rates per sample and per user of the shorter response, ties one half."""
+    wins = {key: 0.5 if a[key] == b[key] else float(a[key] < b[key]) for key in a}
+    users = {user: [win for (_, u), win in wins.items() if u == user] for _, user in a}
+    return sum(wins.values()) / len(wins), sum(sum(own) / len(own) for own in users.values()) / len(users)
+
+
+def tables(out):
+    """The tables of win_rates.md by opponent: cells by system."""
+    found = {}
+    for line in (out / "win_rates.md").read_text().splitlines():
+        if line.startswith("## Against "):
+            found[line.removeprefix("## Against ")] = own = {}
+        elif line.startswith("| ") and not line.startswith("| |"):
+            name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            own[name] = cells
+    return found
+
+
+def test_the_tables_numbers_are_those_of_the_responses(prism):
+    out, data = prism
+    files = {path.stem.removesuffix("_seed0"): answers(path) for path in (out / "responses").glob("*.jsonl")}
+    asked = {(json.dumps(r["prompt"]), r["user"]) for r in rows(data / "prompts.jsonl")}
+    assert asked and all(set(file) == asked for file in files.values())  # each as the user who asked
+    assert files["chosen"].items() <= answers(data / "valid.jsonl").items()
+    found = tables(out)
+    systems = {"vanilla DPO": "vanilla_dpo", "the responses that users chose": "chosen"}
+    assert list(found) == list(systems)
+    for title, opponent in systems.items():
+        others = [name for name in ("vanilla_dpo", "pdpo_cluster10", *win_rates.BASELINES) if name != opponent]
+        assert list(found[title]) == [name.partition(":")[0] for name in others]
+        for name, cells in found[title].items():
+            per_sample, per_user = shorter_wins(files[name], files[opponent])
+            assert cells[0].startswith(f"{100 * per_sample:.2f} (") and cells[2].startswith(f"{100 * per_user:.2f} (")
+    assert len({cells[0] for cells in found["vanilla DPO"].values()}) > 1
+    assert found["vanilla DPO"]["pdpo_cluster10"][1::2][:2] == ["61.84", "60.00"]
+    assert found["the responses that users chose"]["vanilla_dpo"][1::2][:2] == ["42.11", "25.00"]
+    text = (out / "win_rates.md").read_text()
+    assert f"`python -m examples.win_rates prism --data {data}" in text and "- Judge: `rule:shorter`" in text
+
+
+def test_the_same_command_again_does_nothing_anew(made, prism, capsys):
+    before = contents(prism[0])
+    capsys.readouterr()
+    made("prism", *JUDGED)
+    said = capsys.readouterr().out
+    assert contents(prism[0]) == before and said.count("was judged already, and is kept") == 5
+    assert said.count(": 0 new responses") == 2 + len(win_rates.BASELINES)
+
+
+def test_finished_runs_are_taken_and_not_trained(made, prism, tmp_path):
+    """Both arms' runs under each other's names: the responses are each other's."""
+    runs = [
+        f"{a}={prism[0]}/{b}_seed0"
+        for a, b in ((win_rates.VANILLA, "pdpo_cluster10"), ("pdpo_cluster10", win_rates.VANILLA))
+    ]
+    out = tmp_path / "taken"
+    made("prism", "--out", str(out), "--checkpoint", *runs, "--arms", win_rates.VANILLA, "--judge", "rule:shorter")
+    assert not list(out.glob("*/final"))
+    for name, other in ((win_rates.VANILLA, "pdpo_cluster10"), ("pdpo_cluster10", win_rates.VANILLA)):
+        mine, theirs = out / "responses" / f"{name}_seed0.jsonl", prism[0] / "responses" / f"{other}_seed0.jsonl"
+        assert mine.read_bytes() == theirs.read_bytes() != (prism[0] / "responses" / mine.name).read_bytes()
+
+
+def test_personalized_soups_are_answered_as_each_preference(made):
+    """Two prompts of koala_eval_50.json, which nobody asked and to which nobody chose; no numbers of the paper are at hand."""
+    out, _ = made("psoups", "--judge", "rule:shorter")
+    found = rows(out / "responses" / "pdpo_individual_seed0.jsonl")
+    users = ["P1A", "P1B", "P2A", "P2B", "P3A", "P3B"]
+    assert [(r["id"], r["user"]) for r in found] == [(f"koala:{i}", user) for i in (1, 2) for user in users]
+    assert (
+        list(tables(out)) == ["vanilla DPO"]
+        and "No win rates of the paper are at hand" in (out / "win_rates.md").read_text()
+    )
+    assert "paper |" not in (out / "win_rates.md").read_text()
+
+
+def test_without_a_judge_there_are_responses(made, tmp_path, capsys):
+    made("prism", "--out", str(tmp_path / "out"), "--arms", "pdpo_individual")
+    assert (
+        "expected --judge to judge them" in capsys.readouterr().out and not (tmp_path / "out" / "win_rates.md").exists()
+    )
+    assert (tmp_path / "out" / "responses" / "base_seed0.jsonl").exists()
+
+
+def test_the_papers_win_rates():
+    numbers = [float(n.rstrip(".")) for n in re.findall(r"(?<![=\d])[\d.]*\d", PUBLISHED)]
+    arms = list(win_rates.PRISM.arms)
+    by_sample, by_user = numbers[:7], numbers[7:]
+    expected = {win_rates.VANILLA: dict(zip(arms[1:], zip(by_sample[:3], by_user[:3])))}
+    expected[win_rates.CHOSEN] = dict(zip(arms, zip(by_sample[3:], by_user[3:])))
+    assert win_rates.PRISM.paper == expected and len(by_user) == 7
+
+
+def test_every_arm_is_what_its_name_says():
+    for data_set in win_rates.DATA_SETS.values():
+        assert next(iter(data_set.arms)) == win_rates.VANILLA
+        for name, keys in data_set.arms.items():
+            config = config_module.load_config(config_module.find_config(data_set.config), keys)
+            kind, clusters = config.user_model.kind, config.user_model.clusters
+            expected = "uniform" if name == win_rates.VANILLA else f"pdpo_{kind}{clusters if kind == 'cluster' else ''}"
+            assert config.method == "pdpo" and (kind == expected if name == win_rates.VANILLA else name == expected)
+
+
+@pytest.mark.parametrize(
+    "more, part",
+    [
+        (
+            ["--checkpoint", "pdpo_indvidual=x"],
+            "no such arm (did you mean 'pdpo_individual'?), expected ARM=RUN of vanilla_dpo",
+        ),
+        (["--checkpoint", "vanilla_dpo=nowhere"], "nowhere: no such checkpoint"),
+        (["--arms", "pdpo_individual", "--judge", "rule:shorter"], "all is judged against vanilla_dpo"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: found 0"),
+    ],
+)
+def test_bad_input_is_told_before_anything_is_trained(call, monkeypatch, prism, tmp_path, more, part):
+    monkeypatch.chdir(ROOT)
+    status, _, err = call(win_rates.main, "prism", "--data", prism[1], "--out", tmp_path / "out", *more, "--set", *TINY)
+    assert status == 2 and part in err, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_make_has_a_command_for_each_table():
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    for name in win_rates.DATA_SETS:
+        asked = [
+            "make",
+            "-n",
+            f"table_{name}",
+            "DATA=/raw",
+            "JUDGE=openai:gpt --examples 3",
+            "CHECKPOINT=vanilla_dpo=runs/v",
+        ]
+        *_, prepare, command = subprocess.run(
+            asked, cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        assert shlex.split(prepare)[1:] == [
+            "-m",
+            "prlhf.data",
+            "prepare",
+            name,
+            "--raw",
+            "/raw",
+            "--out",
+            f"runs/data/{name}",
+        ]
+        expected = ["-m", "examples.win_rates", name, "--data", f"runs/data/{name}"]
+        expected += ["--judge", "openai:gpt --examples 3", "--checkpoint", "vanilla_dpo=runs/v"]
+        assert shlex.split(command)[1:] == expected
