@@ -56,7 +56,7 @@ $(LENGTH)/%.jsonl: examples/length/%.jsonl prlhf/data/sets/simulate.py | install
 
 length-data: $(LENGTH)/train.jsonl $(LENGTH)/valid.jsonl
 
-# The last two commands judge the model's answers by the rule that each simulated worker follows: against its base and vanilla DPO.
+# The last two commands judge the model's answers by the rule that each simulated worker follows: against the base and vanilla DPO.
 DEMO_ANSWERS := --prompts examples/length/valid_prompts.jsonl --users $(WORKERS),generic --limit 12 --max-new-tokens 64 --batch-size 66
 DEMO_JUDGE := $(PY) -m prlhf.judge --judge simulated:$(LENGTH)/train.jsonl
 demo: install model length-data
@@ -67,9 +67,9 @@ demo: install model length-data
 	$(PY) train.py --config length_demo.yaml --set model.name=$(MODEL) user_model.kind=uniform user_model.tokens=0 run_dir=$(DEMO_VANILLA)
 	$(PY) generate.py --checkpoint $(DEMO_VANILLA) $(DEMO_ANSWERS) --out $(DEMO_VANILLA)/responses.jsonl
 	$(PY) generate.py --checkpoint $(DEMO) --baseline base $(DEMO_ANSWERS) --out $(DEMO)/base_responses.jsonl
-	$(DEMO_JUDGE) $(DEMO)/responses.jsonl $(DEMO_VANILLA)/responses.jsonl --out $(DEMO)/judged_vanilla
 	$(DEMO_JUDGE) $(DEMO)/responses.jsonl $(DEMO_VANILLA)/responses.jsonl $(DEMO)/base_responses.jsonl --out $(DEMO)/judged_base
-	@echo "The report, the tables and the figures are in $(DEMO)/eval, the judgements in $(DEMO)/judged_vanilla and judged_base"
+	$(DEMO_JUDGE) $(DEMO)/responses.jsonl $(DEMO_VANILLA)/responses.jsonl --out $(DEMO)/judged_vanilla
+	@echo "The report, the tables and the figures are in $(DEMO)/eval, the judgements in $(DEMO)/judged_base and judged_vanilla"
 
 # The full experiments of docs/results.md, for a GPU: length preferences, and UKPConvArg1 against its vanilla arm, whose
 # comparisons (docs/results.md) lie in one file, UKP; they are divided so that no worker's held-out vote is on an argument that
