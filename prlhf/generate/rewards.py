@@ -30,6 +30,7 @@ from prlhf.errors import UserError, did_you_mean
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.method.posterior import features
 from prlhf.score.agreement import check_agreement
+from prlhf.score.slopes import reward_slopes
 from prlhf.store.final import Loaded
 
 
@@ -88,7 +89,8 @@ def encode(lines: Sequence[ScoredLine], encoder: Encoder, users: Sequence[int]) 
 
 
 def reward_stds(loaded: Loaded, readings: Sequence[Reading], batch_size: int) -> list[float | None]:
-    """The standard deviation of each reward under the posterior of its user; None for users who were not adapted."""
+    """The standard deviation of each reward under the posterior of its user, to first order where it is not linear in the
+    user's coordinates; None for users who were not adapted."""
     posterior, model = loaded.posterior, loaded.model
     if posterior is None:
         return [None] * len(readings)
@@ -97,8 +99,12 @@ def reward_stds(loaded: Loaded, readings: Sequence[Reading], batch_size: int) ->
     rows = [i for i, reading in enumerate(readings) if posterior.row(reading.user) is not None]
     for start in range(0, len(rows), batch_size):
         some = [readings[i] for i in rows[start : start + batch_size]]
-        features_NK = features(model.user_model, model.states_of(some))
-        stds = posterior.variances([reading.user for reading in some], features_NK).sqrt().tolist()
+        users = [reading.user for reading in some]
+        if has_linear_coordinates(loaded.config):
+            variance_N = posterior.variances(users, features(model.user_model, model.states_of(some)))
+        else:
+            variance_N = posterior.row_variances(users, reward_slopes(model, some))
+        stds = variance_N.sqrt().tolist()
         for i, std in zip(rows[start : start + batch_size], stds):
             found[i] = std
     return found
@@ -135,7 +141,7 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
         raise UserError(f"{loaded.path}: {int((~scored.isfinite()).sum())} of {len(lines)} rewards are not finite")
     known = [loaded.users.number(line.user) > 0 for line in lines]
     records = [{"id": n.id, "user": n.user, "known": k, "reward": r} for n, k, r in zip(lines, known, scored.tolist())]
-    if loaded.posterior is not None and has_linear_coordinates(loaded.config):
+    if loaded.posterior is not None:
         stds = reward_stds(loaded, [line.reading for line in encoded], batch_size)
         records = [{**record, "reward_std": std} for record, std in zip(records, stds)]
     write_json_lines(out, records)
