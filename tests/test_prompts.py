@@ -1,6 +1,7 @@
 """New users where no reward is linear in their coordinates: soft prompts, P-DPO, softmax clusters."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -344,10 +345,19 @@ def test_known_users_stay_bit_for_bit_and_weights_are_shared(call, form, lora, t
     report = json.loads((out / "eval/report.json").read_text())
     assert report["per_user"].keys() == {"erin", "frank"} and report["calibration"]["adapted"]["comparisons"] == 10
     if "method=prm" in RUNS[form]:
-        ask = tmp_path / "score.jsonl"
-        ask.write_text(json.dumps({"prompt": LINES[0]["prompt"], "response": "Rain.", "user": "erin"}) + "\n")
+        ask, line = tmp_path / "score.jsonl", json.loads(new.read_text().splitlines()[0])
+        sides = [
+            {**{k: line[k] for k in ("prompt", "user", "user_text")}, "response": line[side]}
+            for side in ("chosen", "rejected")
+        ]
+        ask.write_text("".join(json.dumps(side) + "\n" for side in sides))
         assert call(generate.main, "--checkpoint", out, "--score", ask, "--out", tmp_path / "r.jsonl")[0] == 0
-        assert json.loads((tmp_path / "r.jsonl").read_text())["reward_std"] > 0
+        scored = [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
+        margin = json.loads((out / "eval/margins.jsonl").read_text().splitlines()[0])
+        assert min(x["reward_std"] for x in scored) > 0 and sum(x["probability"] for x in scored) == pytest.approx(1)
+        assert scored[0]["reward"] - scored[1]["reward"] == pytest.approx(margin["true"], abs=1e-4)
+        assert scored[0]["probability"] == pytest.approx(margin["probability"], abs=1e-5)
+        assert abs(margin["probability"] - 0.5) < abs(1 / (1 + math.exp(-margin["true"])) - 0.5)
 
 
 def test_a_new_user_is_who_their_comparisons_say(call, lora, tmp_path):
