@@ -1,5 +1,6 @@
 """New users where no reward is linear in their coordinates: soft prompts, P-DPO, softmax clusters."""
 
+import csv
 import json
 import math
 import os
@@ -357,7 +358,37 @@ def test_known_users_stay_bit_for_bit_and_weights_are_shared(call, form, lora, t
         assert min(x["reward_std"] for x in scored) > 0 and sum(x["probability"] for x in scored) == pytest.approx(1)
         assert scored[0]["reward"] - scored[1]["reward"] == pytest.approx(margin["true"], abs=1e-4)
         assert scored[0]["probability"] == pytest.approx(margin["probability"], abs=1e-5)
+        assert shown_deviation(call, out, new) == pytest.approx(by_differences(out, new), rel=0.02)
         assert abs(margin["probability"] - 0.5) < abs(1 / (1 + math.exp(-margin["true"])) - 0.5)
+
+
+def shown_deviation(call, folder: Path, data: Path) -> float:
+    """The standard deviation of erin's margins that `prlhf users` shows."""
+    status, _, err = call(adapt.main, "users", folder, "--data", data)
+    assert status == 0, err
+    rows = {row["user"]: row for row in csv.DictReader((folder / "users/users.csv").open())}
+    assert rows["dave"]["standard_deviation"] == ""
+    return float(rows["erin"]["standard_deviation"])
+
+
+def by_differences(folder: Path, data: Path) -> float:
+    """The same from the margins of users a little beside where a new one begins, in float32."""
+    model, lines = prlhf.load(str(folder)), [json.loads(line) for line in data.read_text().splitlines()]
+    number, users, step = model.loaded.number("erin"), model.loaded.model.user_model, 0.02
+    table = users.get_parameter(users.table).data
+    base = table[0].clone() if users.first_user == 0 else torch.zeros_like(table[0])
+    base = base - base.mean() if model.loaded.config.user_model.softmax else base
+    slopes = []
+    for k in range(len(base)):
+        margins = []
+        for sign in (1, -1):
+            table[number - users.first_user] = base + sign * step * torch.nn.functional.one_hot(
+                torch.tensor(k), len(base)
+            )
+            margins.append(torch.tensor(model.margins(lines, users="erin")).double())
+        slopes.append((margins[0] - margins[1]) / (2 * step))
+    x_NK = torch.stack(slopes, dim=1)
+    return ((x_NK @ model.loaded.posterior.covariance(number)) * x_NK).sum(dim=1).mean().sqrt().item()
 
 
 def test_a_new_user_is_who_their_comparisons_say(call, lora, tmp_path):

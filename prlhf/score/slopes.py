@@ -102,7 +102,7 @@ def margin_slopes(task: Task, indices: Sequence[int], rows_NV: Tensor) -> Iterat
     model = task.model.requires_grad_(False)
     for some in grouped(task, indices):
         part, places = part_of(task, some), [row_of[i] for i in some]
-        with read_by(model.user_model, rows_NV[places]) as rows:
+        with torch.enable_grad(), read_by(model.user_model, rows_NV[places]) as rows:
             outputs: Outputs = model(part.batch, *part.states)
             outputs = type(outputs)(*(output.cpu().double() for output in outputs))
             margins_N = reward_margin(task.config.loss, outputs, task.reference_of(some))
@@ -112,6 +112,7 @@ def margin_slopes(task: Task, indices: Sequence[int], rows_NV: Tensor) -> Iterat
 def reward_slopes(model: PersonalizedRewardModel, readings: Sequence[Reading]) -> Tensor:
     """d r(x, y, u) / d row of u (N, V), of single responses in one forward pass. The model's weights take no gradients."""
     model.requires_grad_(False)
-    with read_by(model.user_model, user_rows(model.user_model, [reading.user for reading in readings])) as rows:
+    own_NV = user_rows(model.user_model, [reading.user for reading in readings])
+    with torch.enable_grad(), read_by(model.user_model, own_NV) as rows:
         rewards_N = model.rewards([reading._replace(user=n) for n, reading in enumerate(readings, 1)])
         return slopes(rewards_N, rows, model.user_model)
