@@ -145,27 +145,27 @@ def test_nothing_is_paid_for_twice(stub, server):
         assert answers(server(s, **settings), [asked]) == ["A"] and len(s.asked) == 4 + n
 
 
-FIRST_FAILS = {  # the reply to the first request, and between how many seconds the second comes
-    "rate limit": ((429, {"Retry-After": "1.2"}, '{"error": {"message": "slow down"}}'), 1.2, 1.6),
-    "server error": ((503, {}, "busy"), 0.37, 0.9),
-    "hung up": ((None, {}, ""), 0.37, 0.9),
-    "time-out": ("slow", 0.3 + 0.37, 0.3 + 0.9),
+FIRST_FAILS = {  # the reply to the first request, and after how many seconds at least the second comes
+    "rate limit": ((429, {"Retry-After": "1.2"}, '{"error": {"message": "slow down"}}'), 1.2),
+    "server error": ((503, {}, "busy"), 0.375),
+    "hung up": ((None, {}, ""), 0.375),
+    "time-out": ("slow", 0.6 + 0.375),
 }
 
 
 @pytest.mark.parametrize("kind", FIRST_FAILS)
 def test_what_passes_is_asked_again(stub, server, kind):
     """Retry-After is honoured; else after half a second, less at most a quarter by chance."""
-    found, least, most = FIRST_FAILS[kind]
+    found, least = FIRST_FAILS[kind]
 
     def reply(stub, n, text):
         if n == 0 and found == "slow":
-            time.sleep(0.6)
+            time.sleep(1.5)
         return found if n == 0 and found != "slow" else text.upper()
 
     s = stub(reply)
-    assert answers(server(s, timeout=0.3), LETTERS[:1]) == ["A"]
-    assert len(s.asked) == 2 and least <= s.times[1] - s.times[0] < most
+    assert answers(server(s, timeout=0.6 if found == "slow" else 60), LETTERS[:1]) == ["A"]
+    assert len(s.asked) == 2 and s.times[1] - s.times[0] >= least
 
 
 def test_pauses_grow(stub, server):
@@ -173,14 +173,18 @@ def test_pauses_grow(stub, server):
     s = stub(lambda stub, n, text: (500, {}, "{}") if n < 2 else text)
     answers(server(s), LETTERS[:1])
     first, second = s.times[1] - s.times[0], s.times[2] - s.times[1]
-    assert 0.375 <= first < 0.75 <= second < 1.5
+    assert first >= 0.375 and second >= 0.75
 
 
 @pytest.mark.parametrize(
     ("found", "requests", "parts"),
     [
         ((500, {"Retry-After": "0.01"}, '{"error": {"message": "broken"}}'), 3, ("answered 500", "broken")),
-        ((429, {"Retry-After": "600"}, '{"error": {"message": "no quota"}}'), 1, ("answered 429", "no quota")),
+        (
+            (429, {"Retry-After": "600"}, '{"error": {"message": "no quota"}}'),
+            1,
+            ("answered 429 (no quota), with Retry-After 600",),
+        ),
         (
             (400, {}, '{"error": {"message": "too\\nlong ' + "x" * 900 + '"}}'),
             1,

@@ -198,7 +198,8 @@ def test_texts_by_hand():
     assert repetition(["x x x x x x", "x x x x"]) == 2 / 4 and repetition(["a b c"]) is None
     assert repetition(["a b c d a b c d", "a b c d"]) == 1 / 6  # across responses nothing repeats
     refusals = ["I\u2019m sorry, but no.", " As an AI model, ...", "I cannot help.", "Sorry, I can't."]
-    assert [*map(is_refusal, [*refusals, "Rain is water.", "", "You said I cannot."])] == [True] * 4 + [False] * 3
+    texts = [*refusals, "Rain is water.", "", "You said I cannot."]
+    assert [is_refusal(text) for text in [*texts, "I'm sorry to interrupt."]] == [True] * 4 + [False] * 4
     found = described([Answered("I cannot say.", True), Answered(" \n", True), Answered("a b a b a b", False)])
     assert found == {
         "responses": 3,

@@ -279,6 +279,8 @@ def _told(server: Server, error: Exception, api_key: str) -> str:
     elif isinstance(error, openai.APIStatusError):
         body = error.body.get("message") or json.dumps(error.body) if isinstance(error.body, dict) else error.body
         said = f"answered {error.status_code} ({short(body or error.message)})"
+        if wait := error.response.headers.get("Retry-After"):
+            said += f", with Retry-After {short(wait)}"
         if error.status_code in (401, 403):
             said += ", expected its key in OPENAI_API_KEY"
         elif error.status_code == 404:

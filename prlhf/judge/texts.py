@@ -9,8 +9,8 @@ from prlhf.data.comparisons import words
 REPEATED = 4  # words of an n-gram whose repetition is counted
 # How a refusal begins. A heuristic: it misses those that begin otherwise, and takes an apology that goes on to answer for one.
 REFUSAL_OPENINGS = (
-    "i can't", "i cannot", "i can not", "i'm sorry", "i am sorry", "sorry, but", "sorry, i", "i apologize", "i'm unable", "i am unable",
-    "i'm not able", "i am not able", "i won't", "i will not", "i must decline", "as an ai",
+    "i can't", "i cannot", "i can not", "i'm sorry, but", "i am sorry, but", "i'm sorry, i ", "i am sorry, i ", "sorry, but", "sorry, i",
+    "i apologize, but", "i'm unable", "i am unable", "i'm not able", "i am not able", "i won't", "i will not", "i must decline", "as an ai",
 )  # fmt: skip
 
 
