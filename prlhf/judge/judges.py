@@ -1,10 +1,11 @@
-"""Who decides between two responses: a rule, or a reward model.
+"""Who decides between two responses: a rule, a reward model, or a language model on a server.
 
 A judge is asked `Query`s, each a prompt, its user and two responses in the order in which it reads them, and answers each with
 a `Verdict`. It is asked all queries at once, so that a model may batch them. What follows from its verdicts in both orders
 is in `verdicts.py`.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from prlhf.data.comparisons import Messages, Tools, words
 from prlhf.data.names import quoted
 from prlhf.errors import UserError, did_you_mean
 from prlhf.generate.rewards import ScoredLine, encode, rewards
+from prlhf.judge.server import Server, answers
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded, load_final
@@ -43,14 +45,22 @@ class Judge(NamedTuple):
     said: str | None = None
 
 
-def find_judge(name: str, users: Iterable[str | None]) -> Judge:
-    """The judge of this name, for responses to these users. UserError where there is none, or its model cannot be loaded."""
+def find_judge(name: str, users: Iterable[str | None], server: Server | None = None) -> Judge:
+    """The judge of this name, for responses to these users; server: that of openai:MODEL.
+
+    UserError where there is none, or its model cannot be loaded.
+    """
     kind, _, run = name.partition(":")
     if name in RULE_JUDGES:
         sign = RULE_JUDGES[name]
         return Judge(name, lambda queries: [larger(sign * words(q.first), sign * words(q.second)) for q in queries])
+    if server:
+        said = f"{server.model} was asked at {server.url}, with temperature 0."
+        return Judge(
+            name, lambda queries: [verdict(text) for text in answers(server, list(map(question, queries)))], said
+        )
     if kind != "prm" or not run:
-        known = [*RULE_JUDGES, "prm:RUN"]
+        known = [*RULE_JUDGES, "prm:RUN", "openai:MODEL"]
         raise UserError(f"--judge {name}: no such judge{did_you_mean(name, known)}; expected one of {', '.join(known)}")
     loaded = load_final(run)
     if loaded.config.method != "prm":
@@ -58,6 +68,20 @@ def find_judge(name: str, users: Iterable[str | None]) -> Judge:
     unknown = {user: None for user in users if user is not None and not loaded.number(user)}  # in order
     said = f"Users whom {run} does not know, judged as the generic user: {len(unknown):,} ({quoted(unknown)})."
     return Judge(name, lambda queries: reward_verdicts(loaded, queries), said if unknown else None)
+
+
+def question(query: Query) -> Messages:
+    """A query as the shortest conversation that asks for a letter."""
+    prompt = query.prompt if isinstance(query.prompt, str) else json.dumps(query.prompt, ensure_ascii=False)
+    about = f"The user: {query.user_text}\n\n" if query.user_text else ""
+    text = f"{about}The prompt: {prompt}\n\nResponse A: {query.first}\n\nResponse B: {query.second}\n\n"
+    return ({"role": "user", "content": f"{text}Which response does the user prefer? Answer with A or B alone."},)
+
+
+def verdict(text: str) -> Verdict:
+    """What an answer to `question` says."""
+    letter = text.strip()
+    return "first" if letter == "A" else "second" if letter == "B" else "unparsed"
 
 
 def larger(first: float, second: float) -> Verdict:

@@ -18,6 +18,7 @@ from prlhf.evaluate.stats import metrics
 from prlhf.evaluate.stats.paired import BOOTSTRAP_SAMPLES, LEVEL, SEED
 from prlhf.judge.length import length_controlled
 from prlhf.judge.pairs import Pair
+from prlhf.judge.server import ANSWERS_FOLDER
 from prlhf.judge.verdicts import Decision
 
 VERDICTS_FILE = "verdicts.jsonl"
@@ -191,11 +192,12 @@ def figure(report: dict[str, Any], path: Path) -> bool:
 
 
 def check_out(out: Path, asked: dict[str, str]) -> None:
-    """UserError unless `out` is not there, is empty, or holds a judgement of what is asked: {"judge", "a", "b"}."""
+    """UserError unless `out` is not there, is empty but for a server's answers, or holds a judgement of what is asked:
+    {"judge", "a", "b"}."""
     expected = "expected a new or empty folder, or a judgement of the same files by the same judge"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: found a file, {expected}")
-    entries = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    entries = sorted({path.name for path in out.iterdir()} - {ANSWERS_FOLDER}) if out.is_dir() else []
     if not entries:
         return
     try:
