@@ -417,6 +417,21 @@ def test_a_judge_that_knows_nobody_is_compared_with_rules_alone():
         validation(comparisons[-1:], mind_reader("a"))
 
 
+def test_controls_are_asked_without_the_user_and_as_another():
+    """Each choice in both orders: as its user with their text, with neither, and as the other with the other's text."""
+    asked = []
+
+    def verdicts(queries):
+        asked.extend((q.user, q.user_text, q.first) for q in queries)
+        return ["first"] * len(queries)
+
+    both = [Comparison("x", f"{u}1", f"{u}2", u, u.upper(), "") for u in "ab"]
+    validation(both, Judge("j", verdicts, knows=lambda q: q.user is not None))
+    own = [(u, u.upper(), f"{u}{i}") for i in (1, 2) for u in "ab"]
+    other = [(v, v.upper(), f"{u}{i}") for i in (1, 2) for u, v in ("ab", "ba")]
+    assert asked == [*own, *[(None, None, first) for _, _, first in own], *other]
+
+
 def test_unparsed_verdicts_count_nowhere_else():
     """Of two users' two pairs the judge's answer on one of b's is nonsense: 3/3 of what it parsed."""
     own = mind_reader("ab")

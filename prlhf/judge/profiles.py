@@ -7,6 +7,7 @@ one of a dialogue that begins in the same way, whose later prompts hold the chos
 import random
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,11 +61,11 @@ class Profiles:
         def apart(c: Comparison) -> bool:
             return opening(c.prompt) != asked and {c.chosen, c.rejected} != pair
 
-        examples = [c for c in self.comparisons.get(user, ()) if apart(c)][: self.examples]
+        examples = tuple(islice(filter(apart, self.comparisons.get(user, ())), self.examples))
         if not self.with_text:
-            return Profile(None, (), tuple(examples))
+            return Profile(None, (), examples)
         said = list(dict.fromkeys(text for c, text in self.statements.get(user, ()) if apart(c)))
-        return Profile(self.texts.get(user) or query.user_text, tuple(said[-REASONS:]), tuple(examples))
+        return Profile(self.texts.get(user) or query.user_text, tuple(said[-REASONS:]), examples)
 
 
 def read_profiles(path: str | Path, examples: int = EXAMPLES, seed: int = 0, with_text: bool = True) -> Profiles:

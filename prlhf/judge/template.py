@@ -6,6 +6,7 @@ what looks like a placeholder in a response stays text. `template.txt` is the de
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,11 +33,10 @@ NEGATED = re.compile(r"\b(?:not|never|neither|nor)\b|n['’]t\b", re.IGNORECASE)
 
 
 class Template(NamedTuple):
-    """A template's text, where it is from, and the placeholders in it."""
+    """A template's text, and where it is from."""
 
     text: str
     path: Path
-    names: frozenset[str]
 
 
 def read_template(path: str | Path = DEFAULT_TEMPLATE, certainty: bool = False) -> Template:
@@ -66,7 +66,7 @@ def read_template(path: str | Path = DEFAULT_TEMPLATE, certainty: bool = False) 
                 f"{path}: no placeholder {name!r} in it, expected {', '.join(NEEDED)} at least"
                 + (", and certainty, which --certainty asks for" if certainty else "")
             )
-    template = Template(text, path, frozenset(names))
+    template = Template(text, path)
     made_up = Query("x", None, None, None, "y", "z", "")
     for profile in (Profile(None, (), ()), Profile("u", ("r",), ())):
         conversation(template, made_up, profile, certainty)
@@ -83,10 +83,13 @@ def conversation(template: Template, query: Query, profile: Profile, certainty: 
         user_text=profile.text, reasons=list(profile.reasons), examples=examples, certainty=certainty,
     )  # fmt: skip
     try:
-        text = ENVIRONMENT_OF_JUDGES.from_string(template.text).render(values)
+        text = compiled(template.text).render(values)
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise UserError(f"{template.path}: cannot be filled in ({error})") from None
     return ({"role": "user", "content": text.strip()},)
+
+
+compiled = cache(ENVIRONMENT_OF_JUDGES.from_string)  # by a template's text
 
 
 def readable(prompt: str | Messages, tools: Tools | None = None) -> str:
