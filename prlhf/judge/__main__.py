@@ -1,11 +1,16 @@
 """Which of two systems' responses do users prefer, by a judge? python -m prlhf.judge A.jsonl B.jsonl --judge JUDGE --out DIR
 
 A and B are what generate.py wrote, or comparisons, whose chosen responses are taken: the same prompts of the same users in both.
-JUDGE is rule:shorter or rule:longer (by words); prm:RUN, a reward model of prlhf, by each user's own reward; or openai:MODEL, on
-any OpenAI-compatible server. Each pair is judged in both orders. Writes report.json, report.md, users.csv, verdicts.jsonl and
-win_rate.png: win rates of A against B, with intervals over users. docs/judge.md has more.
+JUDGE is rule:shorter or rule:longer (by words); prm:RUN, a reward model of prlhf, by each user's own reward; hf:PATH, a local
+language model, by the log-probabilities of its answer letters; or openai:MODEL, on any OpenAI-compatible server. Each pair is
+judged in both orders. Writes report.json, report.md, users.csv, verdicts.jsonl and win_rate.png: win rates of A against B, with
+intervals over users.
 
-What is a policy like for its users, before and after training? python -m prlhf.judge --report RUN --out DIR
+Is the judge to be believed? python -m prlhf.judge --validate comparisons.jsonl --judge JUDGE --out DIR
+How often it agrees with the users' own choices, beside the same judge without anything of the user, and as another user. Writes
+validation.json and validation.md, which --validation DIR quotes in a report of win rates.
+What is a policy like for its users, before and after training? python -m prlhf.judge --report RUN --out DIR (--report RUN --help)
+docs/judge.md has more.
 """
 
 import argparse
@@ -13,6 +18,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from prlhf.data.comparisons import read_comparisons
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.evaluate.held_out import encoder_of
 from prlhf.generate.__main__ import asked_names
@@ -21,38 +27,69 @@ from prlhf.judge.judges import find_judge
 from prlhf.judge.pairs import read_pairs
 from prlhf.judge.policy import answer_all, asked_by, policy_report, prompts_of, texts_of
 from prlhf.judge.policy_page import check_policy_out, policy_markdown, write_policy
+from prlhf.judge.prompting import Prompting, add_prompting_options, prompting_of
+from prlhf.judge.queries import Query
 from prlhf.judge.report import check_out, judgement, markdown, write
 from prlhf.judge.server import add_options, server_of
-from prlhf.judge.verdicts import decide
+from prlhf.judge.validation import choices, validation
+from prlhf.judge.validation_report import check_validation_out, read_validation, validation_markdown, write_validation
+from prlhf.judge.verdicts import decide, queries_of
 from prlhf.parallel.ranks import check_started_alone
 from prlhf.store.final import load_final
 
 
 def main() -> None:
-    """Judge two files of responses; print the report, and write it. With --report: that of a policy."""
+    """Judge two files of responses, validate a judge, or report on a policy; print the report, and write it."""
     if any(argument.partition("=")[0] == "--report" for argument in sys.argv[1:]):
-        report_policy()
-        return
+        return report_policy()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("a", metavar="A.jsonl", help="responses")
-    parser.add_argument("b", metavar="B.jsonl", help="responses to the same prompts for the same users")
     parser.add_argument(
-        "--judge", required=True, metavar="JUDGE", help="rule:shorter, rule:longer, prm:RUN or openai:MODEL"
+        "files", metavar="FILE.jsonl", nargs="*", help="two files: responses to the same prompts for the same users"
+    )
+    parser.add_argument(
+        "--judge", required=True, metavar="JUDGE", help="rule:shorter, rule:longer, prm:RUN, hf:PATH or openai:MODEL"
     )
     parser.add_argument("--out", required=True, help="a folder")
+    parser.add_argument(
+        "--validate", metavar="FILE", help="comparisons: does the judge agree with their users' own choices?"
+    )
+    parser.add_argument("--limit", type=int, help="with --validate: a seeded sample of so many comparisons")
+    parser.add_argument(
+        "--validation", metavar="DIR", help="what --validate wrote of this judge, for the report to quote"
+    )
+    add_prompting_options(parser)
     add_options(parser)
     args = parser.parse_args()
 
-    server = server_of(args)
-    out, asked = Path(args.out), {"judge": args.judge, "a": args.a, "b": args.b}
+    if len(args.files) != (0 if args.validate else 2):
+        expected = "none beside --validate" if args.validate else "two of responses, or --validate FILE"
+        raise UserError(f"found {len(args.files)} files, expected {expected}")
+    for name, of_validate in (("limit", True), ("validation", False)):
+        if getattr(args, name) is not None and of_validate != bool(args.validate):
+            raise UserError(f"--{name}: {'only' if of_validate else 'not'} with --validate")
+    check_range("--limit", 1 if args.limit is None else args.limit, low=1)
+    prompting = prompting_of(args)
+    (validate if args.validate else judge_pairs)(args, prompting)
+
+
+def judge_pairs(args: argparse.Namespace, prompting: Prompting) -> None:
+    """Judge two files of responses."""
+    a, b = args.files
+    out, asked = Path(args.out), {"judge": args.judge, "a": a, "b": b}
+    asked |= {"settings": prompting.settings} if prompting.settings else {}
     check_out(out, asked)
-    pairs = read_pairs(args.a, args.b)
-    judge = find_judge(args.judge, [pair.user for pair in pairs], server)
+    validated = {}
+    if args.validation:
+        validated = {"validation": read_validation(args.validation, args.judge, prompting.settings)}
+    pairs = read_pairs(a, b)
+    if args.show:
+        return show(prompting, queries_of(pairs[:1]))
+    server = server_of(args, prompting.asked)
+    judge = find_judge(args.judge, [pair.user for pair in pairs], prompting, server)
     decisions = decide(pairs, judge)
     if server and server.dry_run:
-        print(server.forecast())
-        return
-    report = {**asked, "said": judge.said, **judgement(pairs, decisions)}
+        return print(server.forecast())
+    report = {**asked, "said": judge.said, **validated, **judgement(pairs, decisions)}
     if not write(out, report, pairs, decisions):
         print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
     print(markdown(report))
@@ -102,6 +139,44 @@ def report_policy() -> None:
     if not write_policy(out, report, loaded, asked, sides):
         print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
     print(f"{policy_markdown(report)}\nwritten to {out}")
+
+
+def validate(args: argparse.Namespace, prompting: Prompting) -> None:
+    """Hold a judge against users' own choices."""
+    asked = {
+        "judge": args.judge,
+        "data": args.validate,
+        "limit": args.limit,
+        "seed": args.seed,
+        "settings": prompting.settings,
+    }
+    out = Path(args.out)
+    check_validation_out(out, asked)
+    comparisons = read_comparisons(args.validate).sample(args.limit, args.seed).comparisons
+    if args.show:
+        return show(prompting, choices(comparisons)[:1])
+    server = server_of(args, prompting.asked)
+    judge = find_judge(args.judge, [c.user for c in comparisons], prompting, server)
+    found = validation(comparisons, judge, args.seed)
+    if server and server.dry_run:
+        return print(server.forecast())
+    report = {
+        **asked,
+        "settings": prompting.settings,
+        "limit": args.limit,
+        "seed": args.seed,
+        "said": judge.said,
+        **found,
+    }
+    write_validation(out, report)
+    print(validation_markdown(report))
+    print(f"written to {out}")
+
+
+def show(prompting: Prompting, queries: list[Query]) -> None:
+    """Print what the judge reads."""
+    for messages in prompting.conversations(queries):
+        print("\n\n".join(message["content"] for message in messages))
 
 
 if __name__ == "__main__":

@@ -1,52 +1,46 @@
-"""Who decides between two responses: a rule, a reward model, or a language model on a server.
+"""Who decides between two responses: a rule, a reward model, or a language model that is asked.
 
 A judge is asked `Query`s, each a prompt, its user and two responses in the order in which it reads them, and answers each with
-a `Verdict`. It is asked all queries at once, so that a model may batch them. What follows from its verdicts in both orders
-is in `verdicts.py`.
+a `Verdict`, or a `Ruling` where it says how certain it is. It is asked all queries at once, so that a model may batch them. What
+follows from its verdicts in both orders is in `verdicts.py`.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import Encoder
 from prlhf.data.check.rules import prompt_key
-from prlhf.data.comparisons import Messages, Tools, words
+from prlhf.data.comparisons import words
 from prlhf.data.names import quoted
 from prlhf.errors import UserError, did_you_mean
 from prlhf.generate.rewards import ScoredLine, encode, rewards
+from prlhf.judge.letters import load_local
+from prlhf.judge.prompting import Prompting, rulings_by_letters
+from prlhf.judge.queries import Query, Ruling, Verdict
 from prlhf.judge.server import Server, answers
+from prlhf.judge.template import parse_answer
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.score.agreement import check_agreement
 from prlhf.store.final import Loaded, load_final
 
-Verdict = Literal["first", "second", "tie", "unparsed"]  # unparsed: an answer that could not be understood
 RULE_JUDGES = {"rule:shorter": -1, "rule:longer": 1}  # the sign with which the number of words counts
 
 
-class Query(NamedTuple):
-    """What a judge is asked: which of two responses this user (None: nobody in particular) prefers."""
-
-    prompt: str | Messages
-    user: str | None
-    user_text: str | None
-    tools: Tools | None
-    first: str
-    second: str
-    where: str  # "FILE, line 3", for errors
-
-
 class Judge(NamedTuple):
-    """A judge: its name, one verdict for each query, and what is to be said of it beforehand."""
+    """A judge: its name, one verdict for each query, what is to be said of it beforehand, and of whose user it knows anything."""
 
     name: str
-    verdicts: Callable[[Sequence[Query]], list[Verdict]]
+    verdicts: Callable[[Sequence[Query]], Sequence[Verdict | Ruling]]
     said: str | None = None
+    knows: Callable[[Query], bool] = lambda query: False
 
 
-def find_judge(name: str, users: Iterable[str | None], server: Server | None = None) -> Judge:
-    """The judge of this name, for responses to these users; server: that of openai:MODEL.
+def find_judge(
+    name: str, users: Iterable[str | None], prompting: Prompting | None = None, server: Server | None = None
+) -> Judge:
+    """The judge of this name, for responses to these users; a language model is asked by `prompting`, by default without profiles.
+    server: that of openai:MODEL.
 
     UserError where there is none, or its model cannot be loaded.
     """
@@ -54,34 +48,31 @@ def find_judge(name: str, users: Iterable[str | None], server: Server | None = N
     if name in RULE_JUDGES:
         sign = RULE_JUDGES[name]
         return Judge(name, lambda queries: [larger(sign * words(q.first), sign * words(q.second)) for q in queries])
+    prompting = prompting or Prompting()
     if server:
-        said = f"{server.model} was asked at {server.url}, with temperature 0."
-        return Judge(
-            name, lambda queries: [verdict(text) for text in answers(server, list(map(question, queries)))], said
-        )
+        said = f"{server.model} was asked at {server.url}, with temperature 0. {prompting.said}"
+
+        def rulings(queries: Sequence[Query]) -> list[Ruling]:
+            return [parse_answer(text) for text in answers(server, prompting.conversations(queries))]
+
+        return Judge(name, rulings, said, knows=prompting.knows)
+    if kind == "hf" and run:
+        local = load_local(run)
+        said = f"{run} answered by the log-probabilities of its answer letters. {prompting.said}"
+        return Judge(name, lambda queries: rulings_by_letters(local, prompting, queries), said, knows=prompting.knows)
     if kind != "prm" or not run:
-        known = [*RULE_JUDGES, "prm:RUN", "openai:MODEL"]
+        known = [*RULE_JUDGES, "prm:RUN", "hf:PATH", "openai:MODEL"]
         raise UserError(f"--judge {name}: no such judge{did_you_mean(name, known)}; expected one of {', '.join(known)}")
     loaded = load_final(run)
     if loaded.config.method != "prm":
         raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
     unknown = {user: None for user in users if user is not None and not loaded.number(user)}  # in order
     said = f"Users whom {run} does not know, judged as the generic user: {len(unknown):,} ({quoted(unknown)})."
-    return Judge(name, lambda queries: reward_verdicts(loaded, queries), said if unknown else None)
 
+    def knows(query: Query) -> bool:
+        return loaded.number(query.user) > 0 or bool(query.user_text and loaded.config.data.user_text)
 
-def question(query: Query) -> Messages:
-    """A query as the shortest conversation that asks for a letter."""
-    prompt = query.prompt if isinstance(query.prompt, str) else json.dumps(query.prompt, ensure_ascii=False)
-    about = f"The user: {query.user_text}\n\n" if query.user_text else ""
-    text = f"{about}The prompt: {prompt}\n\nResponse A: {query.first}\n\nResponse B: {query.second}\n\n"
-    return ({"role": "user", "content": f"{text}Which response does the user prefer? Answer with A or B alone."},)
-
-
-def verdict(text: str) -> Verdict:
-    """What an answer to `question` says."""
-    letter = text.strip()
-    return "first" if letter == "A" else "second" if letter == "B" else "unparsed"
+    return Judge(name, lambda queries: reward_verdicts(loaded, queries), said if unknown else None, knows=knows)
 
 
 def larger(first: float, second: float) -> Verdict:
