@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from examples.new_users.report import difference
-from prlhf.adapt.ask import check_askable, expected_answer, questions
+from prlhf.adapt.ask import expected_answer, questions
 from prlhf.adapt.evidence import Evidence, Judgements, apart, judgements
 from prlhf.adapt.reading import training_judgements
-from prlhf.adapt.users import trained_population
+from prlhf.adapt.users import check_adaptable, trained_population
 from prlhf.adapt.variational import Fit, Gaussian, fits, whitened
 from prlhf.backbone.loading import choose_device
 from prlhf.config.keys import LossConfig
@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a Polis folder")
     args = parser.parse_args()
     loaded = load_final(args.checkpoint)
-    check_askable(loaded)
+    check_adaptable(loaded)
     check_agreement(loaded.model.to(choose_device(loaded.config.device)))
     with torch.no_grad():
         training = training_judgements(loaded)

@@ -115,28 +115,35 @@ def test_an_adapted_folder_is_a_model_for_every_command(call, low_rank, tmp_path
         {"prompt": row["prompt"], "response": row["chosen"], "user": user, "id": user}
         for user in ("erin", "alice", "stranger")
     ]
+    others = [row["rejected"], "Perhaps."]
+    lines += [{**lines[0], "response": text, "id": text} for text in others]
     (tmp_path / "score.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert (
         call(generate.main, "--checkpoint", out, "--score", tmp_path / "score.jsonl", "--out", tmp_path / "r.jsonl")[0]
         == 0
     )
-    scored = {r["user"]: r for r in map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())}
-    assert scored["alice"]["reward_std"] is None and scored["stranger"]["reward_std"] is None
+    scored = {r["id"]: r for r in map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())}
+    for user in ("alice", "stranger"):
+        assert scored[user]["reward_std"] is None and scored[user]["probability"] is None
     # Over draws of erin's coordinates the reward has this standard deviation.
     loaded = model.loaded
     number, user_model = loaded.number("erin"), loaded.model.user_model
     root_KK = torch.linalg.cholesky(loaded.posterior.covariance(number))
-    rewards = []
+    rewards, wins = [], []
     for draw in range(300):
         with torch.no_grad():
             user_model.z_MK[number - 1] = (
                 weights(out)["user_model.z_MK"][number - 1] + (root_KK @ randn(2, seed=draw)).float()
             )
-        rewards += model.score([row["prompt"]], [row["chosen"]], users="erin")
+        own, *rivals = model.score([row["prompt"]] * 3, [row["chosen"], *others], users="erin")
+        rewards.append(own)
+        wins += [1 / (1 + math.exp(-k * (own - rival))) for rival in rivals]
     assert torch.tensor(rewards).std().item() == pytest.approx(scored["erin"]["reward_std"], rel=0.15)
     assert torch.tensor(rewards).mean().item() == pytest.approx(
         scored["erin"]["reward"], abs=0.2 * scored["erin"]["reward_std"]
     )
+    assert sum(wins) / 600 == pytest.approx(scored["erin"]["probability"], abs=0.03)
+    assert sum(scored[name]["probability"] for name in ("erin", *others)) == pytest.approx(1.5)
 
 
 def test_opposite_votes_move_a_user_the_other_way_and_more_votes_make_sure(call, low_rank, tmp_path):

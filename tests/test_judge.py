@@ -374,7 +374,7 @@ def test_bad_input_is_refused_and_nothing_is_written(judged, tmp_path):
         (a, tmp_path / "missing"): ("no such file",),
         (with_text, other_text): ("line 1, user_text: found another than in",),
         (a, a, "rule:shortest"): ("no such judge (did you mean 'rule:shorter'?); expected one of rule:shorter, rule:longer, prm:RUN",),
-        (a, a, "openai:gpt"): ("--judge openai:gpt: no such judge; expected one of",),
+        (a, a, "openai:"): ("--judge openai:: no such judge", "expected one of"),
         (a, a, "prm:"): ("expected one of",),
         (a, a, f"prm:{tmp_path / 'nowhere'}"): ("no such checkpoint",),
         (a, a, "rule:shorter", "a"): ("found a file, expected a new or empty folder",),

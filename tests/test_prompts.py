@@ -1,7 +1,10 @@
 """New users where no reward is linear in their coordinates: soft prompts, P-DPO, softmax clusters."""
 
+import csv
 import json
+import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -26,8 +29,10 @@ from examples import new_workers
 from prlhf.adapt import __main__ as adapt
 from prlhf.adapt import gauss_newton
 from prlhf.adapt.evidence import judgements
-from prlhf.adapt.gauss_newton import UserProblem, parts_of, search
-from prlhf.adapt.nonlinear import known_user, row_prior, task_of
+from prlhf.adapt.gauss_newton import Basis, UserProblem, search
+from prlhf.adapt.nonlinear import known_user
+from prlhf.adapt.reading import task_of
+from prlhf.adapt.rows import new_rows_prior, trained_rows
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 from prlhf.evaluate import __main__ as evaluate
@@ -36,6 +41,7 @@ from prlhf.method.losses import ResponseLogProbs, Rewards, needs_reference, pref
 from prlhf.method.plain import log_prob, reward
 from prlhf.method.users import UserModel
 from prlhf.score.score import score
+from prlhf.score.slopes import parts_of
 from prlhf.score.task import Task
 from prlhf.store.final import Loaded, load_final
 from prlhf.train import __main__ as train
@@ -74,9 +80,10 @@ class Given:
         )
         self.model = tiny_model(self.config, noise=0.1).eval()
         self.comparisons = [c._replace(user=USERS + 1) for c in random_comparisons(count, seed=3)]
-        self.prior = row_prior(Loaded(Path("run"), self.config, TOKENIZER, UserIndex(list("abcd")), self.model))
+        self.loaded = Loaded(Path("run"), self.config, TOKENIZER, UserIndex(list("abcd")), self.model)
+        self.prior = trained_rows(self.loaded).prior()
         root_KR = torch.linalg.cholesky(self.prior.prior_KK)  # some L with L L^T = C
-        self.root_KR, self.basis_VR = root_KR, self.prior.basis(root_KR)
+        self.basis_VR = root_KR if self.prior.directions_KV is None else self.prior.directions_KV.T @ root_KR
 
     def task(self, comparisons=None) -> Task:
         comparisons, reference = comparisons or self.comparisons, None
@@ -85,7 +92,9 @@ class Given:
         return Task(self.config, self.model.requires_grad_(False), comparisons, reference)
 
     def problem(self, indices=None) -> UserProblem:
-        return UserProblem("erin", indices or list(range(len(self.comparisons))), self.prior.base_V, self.basis_VR)
+        return UserProblem(
+            "erin", indices or list(range(len(self.comparisons))), self.prior.base_V, Basis(self.basis_VR)
+        )
 
     def outputs(self, t_R: Tensor) -> Tensor:
         """Both outputs of each comparison, (N, 2), by the plain method for a user with this t."""
@@ -298,7 +307,7 @@ def test_known_users_stay_bit_for_bit_and_weights_are_shared(call, form, lora, t
     run = lora if form == "LoRA" else trained(tmp_path / "run", *RUNS[form])
     new, out = new_lines(tmp_path / "new.jsonl", {"dave": "erin", "alice": "frank"}), tmp_path / "out"
     status, said, err = call(adapt.main, "--checkpoint", run, "--data", new, "--out", out)
-    assert status == 0 and "2 new users" in said and "scale 1" in said, err
+    assert status == 0 and "2 new users" in said and "by marginal likelihood of" in said, err
     before, after = (load_file(folder / "users.safetensors") for folder in (run / "final", out))
     assert before.keys() == after.keys()
     for name, weight in before.items():
@@ -314,27 +323,72 @@ def test_known_users_stay_bit_for_bit_and_weights_are_shared(call, form, lora, t
     known, posterior = len(loaded.users) - 2, loaded.posterior
     assert loaded.users.names[known:] in (("erin", "frank"), ("frank", "erin"))
     assert posterior.users_A.tolist() == [known + 1, known + 2]
-    if posterior.directions_KV is not None:  # full offsets: mixtures of the trained users'
+    if posterior.directions_KV is not None:  # full offsets: mixtures of the trained users', and the floor
+        share = float(re.search(r"floor ([\d.]+)", said)[1])
         offsets_MV = before["user_model.offsets_MUD"].flatten(1).double()
-        covariance_VV = posterior.directions_KV.T @ posterior.directions_KV
-        assert torch.allclose(covariance_VV, offsets_MV.T @ offsets_MV / known, atol=1e-9)
+        mixed_VV = posterior.directions_KV.T @ posterior.directions_KV
+        covariance_VV = offsets_MV.T @ offsets_MV / known
+        assert torch.allclose(mixed_VV, (1 - share) * covariance_VV, atol=1e-9)
+        floor = share * covariance_VV.trace() / len(covariance_VV)
+        assert (0.0 if posterior.floor is None else posterior.floor) == pytest.approx(floor.item(), rel=1e-6)
         assert torch.equal(posterior.prior_KK, torch.eye(known, dtype=torch.float64))
         rows_2V = after["user_model.offsets_MUD"][-2:].flatten(1).double()
         mixed_2V = torch.linalg.lstsq(offsets_MV.T, rows_2V.T).solution.T @ offsets_MV
-        assert (mixed_2V - rows_2V).norm() < 1e-5 * rows_2V.norm() and rows_2V.norm() > 1e-3
+        assert share or (mixed_2V - rows_2V).norm() < 1e-5 * rows_2V.norm()
+        assert rows_2V.norm() > 1e-3
     for user in posterior.users_A.tolist():  # surer than before, and not of what is impossible
         shares = torch.linalg.eigvalsh(posterior.covariance(user))
-        assert shares.min() > 0 and posterior.covariance(user).trace() < posterior.prior_KK.trace()
+        told = posterior.prior_KK.trace() * posterior.law_of(user).scale - posterior.covariance(user).trace()
+        assert shares.min() > 0 and told > 0
 
     status, said, err = call(evaluate.main, "--checkpoint", out, "--data", new, "--set", "evaluate.bootstrap=100")
-    assert status == 0 and "integrated over their vectors" not in said, err
+    assert status == 0 and "integrated over their vectors" in said, err
     report = json.loads((out / "eval/report.json").read_text())
-    assert report["per_user"].keys() == {"erin", "frank"} and "adapted" not in report["calibration"]
+    assert report["per_user"].keys() == {"erin", "frank"} and report["calibration"]["adapted"]["comparisons"] == 10
     if "method=prm" in RUNS[form]:
-        ask = tmp_path / "score.jsonl"
-        ask.write_text(json.dumps({"prompt": LINES[0]["prompt"], "response": "Rain.", "user": "erin"}) + "\n")
+        ask, line = tmp_path / "score.jsonl", json.loads(new.read_text().splitlines()[0])
+        sides = [
+            {**{k: line[k] for k in ("prompt", "user", "user_text")}, "response": line[side]}
+            for side in ("chosen", "rejected")
+        ]
+        ask.write_text("".join(json.dumps(side) + "\n" for side in sides))
         assert call(generate.main, "--checkpoint", out, "--score", ask, "--out", tmp_path / "r.jsonl")[0] == 0
-        assert "reward_std" not in json.loads((tmp_path / "r.jsonl").read_text())
+        scored = [json.loads(x) for x in (tmp_path / "r.jsonl").read_text().splitlines()]
+        margin = json.loads((out / "eval/margins.jsonl").read_text().splitlines()[0])
+        assert min(x["reward_std"] for x in scored) > 0 and sum(x["probability"] for x in scored) == pytest.approx(1)
+        assert scored[0]["reward"] - scored[1]["reward"] == pytest.approx(margin["true"], abs=1e-4)
+        assert scored[0]["probability"] == pytest.approx(margin["probability"], abs=1e-5)
+        assert shown_deviation(call, out, new) == pytest.approx(by_differences(out, new), rel=0.02)
+        assert abs(margin["probability"] - 0.5) < abs(1 / (1 + math.exp(-margin["true"])) - 0.5)
+
+
+def shown_deviation(call, folder: Path, data: Path) -> float:
+    """The standard deviation of erin's margins that `prlhf users` shows."""
+    status, _, err = call(adapt.main, "users", folder, "--data", data)
+    assert status == 0, err
+    rows = {row["user"]: row for row in csv.DictReader((folder / "users/users.csv").open())}
+    assert rows["dave"]["standard_deviation"] == ""
+    return float(rows["erin"]["standard_deviation"])
+
+
+def by_differences(folder: Path, data: Path) -> float:
+    """The same from the margins of users a little beside where a new one begins, in float32."""
+    model, lines = prlhf.load(str(folder)), [json.loads(line) for line in data.read_text().splitlines()]
+    number, users, step = model.loaded.number("erin"), model.loaded.model.user_model, 0.02
+    table = users.get_parameter(users.table).data
+    base = table[0].clone() if users.first_user == 0 else torch.zeros_like(table[0])
+    base = base - base.mean() if model.loaded.config.user_model.softmax else base
+    slopes = []
+    for k in range(len(base)):
+        margins = []
+        for sign in (1, -1):
+            table[number - users.first_user] = base + sign * step * torch.nn.functional.one_hot(
+                torch.tensor(k), len(base)
+            )
+            margins.append(torch.tensor(model.margins(lines, users="erin")).double())
+        slopes.append((margins[0] - margins[1]) / (2 * step))
+    x_NK = torch.stack(slopes, dim=1)
+    return ((x_NK @ model.loaded.posterior.covariance(number)) * x_NK).sum(dim=1).mean().sqrt().item()
 
 
 def test_a_new_user_is_who_their_comparisons_say(call, lora, tmp_path):
@@ -377,15 +431,15 @@ def test_update_goes_on_from_what_is_known(call, lora, tmp_path):
     assert (then != both).flatten(1).any(dim=1).tolist() == [r == row for r in range(len(both))]
     # His covariance is the identity, less what training told at the trained vectors, less what the new comparisons told.
     before = load_final(c)
-    prior, zero_R = row_prior(before), torch.zeros(4, dtype=torch.float64)
+    prior, zero_R = new_rows_prior(before, None), torch.zeros(4, dtype=torch.float64)
     training = [x for x in adapt.training_comparisons(before) if x.user == row + 1]
-    trained = known_user(before, row + 1, both[row].flatten().double(), prior, training)
+    trained = known_user(before, row + 1, prior, training)
     task = task_of(before, training)
     numbers = list(range(len(training)))
-    problem = UserProblem("dave", numbers, both[row].flatten().double(), prior.basis(torch.eye(4, dtype=torch.float64)))
+    problem = UserProblem("dave", numbers, both[row].flatten().double(), Basis(prior.directions_KV.T))
     curvature_TR = gauss_newton.evaluate(task, parts_of(task, numbers), {1: problem}, {1: zero_R})[1].curvature_TR
     first_KK = torch.linalg.inv(torch.eye(4, dtype=torch.float64) + curvature_TR.T @ curvature_TR)
-    assert len(training) > 5 and torch.allclose(trained.root_KR @ trained.root_KR.T, first_KK, atol=1e-9)
+    assert len(training) > 5 and torch.allclose(trained.root_KK @ trained.root_KK.T, first_KK, atol=1e-9)
     both_KK = loaded.posterior.covariance(row + 1)
     assert torch.linalg.eigvalsh(first_KK - both_KK).min() > -1e-9 and 4 > first_KK.trace() > both_KK.trace() + 1e-4
     config = (c / "config.yaml").read_text()
@@ -394,6 +448,28 @@ def test_update_goes_on_from_what_is_known(call, lora, tmp_path):
     status, _, err = call(adapt.main, "--checkpoint", c, "--data", dave, "--out", tmp_path / "e", "--update")
     assert status == 2 and "user 'dave' is known from training, but data.train: gone.jsonl is not there" in err
     assert not (tmp_path / "e").exists()
+
+
+def test_questions_are_chosen_for_new_and_for_adapted_users(call, lora, tmp_path):
+    """Information falls from row to row where all else is equal, and those who have told much are asked of what tells less."""
+    new, pairs, out = new_lines(tmp_path / "new.jsonl", {"dave": "erin"}), tmp_path / "pairs.jsonl", tmp_path / "out"
+    assert call(adapt.main, "--checkpoint", lora, "--data", new, "--out", out)[0] == 0
+    pairs.write_text(
+        "".join(json.dumps({**line, "prompt": f"{n}? {line['prompt']}"}) + "\n" for n, line in enumerate(LINES[:8]))
+    )
+    told = {}
+    for user, expected in (("zoe", "new; as of the users adapted before"), ("erin", "adapted")):
+        asked = tmp_path / f"{user}.jsonl"
+        options = ("--ask", 3, "--candidates", pairs, "--user", user, "--out", asked)
+        status, said, err = call(adapt.main, "--checkpoint", out, *options)
+        assert status == 0 and f"{user!r}: {expected}" in said, err
+        records = [json.loads(line) for line in asked.read_text().splitlines()]
+        told[user] = [record["information"] for record in records]
+        assert len({tuple(record["responses"]) for record in records}) == 3 and min(told[user]) > 0
+        assert all(record["user"] == user and 0 < record["probability_first"] < 1 for record in records)
+    assert told["erin"][0] < told["zoe"][0]
+    status, said, err = call(adapt.main, "--checkpoint", lora, "--ask", 1, "--candidates", pairs, "--user", "zoe")
+    assert status == 0 and "'zoe': new; the population of trained users, scale" in said, err
 
 
 def test_what_cannot_be_searched_is_refused(call, lora, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ they tell in nats, with those above them in mind, and the probability that the f
 responses and the file's users mean nothing; `responses`: [a, b] may stand for chosen and rejected. --out FILE writes them as
 JSON lines, with `responses`, to be answered with chosen and rejected.
 
-The second is for reward models with a linear head. The third shows who the users are to any personal model, or forgets one.
+The third shows who the users are to any personal model, or forgets one.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prlhf.adapt import look
-from prlhf.adapt.ask import ask, check_askable, check_new, read_candidates, table, to_answer
+from prlhf.adapt.ask import ask, check_new, read_candidates, table, to_answer
 from prlhf.adapt.evidence import judgements
 from prlhf.adapt.nonlinear import adapt_nonlinear
 from prlhf.adapt.reading import training_comparisons, training_judgements
+from prlhf.adapt.rows import new_rows_prior
 from prlhf.adapt.told import told_after
 from prlhf.adapt.users import Adapted, adapt, check_adaptable, new_users_prior
 from prlhf.backbone.loading import choose_device
@@ -103,15 +104,16 @@ def adapted(loaded: Loaded, users: UserIndex, comparisons: list[EncodedCompariso
     """The new table and the posterior: by `variational` where rewards are linear in users' coordinates, else by a search."""
     known = sorted({c.user for c in comparisons} & set(range(1, len(loaded.users) + 1)))
     if not has_linear_coordinates(loaded.config):
-        new = "the population of trained users, scale 1"
-        print(f"prior of a new user: {new if loaded.posterior is None else 'as of the users adapted before'}")
-        return adapt_nonlinear(loaded, users, comparisons, training_comparisons(loaded) if known else None)
+        training = training_comparisons(loaded) if known or loaded.posterior is None else None
+        row_prior = new_rows_prior(loaded, training)
+        print(f"prior of a new user: {row_prior.said}")
+        return adapt_nonlinear(loaded, users, comparisons, training, row_prior)
     judged = judgements(loaded, comparisons)
     new_ones = [judged.apart(user) for user in judged.rows if user > len(loaded.users)]
-    training = training_judgements(loaded, known)
-    prior = new_users_prior(loaded, training, new_ones)
+    judged_before = training_judgements(loaded, known)
+    prior = new_users_prior(loaded, judged_before, new_ones)
     print(f"prior of a new user: {prior.said}")
-    return adapt(loaded, judged, training, prior)
+    return adapt(loaded, judged, judged_before, prior)
 
 
 def run_ask(args: argparse.Namespace) -> None:
@@ -126,7 +128,7 @@ def run_ask(args: argparse.Namespace) -> None:
             f"--out: {args.out} exists, or its folder does not; expected a new file in a folder that is there"
         )
     loaded = load_final(args.checkpoint)
-    check_askable(loaded)
+    check_adaptable(loaded)
     candidates = read_candidates(args.candidates, loaded)
     check_new(loaded, candidates, name, args.ask)
     if not loaded.users.number(name) and (said := near(loaded, "--user", [name])):

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from prlhf.adapt.evidence import Evidence, judgements
-from prlhf.adapt.reading import training_judgements
+from prlhf.adapt.nonlinear import known_user
+from prlhf.adapt.reading import task_of, training_comparisons, training_judgements
+from prlhf.adapt.rows import new_rows_prior
 from prlhf.adapt.told import pair_fingerprint, told_by_known
 from prlhf.adapt.users import (
-    check_adaptable,
-    check_personal,
     coordinates,
     new_users_prior,
     prior_of,
@@ -41,6 +41,7 @@ from prlhf.data.files import Record, read_records
 from prlhf.data.names import canonical
 from prlhf.errors import UserError
 from prlhf.evaluate.held_out import encoder_of
+from prlhf.score.slopes import margin_slopes
 from prlhf.store.final import Loaded
 
 NODES = torch.linspace(-8.5, 8.5, 401, dtype=torch.float64)  # of N(0, 1)
@@ -175,18 +176,6 @@ def known_of(loaded: Loaded, user: int) -> Known:
     return Known(gaussian, 1.0, "known from training")
 
 
-def check_askable(loaded: Loaded) -> None:
-    """UserError for a model without a linear reward head, or whose users cannot be adapted."""
-    check_personal(loaded)
-    users = loaded.config.user_model
-    if not has_linear_coordinates(loaded.config):
-        found = f"method={loaded.config.method} with user_model.aggregator={users.aggregator}, softmax={users.softmax}"
-        raise UserError(
-            f"{loaded.path}: found {found}; --ask is for method=prm, aggregator=linear, softmax=False alone"
-        )
-    check_adaptable(loaded)
-
-
 def check_new(loaded: Loaded, candidates: Candidates, name: str, count: int) -> None:
     """UserError for fewer candidates than questions, or one that the user has told of already."""
     if count > len(candidates.comparisons):
@@ -200,10 +189,37 @@ def check_new(loaded: Loaded, candidates: Candidates, name: str, count: int) -> 
 
 
 def ask(loaded: Loaded, candidates: Candidates, name: str, count: int) -> tuple[list[Question], str]:
-    """The questions for a user, and what is known of the user in words."""
+    """The questions for a user, and what is known of the user in words. UserError as of `prior_of` and `known_user`."""
+    user = loaded.users.number(canonical(name))
+    if not has_linear_coordinates(loaded.config):
+        evidence, said = linear_around(loaded, candidates, user)
+        identity_RR = torch.eye(evidence.features_NK.shape[1], dtype=torch.float64)
+        return questions(Gaussian(torch.zeros_like(identity_RR[0]), identity_RR), evidence, count), said
     evidence = judgements(loaded, [c._replace(user=1) for c in candidates.tokens]).of(1)
-    known = known_of(loaded, loaded.users.number(canonical(name)))
+    known = known_of(loaded, user)
     return questions(known.gaussian, evidence.times(known.sharpness), count), known.said
+
+
+def linear_around(loaded: Loaded, candidates: Candidates, user: int) -> tuple[Evidence, str]:
+    """The candidates with margins that are linear around the user's row, in coordinates t ~ N(0, I), and what is known of the
+    user, 0 for a new one, in words.
+
+    Only the N x N covariance of the margins matters: there are N coordinates at most.
+    """
+    posterior, number = loaded.posterior, user or len(loaded.users) + 1
+    adapted = posterior is not None and posterior.row(number) is not None
+    training = None if adapted or (posterior is not None and not user) else training_comparisons(loaded)
+    prior = new_rows_prior(loaded, training)
+    known = known_user(loaded, number, prior, training)
+    task, basis = task_of(loaded, candidates.tokens), known.basis(prior)
+    N = len(task.comparisons)
+    margin_N, features_NR = torch.zeros(N, dtype=torch.float64), basis.zeros.repeat(N, 1)
+    for part in margin_slopes(task, range(N), known.row_V.repeat(N, 1)):
+        margin_N[part.indices], features_NR[part.indices] = part.values_N, basis.pull(part.slopes_NV)
+    features_NR = torch.linalg.qr(features_NR.T, mode="r").R.T
+    zero_N = torch.zeros_like(margin_N)
+    said = "adapted" if adapted else "known from training" if user else f"new; {prior.said}"
+    return Evidence(margin_N, zero_N, features_NR, torch.zeros_like(features_NR), zero_N), said
 
 
 def table(candidates: Candidates, asked: list[Question]) -> str:

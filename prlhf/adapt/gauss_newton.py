@@ -1,7 +1,7 @@
 """Users' most probable coordinates where no reward is linear in them, by gradients through the model: Gauss-Newton.
 
 A comparison's loss is a function of two outputs: log pi(y | x, u) or r(x, y, u) of both responses, or a pairwise model's answers
-to both orders. Only a user's row of the table is learnt. With row = base + basis t,
+to both orders. Only a user's row of the table is learnt. With row = base + B t,
 
     minimise  J(t) = sum_n loss(outputs_n(t)) + |t|^2 / 2,    t ~ N(0, I)
 
@@ -24,15 +24,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from prlhf.batch.order import micro_batches
-from prlhf.batch.trees import PreferenceBatch
 from prlhf.errors import TrainingError, UserError
 from prlhf.method.losses import Outputs, ResponseLogProbs, preference_loss
-from prlhf.method.models import PersonalizedModel, PersonalizedRewardModel
-from prlhf.method.users import UserModel
-from prlhf.score.score import tree_keys
+from prlhf.score.slopes import SlopePart, parts_of, read_by, slopes
 from prlhf.score.task import Task
 
 MOST_ROUNDS = 60
@@ -44,21 +39,39 @@ LAST_GRADIENT = (
 )
 
 
+class Basis(NamedTuple):
+    """B = [span, sqrt(floor) I], a row's directions: B t for t ~ N(0, I) has the covariance span span^T + floor I."""
+
+    span_VK: Tensor
+    floor: float = 0.0  # 0: the span alone, R = K; else R = K + V
+
+    def row(self, t_R: Tensor) -> Tensor:
+        """B t, (V,)."""
+        known_V = self.span_VK @ t_R[: self.span_VK.shape[1]]
+        return known_V + self.floor**0.5 * t_R[self.span_VK.shape[1] :] if self.floor else known_V
+
+    def pull(self, slopes_NV: Tensor) -> Tensor:
+        """Derivatives by the row as derivatives by t, (N, R)."""
+        along_NK = slopes_NV @ self.span_VK
+        return torch.cat([along_NK, self.floor**0.5 * slopes_NV], dim=-1) if self.floor else along_NK
+
+    @property
+    def zeros(self) -> Tensor:
+        """t = 0, the prior's mean."""
+        return self.span_VK.new_zeros(self.span_VK.shape[1] + (len(self.span_VK) if self.floor else 0))
+
+
 class UserProblem(NamedTuple):
-    """A user's comparisons (indices into a task's), and the user's row: base + basis t, t ~ N(0, I)."""
+    """A user's comparisons (indices into a task's), and the user's row: base + B t, t ~ N(0, I)."""
 
     name: str
     indices: list[int]
     base_V: Tensor
-    basis_VR: Tensor
+    basis: Basis
 
-
-class SearchPart(NamedTuple):
-    """The comparisons of one forward pass: comparison n is read by user n + 1."""
-
-    indices: list[int]
-    batch: PreferenceBatch
-    states: tuple[Tensor, ...]  # what the backbone computes of them, where it reads no user
+    def row(self, t_R: Tensor) -> Tensor:
+        """The row at t, (V,)."""
+        return self.base_V + self.basis.row(t_R)
 
 
 class Expansion(NamedTuple):
@@ -104,7 +117,7 @@ def search(task: Task, problems: Mapping[int, UserProblem]) -> dict[int, At]:
     UserError for outputs that are not finite; TrainingError, with a user's name, where no such point is found.
     """
     parts = parts_of(task, [i for problem in problems.values() for i in problem.indices])
-    at = evaluate(task, parts, problems, {user: zeros(problem) for user, problem in problems.items()})
+    at = evaluate(task, parts, problems, {user: problem.basis.zeros for user, problem in problems.items()})
     bad = [problems[user].name for user, point in at.items() if not point.value.isfinite()]
     if bad:
         raise UserError(
@@ -141,38 +154,12 @@ def no_longer_than(length: float, step_R: Tensor) -> Tensor:
     return step_R * min(1.0, length / max(step_R.norm().item(), 1e-12))
 
 
-def zeros(problem: UserProblem) -> Tensor:
-    """t = 0, the prior's mean."""
-    return problem.base_V.new_zeros(problem.basis_VR.shape[1])
-
-
-def parts_of(task: Task, indices: Sequence[int]) -> list[SearchPart]:
-    """Comparisons in batches of optim.micro_batch_size trees, which share what different users share."""
-    model, comparisons = task.model, [task.comparisons[i] for i in indices]
-    trees = tree_keys(model, comparisons, range(1, len(comparisons) + 1))
-    parts = []
-    for some in micro_batches(trees, [c.length for c in comparisons], task.config.optim.micro_batch_size):
-        batch = model.collate([comparisons[n] for n in some], range(1, len(some) + 1))
-        parts.append(SearchPart([indices[n] for n in some], batch, user_free_states(model, batch)))
-    return parts
-
-
-@torch.no_grad()
-def user_free_states(model: PersonalizedModel, batch: PreferenceBatch) -> tuple[Tensor, ...]:
-    """The hidden states that `forward` takes in place of computing them, where the backbone reads no user; else nothing."""
-    if model.backbone_reads_users:
-        return ()
-    if isinstance(model, PersonalizedRewardModel):
-        return (model.pooled_states(batch),)
-    return (model.states_at(batch, batch.predicted_at_N),)
-
-
 def evaluate(
-    task: Task, parts: Sequence[SearchPart], problems: Mapping[int, UserProblem], t: Mapping[int, Tensor]
+    task: Task, parts: Sequence[SlopePart], problems: Mapping[int, UserProblem], t: Mapping[int, Tensor]
 ) -> dict[int, At]:
     """J of each user in `t`, at their t. Parts without their comparisons are left out."""
     user_of = {i: user for user in t for i in problems[user].indices}
-    rows_V = {user: problems[user].base_V + problems[user].basis_VR @ t_R for user, t_R in t.items()}
+    rows_V = {user: problems[user].row(t_R) for user, t_R in t.items()}
     values = {user: t_R.square().sum() / 2 for user, t_R in t.items()}
     gradients_R = dict(t)
     curvatures: dict[int, list[Tensor]] = {user: [] for user in t}
@@ -184,23 +171,19 @@ def evaluate(
         rows_NV = torch.stack([rows_V[asked.get(n, anyone)] for n in range(len(part.indices))])
         expansion = expand(task, part, rows_NV)
         for user in dict.fromkeys(asked.values()):
-            own, basis_VR = [n for n in asked if asked[n] == user], problems[user].basis_VR
+            own, basis = [n for n in asked if asked[n] == user], problems[user].basis
             losses_N, gradient_NV, curvature_N2V = (x[own] for x in expansion)
             values[user] = values[user] + losses_N.sum()
-            gradients_R[user] = gradients_R[user] + gradient_NV.sum(dim=0) @ basis_VR
-            curvatures[user].append(curvature_N2V.flatten(0, 1) @ basis_VR)
+            gradients_R[user] = gradients_R[user] + basis.pull(gradient_NV.sum(dim=0))
+            curvatures[user].append(basis.pull(curvature_N2V.flatten(0, 1)))
     return {user: At(t[user], values[user], gradients_R[user], torch.cat(curvatures[user])) for user in t}
 
 
-def expand(task: Task, part: SearchPart, rows_NV: Tensor) -> Expansion:
+def expand(task: Task, part: SlopePart, rows_NV: Tensor) -> Expansion:
     """The losses of a part's comparisons around these rows, in float64 on the CPU."""
-    user_model: UserModel = task.model.user_model
-    table = user_model.get_parameter(user_model.table)
-    others = 1 - user_model.first_user  # rows before that of user 1
-    rows = torch.cat([table[:others].detach(), rows_NV.to(table).view(-1, *table.shape[1:])]).requires_grad_()
-    outputs = functional_call(task.model, {f"user_model.{user_model.table}": rows}, (part.batch, *part.states))
-    sides = [torch.autograd.grad(side.sum(), rows, retain_graph=True)[0].to_dense() for side in outputs[:2]]
-    jacobian_N2V = torch.stack([side[others:].flatten(1).cpu().double() for side in sides], dim=1)
+    with read_by(task.model.user_model, rows_NV) as rows:
+        outputs: Outputs = task.model(part.batch, *part.states)
+        jacobian_N2V = torch.stack([slopes(side, rows, task.model.user_model) for side in outputs[:2]], dim=1)
     losses_N, slopes_N2, curvature_N22 = derivatives(task, outputs, task.reference_of(part.indices))
     shares_N2, axes_N22 = torch.linalg.eigh(curvature_N22.nan_to_num())
     roots_N22 = axes_N22 * shares_N2.clamp(min=0).sqrt()[:, None]

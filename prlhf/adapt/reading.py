@@ -1,4 +1,4 @@
-"""What training learned from, as evidence on its users."""
+"""Comparisons as adaptation reads them: what training learned from, as evidence on its users; tasks for a search."""
 
 import random
 from collections.abc import Sequence
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from prlhf.adapt.evidence import Judgements, judgements
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.evaluate.held_out import encoded, training_file
-from prlhf.store.final import Loaded
+from prlhf.method.losses import needs_reference
+from prlhf.score.agreement import check_agreement
+from prlhf.score.reference import computes_on, reference_log_probs
+from prlhf.score.task import Task
+from prlhf.store.final import Loaded, base_fingerprint, reference_model
 
 MOST_USERS = 200
 
@@ -30,3 +34,19 @@ def training_judgements(loaded: Loaded, of: Sequence[int] = ()) -> Judgements | 
         some = {*of, *random.Random(0).sample(judges, MOST_USERS)}
         comparisons = [c for c in comparisons if c.user in some]
     return judgements(loaded, comparisons) if comparisons else None
+
+
+def task_of(loaded: Loaded, comparisons: list[EncodedComparison]) -> Task:
+    """The comparisons with the reference's log-probs, as training computes them; the model's weights take no gradients.
+
+    UserError for a comparison that is too long.
+    """
+    config, model = loaded.config, loaded.model.requires_grad_(False)
+    model.check_lengths(comparisons)
+    reference = None
+    if needs_reference(config):
+        reference = reference_log_probs(
+            lambda: check_agreement(reference_model(loaded).to(model.device)), comparisons, config.evaluate.batch_size,
+            base_fingerprint(loaded.path), computes_on(config.model, model.device.type),
+        )  # fmt: skip
+    return Task(config, model, comparisons, reference)

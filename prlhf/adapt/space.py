@@ -15,11 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prlhf.adapt.reading import task_of
+from prlhf.adapt.rows import trained_rows
 from prlhf.adapt.users import coordinates
 from prlhf.batch.tokens import EncodedComparison
-from prlhf.config.keys import is_linear
+from prlhf.config.keys import has_linear_coordinates, is_linear
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.method.posterior import features
+from prlhf.score.slopes import margin_slopes
 from prlhf.score.states import States, response_states
 from prlhf.store.final import Loaded
 
@@ -49,12 +52,15 @@ def space_of(loaded: Loaded, comparisons: Sequence[EncodedComparison]) -> Space:
         unit = (
             f"Distances: the root mean square of the difference of two users' margins over {len(x_NK):,} comparisons."
         )
-        return Space(users_MK @ root_RK.T, unit, deviations(loaded, root_RK))
+        linear = has_linear_coordinates(loaded.config)
+        sure = deviations(loaded, root_RK) if linear else row_deviations(loaded, comparisons)
+        return Space(users_MK @ root_RK.T, unit, sure)
     basis_KUD = model.user_model.parts(torch.zeros(1, dtype=torch.long, device=model.device)).basis_KUD
     if basis_KUD is not None:
         users_MK = users_MK @ torch.linalg.qr(basis_KUD.detach().flatten(1).cpu().double().T, mode="r").R.T
     unit = "Distances: of users' vectors, root mean square over those of a user, in standard deviations of word embeddings."
-    return Space(users_MK / (word_deviation(loaded) * model.user_model.tokens**0.5), unit, {})
+    points_MR = users_MK / (word_deviation(loaded) * model.user_model.tokens**0.5)
+    return Space(points_MR, unit, row_deviations(loaded, comparisons))
 
 
 def word_deviation(loaded: Loaded) -> float:
@@ -71,6 +77,19 @@ def deviations(loaded: Loaded, root_RK: Tensor) -> dict[int, float]:
         return {}
     covariances = {user: posterior.covariance(user) for user in posterior.users_A.tolist()}
     return {user: ((root_RK @ S_KK) * root_RK).sum().clamp(min=0).sqrt().item() for user, S_KK in covariances.items()}
+
+
+def row_deviations(loaded: Loaded, comparisons: Sequence[EncodedComparison]) -> dict[int, float]:
+    """The same where rewards are not linear in the users' rows: to first order around where a new user begins."""
+    posterior = loaded.posterior
+    if posterior is None:
+        return {}
+    task, total = task_of(loaded, list(comparisons)), dict.fromkeys(posterior.users_A.tolist(), 0.0)
+    rows_NV = trained_rows(loaded).base_V.expand(len(comparisons), -1)
+    for part in margin_slopes(task, range(len(comparisons)), rows_NV):
+        for user in total:
+            total[user] += posterior.row_variances([user] * len(part.indices), part.slopes_NV).sum().item()
+    return {user: (variance / len(comparisons)) ** 0.5 for user, variance in total.items()}
 
 
 def nearest(points_MR: Tensor) -> list[list[tuple[int, float]]]:

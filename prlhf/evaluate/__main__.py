@@ -20,6 +20,7 @@ from prlhf.evaluate.report import accuracy_curve, markdown, write_margins, write
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.method.posterior import features, integrated
 from prlhf.parallel.ranks import check_started_alone
+from prlhf.score.slopes import margin_slopes, user_rows
 from prlhf.score.states import States, response_states
 from prlhf.score.task import Task
 from prlhf.store.final import Loaded, load_final
@@ -68,21 +69,34 @@ def main() -> None:
 
 
 def adapted_logits(loaded: Loaded, task: Task, margins_B: np.ndarray) -> np.ndarray:
-    """The logit of P(chosen is preferred), integrated over the posterior of an adapted user, (B,); NaN for others, and where
-    rewards are not linear in users' coordinates. margins_B: as the true user."""
+    """The logit of P(chosen is preferred), integrated over the posterior of an adapted user, (B,); NaN for others.
+
+    margins_B: as the true user.
+    """
     posterior, logits_B = loaded.posterior, np.full(len(task.users), np.nan)
     rows = [i for i, user in enumerate(task.users) if posterior is not None and posterior.row(user) is not None]
-    if posterior is None or not rows or not has_linear_coordinates(loaded.config):
+    if posterior is None or not rows:
         return logits_B
-    model, pairs = task.model, [task.comparisons[i] for i in rows]
-    assert isinstance(model, PersonalizedRewardModel)
-    states = response_states(model, pairs, task.config.evaluate.batch_size, loaded.backbone_weights())
-    chosen_NW, rejected_NW = States(*states).of_pairs(pairs)
-    features_NK = features(model.user_model, chosen_NW - rejected_NW)
-    users = [task.users[i] for i in rows]
-    margin_N, variance_N = torch.from_numpy(margins_B[rows]).double(), posterior.variances(users, features_NK)
+    variance_N = margin_variances(loaded, task, rows)
+    users, margin_N = [task.users[i] for i in rows], torch.from_numpy(margins_B[rows]).double()
     logits_B[rows] = integrated(margin_N, variance_N, posterior.sharpness_of(users)).numpy()
     return logits_B
+
+
+def margin_variances(loaded: Loaded, task: Task, rows: list[int]) -> torch.Tensor:
+    """The posterior variance of the margins of these comparisons, whose users were adapted, (N,): exact where rewards are linear
+    in users' coordinates, else to first order."""
+    model, posterior, users = task.model, loaded.posterior, [task.users[i] for i in rows]
+    if has_linear_coordinates(loaded.config):
+        assert isinstance(model, PersonalizedRewardModel)
+        pairs = [task.comparisons[i] for i in rows]
+        states = response_states(model, pairs, task.config.evaluate.batch_size, loaded.backbone_weights())
+        chosen_NW, rejected_NW = States(*states).of_pairs(pairs)
+        return posterior.variances(users, features(model.user_model, chosen_NW - rejected_NW))
+    found_N = torch.zeros(len(rows), dtype=torch.float64)
+    for part in margin_slopes(task, rows, user_rows(model.user_model, users)):
+        found_N[part.indices] = posterior.row_variances([users[n] for n in part.indices], part.slopes_NV)
+    return found_N
 
 
 def draw_curve(metrics: Path, path: Path) -> None:

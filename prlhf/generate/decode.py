@@ -49,10 +49,11 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """Token ids without the one that ended them, and whether that came (or max_new_tokens did)."""
+    """Token ids without the one that ended them, and whether that came (or max_new_tokens did), and which it was."""
 
     ids: list[int]
     finished: bool
+    end: int | None = None
 
 
 def read_prompts(model: PersonalizedLM, requests: Sequence[Request]) -> tuple[Tensor, list[Context]]:
@@ -135,7 +136,7 @@ def generate(
             kept = []
             for row, (b, token) in enumerate(zip(going, token_B.tolist())):
                 if token in ends:
-                    responses[b] = responses[b]._replace(finished=True)
+                    responses[b] = responses[b]._replace(finished=True, end=token)
                 else:
                     responses[b].ids.append(token)
                     kept.append(row)

@@ -2,8 +2,8 @@
 
 A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, as
 generate.py writes; the user may also stand in `data.user_column`. The output has {"id", "user", "known", "reward"} for
-each line, in order; of a linear reward head with adapted users (`adapt`) also "reward_std", the reward's standard deviation under
-the posterior of its user's vector, null for other users. An unknown user is scored as the generic one, and "known" says so.
+each line, in order; of a model with adapted users (`adapt`) also "reward_std", the reward's standard deviation under the posterior
+of its user's vector, and "probability", that the response is preferred to the file's others (`Doubt`); null for other users. An unknown user is scored as the generic one, and "known" says so.
 Rewards of responses to one prompt can be compared: all follow it as cut for the longest. Their zero means nothing: Bradley-Terry
 leaves it open.
 """
@@ -28,8 +28,9 @@ from prlhf.data.files import read_json_lines, write_json_lines
 from prlhf.data.unknown import check_users
 from prlhf.errors import UserError, did_you_mean
 from prlhf.method.models import PersonalizedRewardModel
-from prlhf.method.posterior import features
+from prlhf.method.posterior import features, integrated
 from prlhf.score.agreement import check_agreement
+from prlhf.score.slopes import reward_slopes
 from prlhf.store.final import Loaded
 
 
@@ -87,21 +88,58 @@ def encode(lines: Sequence[ScoredLine], encoder: Encoder, users: Sequence[int]) 
     return encoded
 
 
-def reward_stds(loaded: Loaded, readings: Sequence[Reading], batch_size: int) -> list[float | None]:
-    """The standard deviation of each reward under the posterior of its user; None for users who were not adapted."""
+class Doubt(NamedTuple):
+    """How sure a reward is under the posterior of its user: its standard deviation, and the probability that the response is
+    preferred, the mean over the file's other responses to this prompt for this user; None where there is none."""
+
+    std: float
+    probability: float | None
+
+
+def doubts(loaded: Loaded, readings: Sequence[Reading], rewards_N: Tensor, batch_size: int) -> list[Doubt | None]:
+    """Of each reward; None for users who were not adapted. To first order where rewards are not linear in the user's coordinates.
+
+    E s(k (r - r')), s the sigmoid, by `integrated`: the posterior of the difference, k the user's sharpness.
+    """
     posterior, model = loaded.posterior, loaded.model
-    if posterior is None:
-        return [None] * len(readings)
-    assert isinstance(model, PersonalizedRewardModel)
-    found: list[float | None] = [None] * len(readings)
+    found: list[Doubt | None] = [None] * len(readings)
+    assert posterior is not None and isinstance(model, PersonalizedRewardModel)
+    linear = has_linear_coordinates(loaded.config)
+    variances = posterior.variances if linear else posterior.row_variances
     rows = [i for i, reading in enumerate(readings) if posterior.row(reading.user) is not None]
-    for start in range(0, len(rows), batch_size):
-        some = [readings[i] for i in rows[start : start + batch_size]]
-        features_NK = features(model.user_model, model.states_of(some))
-        stds = posterior.variances([reading.user for reading in some], features_NK).sqrt().tolist()
-        for i, std in zip(rows[start : start + batch_size], stds):
-            found[i] = std
+    for rivals in rival_groups([readings[i] for i in rows], batch_size):
+        some = [[rows[n] for n in group] for group in rivals]
+        flat = [readings[i] for group in some for i in group]
+        x_NX = features(model.user_model, model.states_of(flat)) if linear else reward_slopes(model, flat)
+        stds = variances([reading.user for reading in flat], x_NX).sqrt().tolist()
+        start = 0
+        for group in some:
+            n = len(group)
+            user, x_RX, r_R = readings[group[0]].user, x_NX[start : start + n], rewards_N[group].double()
+            difference_RR = r_R[:, None] - r_R
+            variance_RR = variances([user] * n**2, (x_RX[:, None] - x_RX).flatten(0, 1)).view(n, n)
+            p_RR = integrated(difference_RR, variance_RR, posterior.law_of(user).sharpness).sigmoid()
+            wins_R = (p_RR.sum(dim=1) - 0.5) / (n - 1) if n > 1 else [None]  # without itself, against which it is 1/2
+            for i, std, wins in zip(group, stds[start : start + n], wins_R):
+                found[i] = Doubt(std, None if wins is None else float(wins))
+            start += n
     return found
+
+
+def rival_groups(readings: Sequence[Reading], batch_size: int) -> list[list[list[int]]]:
+    """Readings of one user and prefix together, in batches of whole groups: of batch_size, or of one group that is larger."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for n, reading in enumerate(readings):
+        groups[reading.user, reading.prefix].append(n)
+    batches: list[list[list[int]]] = []
+    room = 0
+    for group in groups.values():
+        if len(group) > room:
+            batches.append([])
+            room = batch_size
+        batches[-1].append(group)
+        room -= len(group)
+    return batches
 
 
 @torch.inference_mode()
@@ -135,9 +173,9 @@ def score_file(loaded: Loaded, path: str, out: str, batch_size: int, overwrite: 
         raise UserError(f"{loaded.path}: {int((~scored.isfinite()).sum())} of {len(lines)} rewards are not finite")
     known = [loaded.users.number(line.user) > 0 for line in lines]
     records = [{"id": n.id, "user": n.user, "known": k, "reward": r} for n, k, r in zip(lines, known, scored.tolist())]
-    if loaded.posterior is not None and has_linear_coordinates(loaded.config):
-        stds = reward_stds(loaded, [line.reading for line in encoded], batch_size)
-        records = [{**record, "reward_std": std} for record, std in zip(records, stds)]
+    if loaded.posterior is not None:
+        for record, doubt in zip(records, doubts(loaded, [line.reading for line in encoded], scored, batch_size)):
+            record |= {"reward_std": doubt and doubt.std, "probability": doubt and doubt.probability}
     write_json_lines(out, records)
     nobody = sum(line.user is None for line in lines)
     counts = {

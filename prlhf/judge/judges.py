@@ -1,67 +1,86 @@
-"""Who decides between two responses: a rule, or a reward model.
+"""Who decides between two responses: a rule, a reward model, or a language model that is asked.
 
 A judge is asked `Query`s, each a prompt, its user and two responses in the order in which it reads them, and answers each with
-a `Verdict`. It is asked all queries at once, so that a model may batch them. What follows from its verdicts in both orders
-is in `verdicts.py`.
+a `Verdict`, or a `Ruling` where it says how certain it is. It is asked all queries at once, so that a model may batch them. What
+follows from its verdicts in both orders is in `verdicts.py`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import Encoder
 from prlhf.data.check.rules import prompt_key
-from prlhf.data.comparisons import Messages, Tools, read_parsed, words
+from prlhf.data.comparisons import read_parsed, words
 from prlhf.data.files import sha256
 from prlhf.data.names import quoted
 from prlhf.data.sets.simulate import rules_of
 from prlhf.errors import UserError, did_you_mean, expanded
 from prlhf.generate.rewards import ScoredLine, encode, rewards
+from prlhf.judge.letters import load_local
+from prlhf.judge.prompting import Prompting, rulings_by_letters
+from prlhf.judge.queries import Query, Ruling, Verdict
+from prlhf.judge.server import Server, answers
+from prlhf.judge.template import parse_answer
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.score.agreement import check_agreement
+from prlhf.score.reference import weights_fingerprint
 from prlhf.store.final import Loaded, load_final, weights_checksum
 
-Verdict = Literal["first", "second", "tie", "unparsed"]  # unparsed: an answer that could not be understood
 RULE_JUDGES = {"rule:shorter": -1, "rule:longer": 1}  # the sign with which the number of words counts
 
 
-class Query(NamedTuple):
-    """What a judge is asked: which of two responses this user (None: nobody in particular) prefers."""
-
-    prompt: str | Messages
-    user: str | None
-    user_text: str | None
-    tools: Tools | None
-    first: str
-    second: str
-    where: str  # "FILE, line 3", for errors
-
-
 class Judge(NamedTuple):
-    """A judge: its name, one verdict for each query, and what is to be said of it beforehand."""
+    """A judge: its name, one verdict for each query, what is to be said of it beforehand, and of whose user it knows anything."""
 
     name: str
-    verdicts: Callable[[Sequence[Query]], list[Verdict]]
+    verdicts: Callable[[Sequence[Query]], Sequence[Verdict | Ruling]]
     said: str | None = None
-    version: str = ""  # tells what a file or a run of this name holds now from what it held before
+    knows: Callable[[Query], bool] = lambda query: False
+    version: str = ""  # tells what a file, run, model or server of this name is now from what it was before
 
 
-def find_judge(name: str, users: Iterable[str | None]) -> Judge:
-    """The judge of this name, for responses to these users. UserError where there is none, or its model cannot be loaded."""
+def find_judge(
+    name: str, users: Iterable[str | None], prompting: Prompting | None = None, server: Server | None = None
+) -> Judge:
+    """The judge of this name, for responses to these users; a language model is asked by `prompting`, by default without profiles.
+    server: that of openai:MODEL.
+
+    UserError where there is none, or its model cannot be loaded.
+    """
     kind, _, run = name.partition(":")
     if name in RULE_JUDGES:
         sign = RULE_JUDGES[name]
         return Judge(name, lambda queries: [by_length(q, sign) for q in queries])
     if kind == "simulated" and run:
         return simulated_judge(name, run, users)
+    prompting = prompting or Prompting()
+    if server:
+        said = f"{server.model} was asked at {server.url}, with temperature 0. {prompting.said}"
+
+        def rulings(queries: Sequence[Query]) -> list[Ruling]:
+            return [parse_answer(text) for text in answers(server, prompting.conversations(queries))]
+
+        return Judge(name, rulings, said, prompting.knows, server.url)
+    if kind == "hf" and run:
+        local = load_local(run)
+        said = f"{run} answered by the log-probabilities of its answer letters. {prompting.said}"
+        version = weights_fingerprint(local.model.backbone)
+        return Judge(
+            name, lambda queries: rulings_by_letters(local, prompting, queries), said, prompting.knows, version
+        )
     if kind != "prm" or not run:
-        known = [*RULE_JUDGES, "prm:RUN", "simulated:FILE"]
+        known = [*RULE_JUDGES, "prm:RUN", "hf:PATH", "openai:MODEL", "simulated:FILE"]
         raise UserError(f"--judge {name}: no such judge{did_you_mean(name, known)}; expected one of {', '.join(known)}")
     loaded = load_final(run)
     if loaded.config.method != "prm":
         raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
     said = said_of_unknown(run, [user for user in users if user is not None and not loaded.number(user)])
-    return Judge(name, lambda queries: reward_verdicts(loaded, queries), said, weights_checksum(loaded.path))
+
+    def knows(query: Query) -> bool:
+        return loaded.number(query.user) > 0 or bool(query.user_text and loaded.config.data.user_text)
+
+    return Judge(name, lambda queries: reward_verdicts(loaded, queries), said, knows, weights_checksum(loaded.path))
 
 
 def said_of_unknown(source: str, unknown: Iterable[str]) -> str | None:
@@ -82,10 +101,10 @@ def simulated_judge(name: str, file: str, users: Iterable[str | None]) -> Judge:
     generic = sum(signs[user] * count for user, (_, count) in shorter.items())
     said = said_of_unknown(file, [user for user in users if user is not None and user not in signs])
 
-    def sign(user: str | None) -> int:
-        return generic if user is None else signs.get(user, generic)
+    def verdicts(queries: Sequence[Query]) -> list[Verdict]:
+        return [by_length(q, signs.get(q.user or "", generic)) for q in queries]
 
-    return Judge(name, lambda queries: [by_length(q, sign(q.user)) for q in queries], said, sha256(expanded(file)))
+    return Judge(name, verdicts, said, lambda query: query.user in signs, sha256(expanded(file)))
 
 
 def by_length(query: Query, sign: int) -> Verdict:

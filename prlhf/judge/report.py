@@ -18,7 +18,8 @@ from prlhf.evaluate.stats import metrics
 from prlhf.evaluate.stats.paired import BOOTSTRAP_SAMPLES, LEVEL, SEED
 from prlhf.judge.length import length_controlled
 from prlhf.judge.pairs import Pair
-from prlhf.judge.verdicts import Decision
+from prlhf.judge.server import ANSWERS_FOLDER
+from prlhf.judge.verdicts import CERTAIN, Decision
 
 VERDICTS_FILE = "verdicts.jsonl"
 RATES = {
@@ -53,11 +54,34 @@ def judgement(pairs: Sequence[Pair], decisions: Sequence[Decision]) -> dict[str,
         "interval": dict(zip(RATES, (*intervals, fit.interval if fit else None))),
         "verdicts": {name: sum(row[name] for row in table) for name in ("wins", "ties", "losses")},
         **_orders([decision for _, decision in rows]),
+        **certain([pair.user or GENERIC for pair in pairs], decisions),
         "words": _words(words_N2),
         "length_fit": fit._asdict() if fit else None,
         "users_significantly": {"for_a": sum(better), "for_b": len(better) - sum(better)},
         "per_user": {row["user"]: {name: row[name] for name in USER_COLUMNS[1:]} for row in table},
     }
+
+
+def certain(users: Sequence[str], decisions: Sequence[Decision]) -> dict[str, Any]:
+    """{"certain": ...}, A's win rate per sample among pairs of which the judge says to be CERTAIN at least in both orders, with how
+    many these are, and of how many it said anything; {} where no decision has a certainty."""
+    stated = [d.parsed and d.certainties is not None and None not in d.certainties for d in decisions]
+    if not any(stated):
+        return {}
+    rows = [(user, d.win) for user, d in zip(users, decisions, strict=True) if d.parsed and d.certain]
+    counts = metrics.right_by_user([user for user, _ in rows], np.array([win for _, win in rows], dtype=float))
+    rate = {"pairs": len(rows), "stated": sum(stated), "win_rate": metrics.pooled(counts)}
+    interval = metrics.pooled_interval(counts, BOOTSTRAP_SAMPLES, np.random.default_rng(SEED)) if rows else None
+    return {"certain": {"at_least": CERTAIN, **rate, "interval": interval}}
+
+
+def certain_text(found: dict[str, Any], what: str) -> str:
+    """The rate among the certain, in a sentence."""
+    return (
+        f"Among the {found['pairs']:,} pairs of which the judge says to be certain in both orders (at least {found['at_least']} of "
+        f"100; it stated a certainty for {found['stated']:,}), {what} is {percent(found['win_rate'])}% "
+        f"({interval_text(found['interval'])})."
+    )
 
 
 def _orders(decisions: Sequence[Decision]) -> dict[str, Any]:
@@ -71,8 +95,8 @@ def _orders(decisions: Sequence[Decision]) -> dict[str, Any]:
         "consistency": sum(d.consistent for d in decisions) / n if n else None,
         "position_bias": {
             "first": sum(d.firsts for d in decisions) / (2 * n) if n else None,
-            "always_first": sum(d == ("first", "first") for d in decisions),
-            "always_second": sum(d == ("second", "second") for d in decisions),
+            "always_first": sum(d.both == ("first", "first") for d in decisions),
+            "always_second": sum(d.both == ("second", "second") for d in decisions),
         },
     }
 
@@ -123,6 +147,8 @@ def markdown(report: dict[str, Any]) -> str:
     if pairs["unparsed"]:
         parts.append(f"Pairs left out, of which a verdict could not be parsed: {pairs['unparsed']:,}.")
     parts += [report["said"]] if report["said"] else []
+    parts += [quoted_validation(report["validation"])] if "validation" in report else []
+    parts += [certain_text(report["certain"], "the win rate")] if "certain" in report else []
     if pairs["judged"]:
         parts += [_orders_text(report), _length_text(report["words"], fit), _users_text(report)]
     return "\n\n".join(parts) + "\n"
@@ -169,6 +195,19 @@ def _users_text(report: dict[str, Any]) -> str:
     return f"{text.strip()}\n\n" + markdown_table(header, rows)
 
 
+def quoted_validation(found: dict[str, Any]) -> str:
+    """What the report says of the judge's validation."""
+    rates = found["agreement"]
+    said = [
+        f"{name} {percent(r['per_sample'])}% ({interval_text(r['interval']['per_sample'])})"
+        for name, r in rates.items()
+    ]
+    return (
+        f"Validated on {found['comparisons']:,} choices of {found['users']:,} users, `{found['data']}`: {found['sentence']} "
+        f"Agreement: {', '.join(said)}."
+    )
+
+
 def figure(report: dict[str, Any], path: Path) -> bool:
     """The win rates with their intervals, and each user's beside the rate per user. False without matplotlib."""
 
@@ -191,12 +230,12 @@ def figure(report: dict[str, Any], path: Path) -> bool:
 
 
 def check_out(out: Path, asked: dict[str, Any]) -> None:
-    """UserError unless `out` is not there, is empty, or holds a judgement of what is asked: {"judge", "a", "b"}, a one file or,
-    against one baseline, a list of them."""
+    """UserError unless `out` is not there, is empty but for a server's answers, or holds a judgement of what is asked:
+    {"judge", "a", "b"}, a one file or, against one baseline, a list of them."""
     expected = "expected a new or empty folder, or a judgement of the same files by the same judge"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: found a file, {expected}")
-    entries = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    entries = sorted({path.name for path in out.iterdir()} - {ANSWERS_FOLDER}) if out.is_dir() else []
     if not entries:
         return
     try:
@@ -218,7 +257,7 @@ def write(out: Path, report: dict[str, Any], pairs: Sequence[Pair], decisions: S
             "id": p.id,
             "user": p.user or GENERIC,
             "prompt": p.prompt,
-            **d._asdict(),
+            **{name: value for name, value in d._asdict().items() if value is not None},
             "win": d.win,
             "words": [words(p.a), words(p.b)],
         }

@@ -9,20 +9,24 @@ from prlhf.data.check.tables import interval_text, markdown_table, percent
 from prlhf.data.files import fingerprint_of, write_json
 from prlhf.judge.judges import Judge
 from prlhf.judge.pairs import Pair
-from prlhf.judge.report import RATES, judgement, write
+from prlhf.judge.report import RATES, judgement, quoted_validation, write
 from prlhf.judge.verdicts import decide
 
 
 def judge_systems(
-    out: Path, asked: Mapping[str, Any], judge: Judge, pairs: Mapping[str, Sequence[Pair]]
+    out: Path,
+    asked: Mapping[str, Any],
+    judge: Judge,
+    pairs: Mapping[str, Sequence[Pair]],
+    validated: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Judge each system against the baseline, write its folder and the table; returns the table's report.json.
 
-    asked: {"judge", "a", "b"}, a list of files and the baseline's, which the report begins with; pairs: by file. In the report,
-    `systems` has each file's own report. What `out` (`check_out`) has of the same responses by the same judge is kept: report.json
+    asked: {"judge", "a", "b"}, a list of files and the baseline's, which the report begins with; pairs: by file; validated: the
+    judge's validation, which reports quote. In the report, `systems` has each file's own report. What `out` (`check_out`) has of the same responses by the same judge is kept: report.json
     is written again behind each system's folder, with a fingerprint of what was judged.
     """
-    marks = {file: fingerprint_of(judge.name, judge.version, own) for file, own in pairs.items()}
+    marks = {file: fingerprint_of(judge.version, asked, validated, own) for file, own in pairs.items()}
     path, held = out / "report.json", {}
     if path.exists():
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -31,7 +35,7 @@ def judge_systems(
 
     def save() -> dict[str, Any]:
         done = [file for file in pairs if file in systems]
-        report = {**asked, "said": judge.said, "systems": {file: systems[file] for file in done}}
+        report = {**asked, "said": judge.said, **validated, "systems": {file: systems[file] for file in done}}
         write_json(path, {**report, "judged": {file: marks[file] for file in done}})
         (out / "report.md").write_text(systems_markdown(report), encoding="utf-8")
         return report
@@ -43,7 +47,7 @@ def judge_systems(
             print(f"{file}: was judged already, and is kept")
             continue
         decisions = decide(pairs[file], judge)
-        report = {**asked, "a": file, "said": judge.said, **judgement(pairs[file], decisions)}
+        report = {**asked, "a": file, "said": judge.said, **validated, **judgement(pairs[file], decisions)}
         write(out / folder, report, pairs[file], decisions)
         systems[file] = report
         save()
@@ -75,6 +79,7 @@ def systems_markdown(report: Mapping[str, Any]) -> str:
     ]
     parts += [f"Pairs left out, of which a verdict could not be parsed: {unparsed:,}."] if unparsed else []
     parts += [report["said"]] if report["said"] else []
+    parts += [quoted_validation(report["validation"])] if "validation" in report else []
     return "\n\n".join(parts) + "\n"
 
 

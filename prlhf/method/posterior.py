@@ -38,7 +38,7 @@ class Posterior(NamedTuple):
     """The covariances of adapted users' coordinates, in float64 on the CPU, and the covariance of the prior that they came from.
 
     For few coordinates S_u itself. For full offsets S_u = scale_u prior - told_u^T told_u; R is the largest of any user, and rows
-    that a user lacks are 0. Full offsets of a soft prompt or of P-DPO are mixtures of directions, f(u) = e_0 + D^T c_u: their
+    that a user lacks are 0. Full offsets of a soft prompt or of P-DPO are mixtures of directions, f(u) = e_0 + D^T c_u + floor: their
     coordinates are the mixture's.
     """
 
@@ -50,6 +50,7 @@ class Posterior(NamedTuple):
     covariance_AKK: Tensor | None = None
     told_ARK: Tensor | None = None
     directions_KV: Tensor | None = None  # D, of the V numbers of a user's T_u vectors
+    floor: Tensor | None = None  # the variance of each of the V numbers beside, times scale_u; None: none
 
     @classmethod
     def of(cls, prior_KK: Tensor, told: Mapping[int, Tensor], full: bool, laws: Mapping[int, Law]) -> "Posterior":
@@ -104,6 +105,21 @@ class Posterior(NamedTuple):
             rows = users == user
             x_NK = features_NK[rows]
             found_N[rows] = ((x_NK @ self.covariance(user)) * x_NK).sum(dim=1).clamp(min=0)
+        return found_N
+
+    def row_variances(self, users_N: Sequence[int], slopes_NV: Tensor) -> Tensor:
+        """The variances of numbers whose derivatives by their users' rows are these, to first order, (N,); NaN as above.
+
+        What is linear in the row where the search ended has the search's own covariance as its posterior (Immer et al. 2021,
+        arXiv 2008.08400); the number itself, of rows drawn from that covariance, need not.
+        """
+        if self.directions_KV is None:
+            return self.variances(users_N, slopes_NV)
+        found_N = self.variances(users_N, slopes_NV @ self.directions_KV.T)
+        if self.floor is not None:
+            scale_of = dict(zip(self.users_A.tolist(), self.scale_A.tolist()))
+            scale_N = torch.tensor([scale_of.get(user, math.nan) for user in users_N], dtype=torch.float64)
+            found_N = found_N + scale_N * self.floor * slopes_NV.square().sum(dim=1)
         return found_N
 
 

@@ -2,7 +2,8 @@
 
 Raw: survey.jsonl (who they are) and conversations.jsonl (8,011 dialogues; in each turn models answered, and the person chose
 one answer). A comparison is the chosen answer against each unchosen one of its turn, or against the best-scored one. The
-prompt is the dialogue so far, with the chosen answers. The user text is what people said about themselves.
+prompt is the dialogue so far, with the chosen answers. The user text is what people said about themselves. What they said of a
+dialogue is in its comparisons' `reason` (open feedback) and `aspects` (what mattered most to their choice).
 
 Traps: the literal text "EMPTY STRING"; in later turns `if_chosen` compares texts, so two rows of a turn can be chosen.
 """
@@ -61,10 +62,15 @@ def read(folder: Path, options: Options) -> RawSet:
 def attributes(raw: Record, where: str) -> dict[str, str]:
     """The ATTRIBUTES that a person gave, and the three preferences that they rated highest."""
     given = {name: field(raw, name, str, where, optional=True) for name in ATTRIBUTES}
-    ratings = field(raw, "stated_prefs", dict, where, optional=True) or {}
-    rated = {n: r for n, r in ratings.items() if type(r) in (int, float) and not n.startswith("other")}
-    given["stated_prefs"] = ", ".join(sorted(rated, key=lambda name: (-rated[name], name))[:TOP_PREFERENCES])
+    given["stated_prefs"] = highest(raw, "stated_prefs", where)
     return {name: text for name, text in given.items() if text and text != EMPTY}
+
+
+def highest(raw: Record, name: str, where: str) -> str:
+    """The TOP_PREFERENCES of a field of ratings that were rated highest, with commas between."""
+    ratings = field(raw, name, dict, where, optional=True) or {}
+    rated = {n: r for n, r in ratings.items() if type(r) in (int, float) and not n.startswith("other")}
+    return ", ".join(sorted(rated, key=lambda name: (-rated[name], name))[:TOP_PREFERENCES])
 
 
 def dialogue(raw: Record, where: str, rejected: str, dropped: dict[str, int]) -> Iterator[Record]:
@@ -73,6 +79,11 @@ def dialogue(raw: Record, where: str, rejected: str, dropped: dict[str, int]) ->
     turns: dict[int, list[Record]] = {}
     for utterance in objects(raw, "conversation_history", where):
         turns.setdefault(field(utterance, "turn", int, where), []).append(utterance)
+    why = {
+        "reason": field(raw, "open_feedback", str, where, optional=True),
+        "aspects": highest(raw, "choice_attributes", where),
+    }
+    why = {name: text for name, text in why.items() if text and text != EMPTY}
     history: list[dict[str, str]] = []
     for t, turn in enumerate(sorted(turns)):
         at = f"{where}, turn {turn}"
@@ -90,7 +101,7 @@ def dialogue(raw: Record, where: str, rejected: str, dropped: dict[str, int]) ->
         dropped["turns without two answers that differ"] += not others
         for text, utterance in others:
             place = dict(id=f"{name}:{turn}:{utterance.get('within_turn_id')}", split_group=name)
-            yield dict(prompt=list(history), chosen=chosen[0], rejected=text, **place)
+            yield dict(prompt=list(history), chosen=chosen[0], rejected=text, **place, **why)
         history.append({"role": "assistant", "content": chosen[0]})
 
 

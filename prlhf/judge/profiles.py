@@ -1,0 +1,111 @@
+"""What is known of a user, for a judge who plays that user: a text, what they said of other answers, and comparisons of theirs.
+
+Nothing is told that would answer what is judged: neither a comparison of the same prompt or of the same two responses, nor
+one of a dialogue that begins in the same way, whose later prompts hold the chosen answers of the earlier ones.
+"""
+
+import random
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prlhf.data.check.rules import prompt_key
+from prlhf.data.comparisons import Comparison, Messages, parse_user_text, read_parsed, shortened
+from prlhf.data.files import Record
+from prlhf.errors import UserError
+from prlhf.judge.queries import Query
+
+EXAMPLES = 4  # comparisons of the user's that a judge reads
+REASONS = 4  # statements of the user's that a judge reads: the latest
+# Fields of a comparison in which its user says why, and how a judge reads them.
+STATEMENTS = {"reason": "{}", "aspects": "What mattered: {}"}
+
+
+class Profile(NamedTuple):
+    """What a judge reads of a user beside the question."""
+
+    text: str | None
+    reasons: tuple[str, ...]
+    examples: tuple[Comparison, ...]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known."""
+        return not any(self)
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """What a file of comparisons says of each of its users; without a file, nothing.
+
+    comparisons: each user's, in the order in which they are drawn; statements: (comparison, statement) in the file's order;
+    examples: how many are read; with_text: whether text and statements are read.
+    """
+
+    texts: dict[str, str] = field(default_factory=dict)
+    statements: dict[str, list[tuple[Comparison, str]]] = field(default_factory=dict)
+    comparisons: dict[str, list[Comparison]] = field(default_factory=dict)
+    examples: int = EXAMPLES
+    with_text: bool = True
+
+    def of(self, query: Query) -> Profile:
+        """The profile of the user of a query. Which response is read first does not matter.
+
+        The text is the user's latest in the file, else the query's own. The statements are their latest REASONS, each once; the
+        examples the first of those drawn: both of other prompts, pairs and dialogues than the query's.
+        """
+        asked, pair, user = opening(query.prompt), {query.first, query.second}, query.user or ""
+
+        def apart(c: Comparison) -> bool:
+            return opening(c.prompt) != asked and {c.chosen, c.rejected} != pair
+
+        examples = tuple(islice(filter(apart, self.comparisons.get(user, ())), self.examples))
+        if not self.with_text:
+            return Profile(None, (), examples)
+        said = list(dict.fromkeys(text for c, text in self.statements.get(user, ()) if apart(c)))
+        return Profile(self.texts.get(user) or query.user_text, tuple(said[-REASONS:]), examples)
+
+
+def read_profiles(path: str | Path, examples: int = EXAMPLES, seed: int = 0, with_text: bool = True) -> Profiles:
+    """The profiles of the users of a file of comparisons; those without a user tell nothing.
+
+    A user's text is the record's user_text, else its `attributes` by name; statements are the fields STATEMENTS. Each user's
+    comparisons are shuffled by the seed and the user's name, so that a user's examples differ between prompts only by what
+    a prompt forbids. UserError, with file, line and field, where a record is no comparison or a statement no text.
+    """
+    profiles = Profiles(examples=examples, with_text=with_text)
+    for where, record, c in read_parsed(path):
+        if c.user is None or c.chosen == c.rejected:
+            continue
+        profiles.comparisons.setdefault(c.user, []).append(c)
+        if text := c.user_text or _text_of_attributes(record, where):
+            profiles.texts[c.user] = text
+        said = [(c, form.format(text)) for name, form in STATEMENTS.items() if (text := _text(record, name, where))]
+        profiles.statements.setdefault(c.user, []).extend(said)
+    for user, own in profiles.comparisons.items():
+        random.Random(f"{seed} {user}").shuffle(own)
+    return profiles
+
+
+def opening(prompt: str | Messages) -> Hashable:
+    """How a prompt begins: its text or its first user message, in words; equal prompts have equal ones."""
+    first = prompt if isinstance(prompt, str) else next((m["content"] for m in prompt if m["role"] == "user"), None)
+    return " ".join((first or "").split()) or prompt_key(prompt)
+
+
+def _text_of_attributes(record: Record, where: str) -> str | None:
+    attributes = record.get("attributes")
+    return (
+        parse_user_text(record, where, tuple(attributes) if isinstance(attributes, dict) else ())
+        if attributes
+        else None
+    )
+
+
+def _text(record: dict[str, Any], name: str, where: str) -> str | None:
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{where}, {name}: expected text or null, found {shortened(value)}")
+    return (value or "").strip() or None

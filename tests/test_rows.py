@@ -1,0 +1,213 @@
+"""How sure the model is of users whose rewards are not linear in their rows, the prior of such rows, and questions for them."""
+
+import pytest
+import torch
+from helpers import random_comparisons
+from test_prompts import CLUSTER, LINEAR, RANK, RM, SOFTMAX, Given
+from torch.distributions import Bernoulli
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from prlhf.adapt import gauss_newton
+from prlhf.adapt.ask import Candidates, ask
+from prlhf.adapt.gauss_newton import Basis, search
+from prlhf.adapt.rows import FLOORS, HeldOut, TrainedRows, held_out, least_surprising
+from prlhf.adapt.scale import SCALES
+from prlhf.batch.trees import Reading
+from prlhf.config.keys import LossConfig
+from prlhf.method.losses import pairwise_margin, reward_margin
+from prlhf.method.posterior import Law, Posterior
+from prlhf.score.score import score
+from prlhf.score.slopes import margin_slopes, reward_slopes, user_rows
+
+FORMS = {
+    "P-DPO": (),
+    "behind the prompt": ("user_model.place=prompt_end",),
+    "SimPO, rank": ("loss.kind=simpo", "loss.beta=2", RANK),
+    "clusters": ("loss.beta=1", *CLUSTER),
+    "P-RM": (RM,),
+    "P-RM, linear head, softmax": (RM, LINEAR, "user_model.tokens=1", *CLUSTER, SOFTMAX),
+}
+
+
+@pytest.fixture(autouse=True)
+def attention_with_second_derivatives():
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("keys", FORMS.values(), ids=FORMS)
+def test_margins_and_their_slopes_are_the_plain_methods(keys):
+    """Each comparison at a row of its own, in batches of two, against autograd through the plain method."""
+    given = Given(*keys)
+    task, t_NR = given.task(), randn(4, given.basis_VR.shape[1])
+    rows_NV = given.prior.base_V + t_NR @ given.basis_VR.T
+    before = user_rows(given.model.user_model, [1, 2, 3, 4])
+    margins_N, slopes_NV = torch.zeros(4).double(), torch.zeros_like(rows_NV)
+    for part in margin_slopes(task, range(4), rows_NV):
+        margins_N[part.indices], slopes_NV[part.indices] = part.values_N, part.slopes_NV
+
+    def plain(t_R):
+        y1_N, y2_N = given.outputs(t_R).T
+        lengths = [[len(getattr(c, side)) for c in given.comparisons] for side in ("chosen", "rejected")]
+        outputs = (
+            type(score(given.model, given.comparisons, [0] * 4, 4))(y1_N, y2_N, *torch.tensor(lengths))[:4]
+            if given.config.method == "pdpo"
+            else (y1_N, y2_N)
+        )
+        if given.config.method == "prm":
+            return y1_N - y2_N
+        if given.config.loss.kind == "simpo":
+            return 2 * (y1_N / outputs[2] - y2_N / outputs[3])
+        reference = task.reference
+        return given.config.loss.beta * ((y1_N - reference.chosen) - (y2_N - reference.rejected))
+
+    for n in range(4):
+        assert margins_N[n].item() == pytest.approx(plain(t_NR[n])[n].item(), abs=1e-9)
+        slope_R = torch.autograd.functional.jacobian(plain, t_NR[n])[n]
+        assert (slopes_NV[n] @ given.basis_VR - slope_R).abs().max() < 1e-9 < 1e-4 < slope_R.abs().max()
+    assert torch.equal(before, user_rows(given.model.user_model, [1, 2, 3, 4]))
+
+
+def test_a_pairwise_models_slopes_are_differences_of_its_margins():
+    given = Given("method=pairwise", RANK)
+    task, row_V, line_V = given.task(), randn(2, seed=1), randn(2, seed=2)
+    slopes_NV = torch.zeros(4, 2).double()
+    for part in margin_slopes(task, range(4), row_V.repeat(4, 1)):
+        slopes_NV[part.indices] = part.slopes_NV
+
+    def margins(at_V):
+        given.model.user_model.z_MK.data[0] = at_V
+        return pairwise_margin(score(given.model, given.comparisons, [1] * 4, 4)).double()
+
+    differences_N = (margins(row_V + 1e-4 * line_V) - margins(row_V - 1e-4 * line_V)) / 2e-4
+    assert (slopes_NV @ line_V - differences_N).abs().max() < 1e-6 < 1e-3 < differences_N.abs().max()
+
+
+@pytest.mark.parametrize("keys", [(RM,), (RM, LINEAR, "user_model.tokens=1", *CLUSTER, SOFTMAX)])
+def test_rewards_slopes_are_differences_of_rewards(keys):
+    given = Given(*keys)
+    readings = [Reading(1 + n % 2, tuple(c.prefix), tuple(c.chosen)) for n, c in enumerate(given.comparisons)]
+    slopes_NV, table = (
+        reward_slopes(given.model, readings),
+        given.model.user_model.get_parameter(given.model.user_model.table),
+    )
+    line = randn(*table.shape, seed=2)
+    with torch.no_grad():
+        ahead, behind = (given.model.rewards(readings) for step in (1e-5, -2e-5) if table.add_(step * line) is not None)
+    lines_NV = line.flatten(1)[[r.user - given.model.user_model.first_user for r in readings]]
+    expected_N = ((ahead - behind) / 2e-5).detach()
+    assert ((slopes_NV * lines_NV).sum(dim=1) - expected_N).abs().max() < 1e-6 < 1e-3 < expected_N.abs().max()
+
+
+def test_with_a_floor_the_search_ends_at_the_optimum_in_the_whole_row(monkeypatch):
+    """J over all numbers of a row, with the dense inverse of D^T D + floor I, by autograd through the plain method."""
+    monkeypatch.setattr(gauss_newton, "LAST_GRADIENT", 1e-7)
+    given = Given(RM)
+    prior = TrainedRows(given.prior.base_V, randn(4, 96, seed=5) / 4, True, False).prior(0.3)
+    span_VK = prior.directions_KV.T
+    problem = given.problem()._replace(basis=Basis(span_VK, prior.floor))
+    at = search(given.task(), {5: problem})[5]
+    covariance_VV = span_VK @ span_VK.T + prior.floor * torch.eye(96, dtype=torch.float64)
+    assert covariance_VV.trace().item() == pytest.approx((randn(4, 96, seed=5) / 4).square().sum().item() / 4)
+    given.basis_VR = torch.eye(96, dtype=torch.float64)  # the row itself
+    row_V = (problem.row(at.t_R) - given.prior.base_V).requires_grad_()
+    objective = given.losses(given.outputs(row_V)).sum() + row_V @ torch.linalg.solve(covariance_VV, row_V) / 2
+    (gradient_V,) = torch.autograd.grad(objective, row_V)
+    assert gradient_V.abs().max() < 1e-5 and row_V.norm() > 0.1
+    assert objective.item() == pytest.approx(at.value.item(), abs=1e-8)
+    outside = row_V.detach() - span_VK @ torch.linalg.lstsq(span_VK, row_V.detach()).solution
+    assert outside.norm() > 1e-3
+
+
+@pytest.mark.parametrize("floor", [None, 0.2])
+def test_the_variance_of_a_row_is_that_of_its_dense_covariance(floor):
+    directions_KV, told_KQ, slopes_NV = randn(3, 7, seed=1), randn(3, 2, seed=2) / 4, randn(4, 7, seed=3)
+    laws = {0: Law(1.0, 1.0), 5: Law(2.0, 1.0)}
+    posterior = Posterior.of(torch.eye(3, dtype=torch.float64), {5: told_KQ}, True, laws)._replace(
+        directions_KV=directions_KV, floor=None if floor is None else torch.tensor(floor).double()
+    )
+    inner_KK = 2 * torch.eye(3, dtype=torch.float64) - told_KQ @ told_KQ.T
+    dense_VV = directions_KV.T @ inner_KK @ directions_KV + 2 * (floor or 0) * torch.eye(7, dtype=torch.float64)
+    found_N = posterior.row_variances([5, 5, 2, 5], slopes_NV)
+    expected_N = torch.einsum("nv,vw,nw->n", slopes_NV, dense_VV, slopes_NV)
+    assert torch.allclose(found_N[[0, 1, 3]], expected_N[[0, 1, 3]]) and found_N[2].isnan()
+
+
+def test_scale_and_floor_are_those_of_the_least_surprise_by_sampling():
+    """A hundred users with one wide direction that all share and margins outside it: P(said) by 4,000 draws of the others' prior."""
+    full = TrainedRows(
+        torch.zeros(6).double(), randn(12, 6, seed=1) * torch.tensor([3.0, 0.3, 0.3, 0.1, 0.1, 0.1]), True, False
+    )
+    said = []
+    for row in range(12):
+        slopes_NV = randn(5, 6, seed=10 + row)
+        margins_N = slopes_NV @ full.away_MV[row]
+        sign_N = torch.where(
+            torch.rand(5, generator=torch.Generator().manual_seed(row)) < margins_N.sigmoid(), 1.0, -1.0
+        )
+        said.append(HeldOut(row, torch.zeros(5).double(), slopes_NV * sign_N[:, None]))
+    surprises = {}
+    for share in FLOORS:
+        for scale in SCALES:
+            total = 0.0
+            for user in said:
+                others_MV = full.away_MV[[m for m in range(12) if m != user.row]]
+                spread_VV = others_MV.T @ others_MV / 11
+                covariance_VV = (1 - share) * spread_VV + share * spread_VV.trace() / 6 * torch.eye(6).double()
+                draws_SV = randn(4000, 6, seed=99) @ torch.linalg.cholesky(scale * covariance_VV).T
+                total -= (draws_SV @ user.slopes_NV.T).sigmoid().prod(dim=1).mean().log().item()
+            surprises[scale, share] = total
+    scale, share = least_surprising(LossConfig(), full, said)
+    best = min(surprises.values())
+    assert surprises[scale, share] < best + 0.3
+    assert max(surprises.values()) > best + 3 and surprises[0.125, 0.3] > best + 1
+
+
+def test_trained_users_are_held_out_with_margins_that_are_linear_around_themselves():
+    """Of rewards that are linear in the row the extrapolated margins are the generic user's own; nobody's prior has themselves."""
+    given = Given(RM, LINEAR, "user_model.tokens=1", RANK)
+    training = [c._replace(user=1 + n % 4) for n, c in enumerate(random_comparisons(24, seed=4))]
+    trained = TrainedRows(given.prior.base_V, user_rows(given.model.user_model, [1, 2, 3, 4]), False, True)
+    found = held_out(given.loaded, training, trained)
+    assert [user.row for user in found] == [0, 1, 2, 3] and sum(len(user.base_N) for user in found) <= 24
+    generic_N = reward_margin(given.config.loss, score(given.model, training, [0] * 24, 8), None).double()
+    for user in found:
+        assert len(user.base_N) > 2
+        assert all((generic_N - margin).abs().min() < 1e-9 for margin in user.base_N)
+        assert len(trained.without(user.row).away_MV) == 3
+
+
+def test_information_of_a_soft_prompt_is_that_of_a_posterior_sample():
+    """400 rows of a narrow posterior, their margins by the model itself: mutual information of answer and row, by counting."""
+    given = Given("user_model.tokens=1", "model.width=16")
+    table = given.model.user_model.offsets_MUD
+    root_KV, told = randn(2, table[0].numel(), seed=3) / 50, torch.zeros(2, 0).double()
+    posterior = Posterior.of(torch.eye(2).double(), {2: told}, True, {0: Law(1.0, 1.0), 2: Law(1.0, 1.0)})
+    loaded = given.loaded._replace(posterior=posterior._replace(directions_KV=root_KV))
+    tokens = [c._replace(user=0) for c in given.comparisons]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("prlhf.adapt.ask.task_of", lambda loaded, comparisons: given.task(list(comparisons)))
+        asked, said = ask(loaded, Candidates([], [], tokens), "b", 4)
+    assert said == "adapted"
+    draws_S2 = randn(400, 2, seed=7)
+    rows = table[1].flatten() + draws_S2 @ root_KV
+    task = given.task(tokens)
+    margins_SN = torch.stack([margin_at(given, task, row_V) for row_V in rows])
+    p_SN = margins_SN.sigmoid()
+    exact_N = Bernoulli(p_SN.mean(dim=0)).entropy() - Bernoulli(p_SN).entropy().mean(dim=0)
+    first = asked[0]
+    assert exact_N[first.row] > 0.8 * exact_N.max() and exact_N.max() > 1e-4
+    assert first.information == pytest.approx(exact_N[first.row].item(), rel=0.2)
+    for q in asked:
+        assert q.probability == pytest.approx(p_SN.mean(dim=0)[q.row].item(), abs=0.005)
+
+
+def margin_at(given, task, row_V):
+    """The margins of a task's comparisons as a user with this row has them."""
+    given.model.user_model.offsets_MUD.data[3] = row_V.view_as(given.model.user_model.offsets_MUD[3])
+    outputs = score(given.model, task.comparisons, [4] * len(task.comparisons), 8)
+    return reward_margin(given.config.loss, outputs, task.reference).double()
