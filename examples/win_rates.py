@@ -24,6 +24,7 @@ from prlhf.data.files import read_json_lines, write_json, write_json_lines
 from prlhf.errors import UserError, check_range, did_you_mean, run_command
 from prlhf.generate import __main__ as generate
 from prlhf.judge import __main__ as judge
+from prlhf.judge.prompting import ASKED_JUDGES
 from prlhf.store.final import find_final
 
 VANILLA, CHOSEN = "vanilla_dpo", "chosen"
@@ -38,13 +39,15 @@ class Published(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """A table's data set. arms: config keys by arm, vanilla DPO first; paper: by opponent and arm, where it is known."""
+    """A table's data set. arms: config keys by arm, vanilla DPO first; paper: by opponent and arm, where it is known; about: how
+    baselines find the text about a user that training is without."""
 
     title: str
     config: str
     arms: dict[str, tuple[str, ...]]
     paper: dict[str, dict[str, Published]]
     source: str | None
+    about: tuple[str, ...] = ()
 
 
 PRISM = DataSet(
@@ -72,10 +75,15 @@ PRISM = DataSet(
     "arXiv 2402.05133v3, short form, Table 1: a language model as the judge, ties counted as wins of both sides",
 )
 PSOUPS = DataSet(
-    "Personalized Soups", "psoups_pdpo.yaml", {VANILLA: UNIFORM, "pdpo_individual": ("user_model.kind=individual",)}, {}, None
-)  # fmt: skip
+    "Personalized Soups",
+    "psoups_pdpo.yaml",
+    {VANILLA: UNIFORM, "pdpo_individual": ("user_model.kind=individual",)},
+    paper={},
+    source=None,
+    about=("--set", "data.attributes=[preference]"),
+)
 DATA_SETS = {"prism": PRISM, "psoups": PSOUPS}
-BASELINES = ("base",)  # of generate.py --baseline
+BASELINES = ("base", "roleplay", "fewshot:4")  # of generate.py --baseline
 
 
 def runs_of(args: Any, data_set: DataSet) -> dict[str, dict[str, Path]]:
@@ -103,7 +111,7 @@ def runs_of(args: Any, data_set: DataSet) -> dict[str, dict[str, Path]]:
     }
 
 
-def answers_of(args: Any, runs: dict[str, Path], seed: str) -> dict[str, Path]:
+def answers_of(args: Any, data_set: DataSet, runs: dict[str, Path], seed: str) -> dict[str, Path]:
     """The files of responses of each arm and baseline; baselines have the base of the first arm but vanilla, if any."""
     prompts = Path(args.data) / "prompts.jsonl"
     users = "@own"
@@ -113,7 +121,9 @@ def answers_of(args: Any, runs: dict[str, Path], seed: str) -> dict[str, Path]:
     common = ("--prompts", str(prompts), "--users", users, "--max-new-tokens", str(args.max_new_tokens), *limit)
     base = next((run for name, run in runs.items() if name != VANILLA), runs.get(VANILLA))
     systems = {name: (run, ()) for name, run in runs.items()}
-    systems |= {name.partition(":")[0]: (base, ("--baseline", name, "--seed", seed)) for name in BASELINES}
+    systems |= {
+        name.partition(":")[0]: (base, ("--baseline", name, "--seed", seed, *data_set.about)) for name in BASELINES
+    }
     files = {}
     for name, (run, more) in systems.items():
         files[name] = Path(args.out) / "responses" / f"{name}_seed{seed}.jsonl"
@@ -137,6 +147,8 @@ def judged(args: Any, answers: dict[str, Path], against: str, seed: str) -> dict
     opponent = answers[against]
     own = {name: str(file) for name, file in answers.items() if name not in (against, CHOSEN)}
     out, (name, *more) = Path(args.out) / f"judged_{against}_seed{seed}", shlex.split(args.judge)
+    if name.partition(":")[0] in ASKED_JUDGES and "--profiles" not in more:
+        more += ["--profiles", f"{args.data}/train.jsonl"]  # what tells the judge whom it plays
     call(judge.main, *own.values(), str(opponent), "--judge", name, "--out", str(out), *more)
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     systems = report["systems"] if len(own) > 1 else {report["a"]: report}
@@ -203,7 +215,7 @@ def main() -> None:
     args.out, data_set = args.out or f"runs/table_{args.name}", DATA_SETS[args.name]
     found = {}
     for seed, runs in runs_of(args, data_set).items():
-        answers = answers_of(args, runs, seed)
+        answers = answers_of(args, data_set, runs, seed)
         if args.judge:
             chosen = chosen_file(args, next(iter(answers.values())))
             opponents = {VANILLA: answers, **({CHOSEN: {**answers, CHOSEN: chosen}} if chosen else {})}

@@ -290,7 +290,9 @@ def test_the_same_command_again_does_nothing_anew(made, prism, capsys):
     capsys.readouterr()
     made("prism", *JUDGED)
     said = capsys.readouterr().out
-    assert contents(prism[0]) == before and said.count("was judged already, and is kept") == 5
+    assert contents(prism[0]) == before and said.count("was judged already, and is kept") == 3 + 2 * len(
+        win_rates.BASELINES
+    )
     assert said.count(": 0 new responses") == 2 + len(win_rates.BASELINES)
 
 
