@@ -12,13 +12,17 @@ from pathlib import Path
 import pytest
 
 from examples import win_rates
+from prlhf.backbone.loading import load_backbone, load_tokenizer
 from prlhf.config import load as config_module
+from prlhf.config.keys import ModelConfig
 from prlhf.data import __main__ as data_command
 from prlhf.data.comparisons import Comparison
 from prlhf.data.sets.simulate import simulate
 from prlhf.judge import __main__ as command
 from prlhf.judge import table
-from prlhf.judge.judges import Query, find_judge
+from prlhf.judge.judges import find_judge
+from prlhf.judge.profiles import read_profiles
+from prlhf.judge.queries import Query
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -310,9 +314,14 @@ def test_finished_runs_are_taken_and_not_trained(made, prism, tmp_path):
         assert mine.read_bytes() == theirs.read_bytes() != (prism[0] / "responses" / mine.name).read_bytes()
 
 
-def test_personalized_soups_are_answered_as_each_preference(made):
+@pytest.fixture(scope="module")
+def psoups(made):
+    return made("psoups", "--judge", "rule:shorter")
+
+
+def test_personalized_soups_are_answered_as_each_preference(psoups):
     """Two prompts of koala_eval_50.json, which nobody asked and to which nobody chose; no numbers of the paper are at hand."""
-    out, _ = made("psoups", "--judge", "rule:shorter")
+    out, _ = psoups
     found = rows(out / "responses" / "pdpo_individual_seed0.jsonl")
     users = ["P1A", "P1B", "P2A", "P2B", "P3A", "P3B"]
     assert [(r["id"], r["user"]) for r in found] == [(f"koala:{i}", user) for i in (1, 2) for user in users]
@@ -321,6 +330,22 @@ def test_personalized_soups_are_answered_as_each_preference(made):
         and "No win rates of the paper are at hand" in (out / "win_rates.md").read_text()
     )
     assert "paper |" not in (out / "win_rates.md").read_text()
+
+
+def test_a_language_model_reads_whom_it_plays(made, psoups, tmp_path):
+    """By default the training comparisons, with each preference's sentence; other options are passed on."""
+    out, data = psoups
+    taken = [f"{name}={out}/{name}_seed0" for name in win_rates.PSOUPS.arms]
+    config = ModelConfig(family="llama", width=32, heads=2)
+    tokenizer = load_tokenizer(config)
+    load_backbone(config, tokenizer, 0).save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    asked = ("psoups", "--checkpoint", *taken, "--limit", "1")
+    made(*asked, "--out", str(tmp_path / "out"), "--judge", f"hf:{tmp_path}/judge --examples 1")
+    report = json.loads((tmp_path / "out" / f"judged_{win_rates.VANILLA}_seed0" / "report.json").read_text())
+    assert report["settings"]["profiles"] == f"{data}/train.jsonl" and report["settings"]["examples"] == 1
+    shown = read_profiles(data / "train.jsonl", 1).of(Query("x", "P2A", None, None, "", "", "")).text
+    assert shown == "preference: Generate a response that is concise and to the point, without being verbose."
 
 
 def test_without_a_judge_there_are_responses(made, tmp_path, capsys):
