@@ -368,8 +368,14 @@ def test_what_there_is_nothing_to_tell_is_refused(call, run, tmp_path):
     gone = (*asked, "--users", "alice", "--baseline", "fewshot:2", "--set", "data.train=gone.jsonl")
     cases = {
         gone: "data.train, gone.jsonl, is not there",
-        (*asked, "--users", "generic", "--baseline", "roleplay"): "found no user of whom there is a text",
-        (*asked, "--users", "generic", "--baseline", "fewshot:2"): "found no user of whom there is comparisons",
+        (
+            *asked,
+            "--users",
+            "generic",
+            "--baseline",
+            "roleplay",
+        ): "found no user with a text (user_text, or data.attributes)",
+        (*asked, "--users", "generic", "--baseline", "fewshot:2"): "found no user with training comparisons to tell",
     }
     for arguments, part in cases.items():
         status, _, err = call(generate.main, *arguments)

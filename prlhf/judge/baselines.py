@@ -63,9 +63,9 @@ class Baseline(NamedTuple):
         nothing = not self.profiles.examples and not self.profiles.with_text  # is to be read
         if asked and not known and not nothing:
             what = (
-                "a text (user_text, or the attributes of data.attributes)" if self.profiles.with_text else "comparisons"
+                "a text (user_text, or data.attributes)" if self.profiles.with_text else "training comparisons to tell"
             )
-            raise UserError(f"--baseline {self.name}: found no user of whom there is {what}, expected one at least")
+            raise UserError(f"--baseline {self.name}: found no user with {what}, expected one at least")
         if known < asked and not nothing:
             print(f"--baseline {self.name}: of {asked - known:,} of {asked:,} users and prompts nothing is known")
 
