@@ -3,6 +3,7 @@
 # make lint   ruff (rules and format) and mypy
 # make eval   evaluate the newest run (or CHECKPOINT=DIR)
 # make table1 the paper's Table 1 from the raw TL;DR files (DATA=FOLDER; TABLE1="--seeds 0 ..."), for a GPU
+# make table_prism, make table_psoups  the paper's win rates, from the raw files (DATA=FOLDER JUDGE=openai:MODEL), for a GPU
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,10 +13,11 @@ CACHE := $(or $(PRLHF_CACHE),$(HOME)/.cache/prlhf)
 MODEL := $(CACHE)/SmolLM2-135M-Instruct
 LENGTH := runs/data/length
 DEMO := runs/length_demo
+DEMO_VANILLA := $(DEMO)/vanilla
 CHECKPOINT ?= $(patsubst %/users.json,%,$(firstword $(shell ls -t runs/*/final/users.json 2>/dev/null)))
 WORKERS := worker1,worker2,worker3,worker4,worker5,worker6,worker7,worker8,worker9,worker10
 
-.PHONY: install lint test test-method test-slow demo length-data model experiments table1 eval config-table models-table
+.PHONY: install lint test test-method test-slow demo length-data model experiments table1 table_prism table_psoups eval config-table models-table
 
 install: $(VENV)/.installed
 
@@ -54,12 +56,20 @@ $(LENGTH)/%.jsonl: examples/length/%.jsonl prlhf/data/sets/simulate.py | install
 
 length-data: $(LENGTH)/train.jsonl $(LENGTH)/valid.jsonl
 
+# The last two commands judge the model's answers by the rule that each simulated worker follows: against the base and vanilla DPO.
+DEMO_ANSWERS := --prompts examples/length/valid_prompts.jsonl --users $(WORKERS),generic --limit 12 --max-new-tokens 64 --batch-size 66
+DEMO_JUDGE := $(PY) -m prlhf.judge --judge simulated:$(LENGTH)/train.jsonl
 demo: install model length-data
 	$(PY) train.py --config length_demo.yaml --set model.name=$(MODEL)
 	$(PY) evaluate.py --checkpoint $(DEMO)
-	$(PY) generate.py --checkpoint $(DEMO) --prompts examples/length/valid_prompts.jsonl --users $(WORKERS),generic --out $(DEMO)/responses.jsonl --limit 12 --max-new-tokens 64 --batch-size 66
+	$(PY) generate.py --checkpoint $(DEMO) $(DEMO_ANSWERS) --out $(DEMO)/responses.jsonl
 	$(PY) -m prlhf.lengths $(DEMO)/responses.jsonl --out $(DEMO)/eval
-	@echo "The report, the tables and the figures are in $(DEMO)/eval"
+	$(PY) train.py --config length_demo.yaml --set model.name=$(MODEL) user_model.kind=uniform user_model.tokens=0 run_dir=$(DEMO_VANILLA)
+	$(PY) generate.py --checkpoint $(DEMO_VANILLA) $(DEMO_ANSWERS) --out $(DEMO_VANILLA)/responses.jsonl
+	$(PY) generate.py --checkpoint $(DEMO) --baseline base $(DEMO_ANSWERS) --out $(DEMO)/base_responses.jsonl
+	$(DEMO_JUDGE) $(DEMO)/responses.jsonl $(DEMO_VANILLA)/responses.jsonl $(DEMO)/base_responses.jsonl --out $(DEMO)/judged_base
+	$(DEMO_JUDGE) $(DEMO)/responses.jsonl $(DEMO_VANILLA)/responses.jsonl --out $(DEMO)/judged_vanilla
+	@echo "The report, the tables and the figures are in $(DEMO)/eval, the judgements in $(DEMO)/judged_base and judged_vanilla"
 
 # The full experiments of docs/results.md, for a GPU: length preferences, and UKPConvArg1 against its vanilla arm, whose
 # comparisons (docs/results.md) lie in one file, UKP; they are divided so that no worker's held-out vote is on an argument that
@@ -86,6 +96,15 @@ TABLE1 ?=
 table1: install
 	$(PY) -m prlhf.data prepare tldr --raw "$(DATA)" --out $(TLDR)
 	$(PY) -m examples.table1 --data $(TLDR) $(TABLE1)
+
+# The paper's win rates on PRISM and Personalized Soups: the raw files of DATA, then every arm, its responses, and the judge.
+# JUDGE="openai:MODEL [OPTIONS of prlhf.judge]"; CHECKPOINT="pdpo_individual=RUN ..." takes finished runs for these arms;
+# TABLE="..." is what examples/win_rates.py is told besides. The same command again goes on where it stopped.
+JUDGE ?=
+TABLE ?=
+table_prism table_psoups: table_%: install
+	$(PY) -m prlhf.data prepare $* --raw "$(if $(filter file,$(origin DATA)),$(CACHE)/data/$*,$(DATA))" --out runs/data/$*
+	$(PY) -m examples.win_rates $* --data runs/data/$* $(if $(JUDGE),--judge "$(JUDGE)") $(if $(filter file,$(origin CHECKPOINT)),,--checkpoint $(CHECKPOINT)) $(TABLE)
 
 eval: install
 	@test -n "$(CHECKPOINT)" || { echo "error: no finished run in runs/; train one first, or say CHECKPOINT=DIR" >&2; exit 2; }

@@ -541,7 +541,7 @@ def test_bad_options_are_refused_and_nothing_is_written(files, model_folder, cal
     (files / "full/x").write_text("x")
     before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
     cases = {
-        (a, *rule): "found 1 files, expected two of responses, or --validate FILE",
+        (a, *rule): "found 1 files, expected two of responses at least, or --validate FILE",
         (a, b, "--validate", held, *rule): "found 2 files, expected none beside --validate",
         (a, b, *rule, "--limit", 3): "--limit: only with --validate",
         ("--validate", held, *rule, "--validation", files): "--validation: not with --validate",

@@ -89,6 +89,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = True
 
 
+def remove_lora(model: nn.Module) -> None:
+    """Take the adapters off for good: the model has its original layers again."""
+    for path, layer in lora_layers(model).items():
+        model.set_submodule(path, layer.base)
+
+
 @contextlib.contextmanager
 def adapters_merged(model: nn.Module) -> Iterator[None]:
     """Within the context each adapted layer is one product, x (W + (alpha / rank) B A)^T + b, for models in eval mode.

@@ -81,7 +81,8 @@ def markdown(report: dict[str, Any]) -> str:
     users = ends(_users(report), "accuracy")
     parts = [
         "# Evaluation",
-        f"Checkpoint `{report['checkpoint']}` on `{report['data']}`.",
+        f"Checkpoint `{report['checkpoint']}` on `{report['data']}`."
+        + (f" Its base model, by prompting alone: {report['baseline']}." if "baseline" in report else ""),
         markdown_table(ACCURACY_COLUMNS, headlines),
         f"Expected calibration error, %: known users, own vectors {percent(calibration['top'])}, "
         f"unknown users {percent(calibration['generic'])}.",

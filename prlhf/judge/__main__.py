@@ -1,10 +1,11 @@
 """Which of two systems' responses do users prefer, by a judge? python -m prlhf.judge A.jsonl B.jsonl --judge JUDGE --out DIR
 
 A and B are what generate.py wrote, or comparisons, whose chosen responses are taken: the same prompts of the same users in both.
-JUDGE is rule:shorter or rule:longer (by words); prm:RUN, a reward model of prlhf, by each user's own reward; hf:PATH, a local
+JUDGE is rule:shorter or rule:longer (by words); simulated:FILE, whichever of these each simulated user of FILE follows; prm:RUN, a reward model of prlhf, by each user's own reward; hf:PATH, a local
 language model, by the log-probabilities of its answer letters; or openai:MODEL, on any OpenAI-compatible server. Each pair is
 judged in both orders. Writes report.json, report.md, users.csv, verdicts.jsonl and win_rate.png: win rates of A against B, with
-intervals over users.
+intervals over users. Of more than two files the last is the baseline, which each other one is judged against: one table, and a
+folder of these files for each.
 
 Is the judge to be believed? python -m prlhf.judge --validate comparisons.jsonl --judge JUDGE --out DIR
 How often it agrees with the users' own choices, beside the same judge without anything of the user, and as another user. Writes
@@ -31,6 +32,7 @@ from prlhf.judge.prompting import Prompting, add_prompting_options, prompting_of
 from prlhf.judge.queries import Query
 from prlhf.judge.report import check_out, judgement, markdown, write
 from prlhf.judge.server import add_options, server_of
+from prlhf.judge.table import judge_systems, systems_markdown
 from prlhf.judge.validation import choices, validation
 from prlhf.judge.validation_report import check_validation_out, read_validation, validation_markdown, write_validation
 from prlhf.judge.verdicts import decide, queries_of
@@ -39,15 +41,21 @@ from prlhf.store.final import load_final
 
 
 def main() -> None:
-    """Judge two files of responses, validate a judge, or report on a policy; print the report, and write it."""
+    """Judge files of responses, validate a judge, or report on a policy; print the report, and write it."""
     if any(argument.partition("=")[0] == "--report" for argument in sys.argv[1:]):
         return report_policy()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "files", metavar="FILE.jsonl", nargs="*", help="two files: responses to the same prompts for the same users"
+        "files",
+        metavar="FILE.jsonl",
+        nargs="*",
+        help="responses to the same prompts for the same users; the last is the baseline",
     )
     parser.add_argument(
-        "--judge", required=True, metavar="JUDGE", help="rule:shorter, rule:longer, prm:RUN, hf:PATH or openai:MODEL"
+        "--judge",
+        required=True,
+        metavar="JUDGE",
+        help="rule:shorter, rule:longer, simulated:FILE, prm:RUN, hf:PATH or openai:MODEL",
     )
     parser.add_argument("--out", required=True, help="a folder")
     parser.add_argument(
@@ -61,38 +69,47 @@ def main() -> None:
     add_options(parser)
     args = parser.parse_args()
 
-    if len(args.files) != (0 if args.validate else 2):
-        expected = "none beside --validate" if args.validate else "two of responses, or --validate FILE"
+    if (args.validate and args.files) or (not args.validate and len(args.files) < 2):
+        expected = "none beside --validate" if args.validate else "two of responses at least, or --validate FILE"
         raise UserError(f"found {len(args.files)} files, expected {expected}")
     for name, of_validate in (("limit", True), ("validation", False)):
         if getattr(args, name) is not None and of_validate != bool(args.validate):
             raise UserError(f"--{name}: {'only' if of_validate else 'not'} with --validate")
     check_range("--limit", 1 if args.limit is None else args.limit, low=1)
     prompting = prompting_of(args)
-    (validate if args.validate else judge_pairs)(args, prompting)
+    (validate if args.validate else judge_files)(args, prompting)
 
 
-def judge_pairs(args: argparse.Namespace, prompting: Prompting) -> None:
-    """Judge two files of responses."""
-    a, b = args.files
-    out, asked = Path(args.out), {"judge": args.judge, "a": a, "b": b}
+def judge_files(args: argparse.Namespace, prompting: Prompting) -> None:
+    """Judge one or several files of responses against the last one."""
+    *systems, baseline = args.files
+    several = len(systems) > 1
+    out, asked = Path(args.out), {"judge": args.judge, "a": systems if several else systems[0], "b": baseline}
     asked |= {"settings": prompting.settings} if prompting.settings else {}
     check_out(out, asked)
     validated = {}
     if args.validation:
         validated = {"validation": read_validation(args.validation, args.judge, prompting.settings)}
-    pairs = read_pairs(a, b)
+    pairs = {file: read_pairs(file, baseline) for file in systems}
+    if len(pairs) < len(systems):
+        raise UserError(f"{' '.join(systems)}: found a file twice, expected each system once")
+    first = pairs[systems[0]]
     if args.show:
-        return show(prompting, queries_of(pairs[:1]))
+        return show(prompting, queries_of(first[:1]))
     server = server_of(args, prompting.asked)
-    judge = find_judge(args.judge, [pair.user for pair in pairs], prompting, server)
-    decisions = decide(pairs, judge)
+    judge = find_judge(args.judge, [pair.user for pair in first], prompting, server)
     if server and server.dry_run:
+        for own in pairs.values():
+            decide(own, judge)
         return print(server.forecast())
-    report = {**asked, "said": judge.said, **validated, **judgement(pairs, decisions)}
-    if not write(out, report, pairs, decisions):
-        print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
-    print(markdown(report))
+    if several:
+        print(systems_markdown(judge_systems(out, asked, judge, pairs, validated)))
+    else:
+        decisions = decide(first, judge)
+        report = {**asked, "said": judge.said, **validated, **judgement(first, decisions)}
+        if not write(out, report, first, decisions):
+            print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
+        print(markdown(report))
     print(f"written to {out}")
 
 

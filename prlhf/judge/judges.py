@@ -11,9 +11,11 @@ from typing import NamedTuple
 from prlhf.backbone.loading import choose_device
 from prlhf.batch.tokens import Encoder
 from prlhf.data.check.rules import prompt_key
-from prlhf.data.comparisons import words
+from prlhf.data.comparisons import read_parsed, words
+from prlhf.data.files import sha256
 from prlhf.data.names import quoted
-from prlhf.errors import UserError, did_you_mean
+from prlhf.data.sets.simulate import rules_of
+from prlhf.errors import UserError, did_you_mean, expanded
 from prlhf.generate.rewards import ScoredLine, encode, rewards
 from prlhf.judge.letters import load_local
 from prlhf.judge.prompting import Prompting, rulings_by_letters
@@ -22,7 +24,8 @@ from prlhf.judge.server import Server, answers
 from prlhf.judge.template import parse_answer
 from prlhf.method.models import PersonalizedRewardModel
 from prlhf.score.agreement import check_agreement
-from prlhf.store.final import Loaded, load_final
+from prlhf.score.reference import weights_fingerprint
+from prlhf.store.final import Loaded, load_final, weights_checksum
 
 RULE_JUDGES = {"rule:shorter": -1, "rule:longer": 1}  # the sign with which the number of words counts
 
@@ -34,6 +37,7 @@ class Judge(NamedTuple):
     verdicts: Callable[[Sequence[Query]], Sequence[Verdict | Ruling]]
     said: str | None = None
     knows: Callable[[Query], bool] = lambda query: False
+    version: str = ""  # tells what a file, run, model or server of this name is now from what it was before
 
 
 def find_judge(
@@ -47,7 +51,9 @@ def find_judge(
     kind, _, run = name.partition(":")
     if name in RULE_JUDGES:
         sign = RULE_JUDGES[name]
-        return Judge(name, lambda queries: [larger(sign * words(q.first), sign * words(q.second)) for q in queries])
+        return Judge(name, lambda queries: [by_length(q, sign) for q in queries])
+    if kind == "simulated" and run:
+        return simulated_judge(name, run, users)
     prompting = prompting or Prompting()
     if server:
         said = f"{server.model} was asked at {server.url}, with temperature 0. {prompting.said}"
@@ -55,24 +61,55 @@ def find_judge(
         def rulings(queries: Sequence[Query]) -> list[Ruling]:
             return [parse_answer(text) for text in answers(server, prompting.conversations(queries))]
 
-        return Judge(name, rulings, said, knows=prompting.knows)
+        return Judge(name, rulings, said, prompting.knows, server.url)
     if kind == "hf" and run:
         local = load_local(run)
         said = f"{run} answered by the log-probabilities of its answer letters. {prompting.said}"
-        return Judge(name, lambda queries: rulings_by_letters(local, prompting, queries), said, knows=prompting.knows)
+        version = weights_fingerprint(local.model.backbone)
+        return Judge(
+            name, lambda queries: rulings_by_letters(local, prompting, queries), said, prompting.knows, version
+        )
     if kind != "prm" or not run:
-        known = [*RULE_JUDGES, "prm:RUN", "hf:PATH", "openai:MODEL"]
+        known = [*RULE_JUDGES, "prm:RUN", "hf:PATH", "openai:MODEL", "simulated:FILE"]
         raise UserError(f"--judge {name}: no such judge{did_you_mean(name, known)}; expected one of {', '.join(known)}")
     loaded = load_final(run)
     if loaded.config.method != "prm":
         raise UserError(f"{loaded.path}: found method {loaded.config.method}, expected prm: it alone scores a response")
-    unknown = {user: None for user in users if user is not None and not loaded.number(user)}  # in order
-    said = f"Users whom {run} does not know, judged as the generic user: {len(unknown):,} ({quoted(unknown)})."
+    said = said_of_unknown(run, [user for user in users if user is not None and not loaded.number(user)])
 
     def knows(query: Query) -> bool:
         return loaded.number(query.user) > 0 or bool(query.user_text and loaded.config.data.user_text)
 
-    return Judge(name, lambda queries: reward_verdicts(loaded, queries), said if unknown else None, knows=knows)
+    return Judge(name, lambda queries: reward_verdicts(loaded, queries), said, knows, weights_checksum(loaded.path))
+
+
+def said_of_unknown(source: str, unknown: Iterable[str]) -> str | None:
+    """The sentence on users whom a judge does not know; None where it knows all."""
+    names = dict.fromkeys(unknown)
+    if not names:
+        return None
+    return f"Users whom {source} does not know, judged as the generic user: {len(names):,} ({quoted(names)})."
+
+
+def simulated_judge(name: str, file: str, users: Iterable[str | None]) -> Judge:
+    """Each simulated user's own rule, by their comparisons in a file (`rules_of`): the shorter or the longer response wins.
+
+    A user who is not there, and the generic user, is judged by the rule of most comparisons; a tie where both have as many.
+    """
+    shorter = rules_of(c for _, _, c in read_parsed(file))
+    signs = {user: -1 if prefers_shorter else 1 for user, (prefers_shorter, _) in shorter.items()}
+    generic = sum(signs[user] * count for user, (_, count) in shorter.items())
+    said = said_of_unknown(file, [user for user in users if user is not None and user not in signs])
+
+    def verdicts(queries: Sequence[Query]) -> list[Verdict]:
+        return [by_length(q, signs.get(q.user or "", generic)) for q in queries]
+
+    return Judge(name, verdicts, said, lambda query: query.user in signs, sha256(expanded(file)))
+
+
+def by_length(query: Query, sign: int) -> Verdict:
+    """The response of more words, for a negative sign of fewer; a tie where the sign is 0."""
+    return larger(sign * words(query.first), sign * words(query.second))
 
 
 def larger(first: float, second: float) -> Verdict:

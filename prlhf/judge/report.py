@@ -229,9 +229,9 @@ def figure(report: dict[str, Any], path: Path) -> bool:
     return save_figure(path, (6, 3.6), draw)
 
 
-def check_out(out: Path, asked: dict[str, str]) -> None:
+def check_out(out: Path, asked: dict[str, Any]) -> None:
     """UserError unless `out` is not there, is empty but for a server's answers, or holds a judgement of what is asked:
-    {"judge", "a", "b"}."""
+    {"judge", "a", "b"}, a one file or, against one baseline, a list of them."""
     expected = "expected a new or empty folder, or a judgement of the same files by the same judge"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: found a file, {expected}")
@@ -244,7 +244,8 @@ def check_out(out: Path, asked: dict[str, str]) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--out {out}: holds something else ({quoted(entries)}), {expected}") from None
     if held != asked:
-        raise UserError(f"--out {out}: holds {held['a']} against {held['b']} by {held['judge']}, {expected}")
+        a = held["a"] if isinstance(held["a"], str) else ", ".join(map(str, held["a"]))
+        raise UserError(f"--out {out}: holds {a} against {held['b']} by {held['judge']}, {expected}")
 
 
 def write(out: Path, report: dict[str, Any], pairs: Sequence[Pair], decisions: Sequence[Decision]) -> bool:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from prlhf.backbone.loading import load_backbone, load_tokenizer, load_weights
-from prlhf.backbone.lora import load_lora, lora_state, save_lora
+from prlhf.backbone.lora import load_lora, lora_state, remove_lora, save_lora
 from prlhf.backbone.toys import DTYPES
 from prlhf.config.keys import Config
 from prlhf.config.load import differing_keys, dump, load_resolved
@@ -184,12 +184,22 @@ def _to_compute_type(backbone: nn.Module, config: Config) -> None:
 
 def reference_model(loaded: Loaded) -> PersonalizedLM:
     """pi_SFT: the model itself where its backbone has the base's weights (adapters off), else the base, on the CPU."""
-    if loaded.config.lora.rank or loaded.config.model.frozen:
-        return loaded.model
-    backbone = _load_base(loaded.path, loaded.config, loaded.tokenizer)
-    _to_compute_type(backbone, loaded.config)
-    model, nobody = loaded.model, UniformUsers(torch.zeros(0, backbone.config.hidden_size))
-    return PersonalizedLM(Core(backbone, nobody, 0, model.user_slot, model.config, model.compute), None)
+    keeps_base = loaded.config.lora.rank or loaded.config.model.frozen
+    return loaded.model if keeps_base else base_model(loaded)
+
+
+def base_model(loaded: Loaded) -> PersonalizedLM:
+    """The model that training started from, which reads no user vectors. `loaded`'s own backbone is taken, without its adapters,
+    where it has the base's weights: `loaded` is then of no more use. Else the base is read anew, on the CPU."""
+    model, config = loaded.model, loaded.config
+    if config.lora.rank or config.model.frozen:
+        backbone = model.backbone
+        remove_lora(backbone)
+    else:
+        backbone = _load_base(loaded.path, config, loaded.tokenizer)
+        _to_compute_type(backbone, config)
+    nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
+    return PersonalizedLM(Core(backbone, nobody, 0, model.user_slot, model.config, model.compute), None).eval()
 
 
 def base_fingerprint(path: Path) -> str:

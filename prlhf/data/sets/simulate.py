@@ -11,7 +11,7 @@ without users becomes one with users.
 import argparse
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -70,6 +70,28 @@ def simulate(
             changed["first"] = c.first if labelled[0] == c.chosen else OTHER[c.first]
         kept.append({**record, **changed, "user": name})
     return kept, prefers_shorter, ties
+
+
+def rules_of(comparisons: Iterable[Comparison]) -> dict[str, tuple[bool, int]]:
+    """Each simulated user's rule, read back from their comparisons, and how many these are: (True, n) prefers shorter.
+
+    UserError, with the line, where a comparison has no user, responses of equal length, or another preference than its user's
+    comparisons before: nobody simulated chose it.
+    """
+    found: dict[str, tuple[bool, int]] = {}
+    for c in comparisons:
+        difference = words(c.chosen) - words(c.rejected)
+        if c.user is None or difference == 0:
+            what = "no user" if c.user is None else "responses of equal length"
+            raise UserError(f"{c.where}: found {what}, expected a comparison as prlhf.simulate writes it")
+        shorter, count = found.get(c.user, (difference < 0, 0))
+        if shorter != (difference < 0):
+            raise UserError(
+                f"{c.where}: user {c.user!r} chose the {'longer' if shorter else 'shorter'} response here, and the other before; "
+                "expected a simulated user, who always prefers one of these"
+            )
+        found[c.user] = shorter, count + 1
+    return found
 
 
 def main() -> None:
