@@ -307,7 +307,7 @@ def test_known_users_stay_bit_for_bit_and_weights_are_shared(call, form, lora, t
     run = lora if form == "LoRA" else trained(tmp_path / "run", *RUNS[form])
     new, out = new_lines(tmp_path / "new.jsonl", {"dave": "erin", "alice": "frank"}), tmp_path / "out"
     status, said, err = call(adapt.main, "--checkpoint", run, "--data", new, "--out", out)
-    assert status == 0 and "2 new users" in said and "by marginal likelihood of" in said, err
+    assert status == 0 and "2 new users" in said and "by cross-validation over" in said, err
     before, after = (load_file(folder / "users.safetensors") for folder in (run / "final", out))
     assert before.keys() == after.keys()
     for name, weight in before.items():

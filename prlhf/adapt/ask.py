@@ -211,7 +211,7 @@ def linear_around(loaded: Loaded, candidates: Candidates, user: int) -> tuple[Ev
     training = None if adapted or (posterior is not None and not user) else training_comparisons(loaded)
     prior = new_rows_prior(loaded, training)
     known = known_user(loaded, number, prior, training)
-    task, basis = task_of(loaded, candidates.tokens), known.basis(prior)
+    task, basis = task_of(loaded, candidates.tokens), prior.basis(known.root_KK, known.scale)
     N = len(task.comparisons)
     margin_N, features_NR = torch.zeros(N, dtype=torch.float64), basis.zeros.repeat(N, 1)
     for part in margin_slopes(task, range(N), known.row_V.repeat(N, 1)):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prlhf.adapt.gauss_newton import Basis, UserProblem, evaluate, search
+from prlhf.adapt.gauss_newton import UserProblem, evaluate, search
 from prlhf.adapt.reading import task_of
 from prlhf.adapt.rows import RowPrior
 from prlhf.adapt.users import Adapted, law_of, training_is_gone
@@ -35,11 +35,6 @@ class KnownUser(NamedTuple):
     root_KK: Tensor
     told_KQ: Tensor
     scale: float
-
-    def basis(self, prior: RowPrior) -> Basis:
-        """The directions of the row."""
-        span_VK = self.root_KK if prior.directions_KV is None else prior.directions_KV.T @ self.root_KK
-        return Basis(span_VK, self.scale * prior.floor)
 
 
 def adapt_nonlinear(
@@ -62,7 +57,9 @@ def adapt_nonlinear(
     for user in sorted({c.user for c in task.comparisons}):
         before[user] = known_user(loaded, user, prior, training)
         indices = [n for n, c in enumerate(task.comparisons) if c.user == user]
-        problems[user] = UserProblem(users.names[user - 1], indices, before[user].row_V, before[user].basis(prior))
+        problems[user] = UserProblem(
+            users.names[user - 1], indices, before[user].row_V, prior.basis(before[user].root_KK, before[user].scale)
+        )
     told = {} if earlier is None else {u: earlier.told(u) for u in earlier.users_A.tolist() if u not in problems}
     for group in groups_of(problems):
         for user, at in search(task, group).items():
@@ -99,7 +96,7 @@ def known_user(loaded: Loaded, user: int, prior: RowPrior, training: Sequence[En
     if not own:
         raise training_is_gone(loaded, user)
     task = task_of(loaded, own)
-    problem = UserProblem("", list(range(len(own))), row_V, fresh.basis(prior))
+    problem = UserProblem("", list(range(len(own))), row_V, prior.basis(fresh.root_KK, scale))
     at = evaluate(task, parts_of(task, problem.indices), {user: problem}, {user: problem.basis.zeros})[user]
     told_KQ = new.root_KK @ told_of(at.told(), prior)
     return fresh._replace(root_KK=Gaussian.of(zero_K, new.covariance_KK - told_KQ @ told_KQ.T).root_KK, told_KQ=told_KQ)

@@ -10,39 +10,42 @@ numbers) have
 of the M trained users' offsets: a new user is a mixture of trained ones, and, by the floor, a little of what none of them is. D has
 MOST_DIRECTIONS rows at most, and no matrix is larger than the table.
 
-Scale and floor make what trained users said least surprising, each by the C of the others. The surprise, -log of the marginal
-likelihood of a user's OWN_COMPARISONS comparisons, would need a search for every candidate. It is computed of margins that are linear around
-the user's own row, by `variational`. What all users share has been trained with the user held out too; only training again would
-undo that (`scale` does, where training is a solution). New users' comparisons do not count, so no new user depends on others.
+Scale and floor are cross-validated over trained users, each held out of C: a few of their comparisons are learnt from, as a new user's
+would be, and others predicted. Scale 1 and the floor MODEST stay unless another is better by more than a standard error over
+users. What all users share has been trained with those held out too; only training again would undo that (`scale` does, where
+training is a solution). New users' own comparisons do not count, so no new user depends on others.
 
-Shape suffixes: M trained users, V numbers in a row of the table, K directions, N comparisons.
+The marginal likelihood of margins taken as linear in the row would need no search. It is far off: over a prior as wide as
+trained users differ, margins are not linear.
+
+Shape suffixes: M trained users, V numbers in a row of the table, K directions, H users held out.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from prlhf.adapt.bound import Problem
 from prlhf.adapt.evidence import apart
+from prlhf.adapt.gauss_newton import Basis, UserProblem, search
 from prlhf.adapt.population import population, second_moment
 from prlhf.adapt.reading import task_of
-from prlhf.adapt.scale import SCALES, plain
-from prlhf.adapt.variational import Whitened, surprise
+from prlhf.adapt.variational import Gaussian
 from prlhf.batch.tokens import EncodedComparison
-from prlhf.config.keys import LossConfig
-from prlhf.errors import UserError
+from prlhf.errors import TrainingError, UserError
 from prlhf.method.users import ClusterUsers, IndividualUsers
-from prlhf.score.slopes import margin_slopes, user_rows
+from prlhf.score.slopes import margin_slopes
+from prlhf.score.task import Task
 from prlhf.store.final import Loaded
 
 MOST_DIRECTIONS = 256
-FLOORS = (0.0, 0.1, 0.3)  # shares of the variance
-MODEST = 0.1  # where nothing tells
-OWN_COMPARISONS = 10  # comparisons of a trained user
-HELD_OUT_USERS = 40  # trained ones
+SCALES_TRIED = (0.25, 4.0)  # beside 1
+FLOORS = (0.0, 0.3)  # shares of the variance, beside MODEST
+MODEST = 0.1
+HELD_OUT_USERS, LEARN, PREDICT = 10, 4, 6  # trained users, and comparisons of each
 
 
 class RowPrior(NamedTuple):
@@ -54,6 +57,18 @@ class RowPrior(NamedTuple):
     floor: float = 0.0  # what of C is in no direction: a multiple of I
     scale: float = 1.0
     said: str = "scale 1"
+
+    def basis(self, root_KK: Tensor, scale: float) -> Basis:
+        """The directions of a row at this scale. root_KK: of the coordinates' covariance, with the scale."""
+        span_VK = root_KK if self.directions_KV is None else self.directions_KV.T @ root_KK
+        return Basis(span_VK, scale * self.floor)
+
+
+class RowLaw(NamedTuple):
+    """What is chosen: the prior's scale, and the floor's share of its variance."""
+
+    scale: float
+    floor: float
 
 
 class TrainedRows(NamedTuple):
@@ -100,41 +115,47 @@ def trained_rows(loaded: Loaded) -> TrainedRows:
 
 
 class HeldOut(NamedTuple):
-    """What a trained user said first: margins as the base would have them, if they were linear, and their slopes."""
+    """A trained user's comparisons, by their place in a task: those to learn from, and those to predict."""
 
     row: int  # of the trained users
-    base_N: Tensor
-    slopes_NV: Tensor
-
-    def problem(self, prior: RowPrior) -> Whitened:
-        """Of the user's comparisons, at the prior's scale 1: margins of covariance slopes C slopes^T."""
-        along_NK = self.slopes_NV if prior.directions_KV is None else self.slopes_NV @ prior.directions_KV.T
-        covariance_NN = along_NK @ prior.prior_KK @ along_NK.T + prior.floor * self.slopes_NV @ self.slopes_NV.T
-        variances_N, axes_NN = torch.linalg.eigh(covariance_NN)
-        features_NN = axes_NN * variances_N.clamp(min=0).sqrt()
-        return Whitened(Problem(self.base_N[None], features_NN[None], torch.ones_like(self.base_N)), axes_NN)
+    learn: list[int]
+    predict: list[int]
 
 
-def held_out(loaded: Loaded, training: Sequence[EncodedComparison], trained: TrainedRows) -> list[HeldOut]:
-    """Of HELD_OUT_USERS trained users at most, OWN_COMPARISONS comparisons each, in random order, that share no response."""
-    rng = random.Random(0)
+def held_out(loaded: Loaded, training: Sequence[EncodedComparison]) -> tuple[Task, list[HeldOut]]:
+    """HELD_OUT_USERS trained users at most, LEARN and PREDICT comparisons of each at most, drawn at random, that share no response."""
+    rng, comparisons, found = random.Random(0), list[EncodedComparison](), []
     judges = sorted({c.user for c in training} - {0})
-    own = {
-        user: [c for c in training if c.user == user] for user in rng.sample(judges, min(HELD_OUT_USERS, len(judges)))
-    }
-    chosen = {user: spread(rng.sample(some, len(some)))[:OWN_COMPARISONS] for user, some in sorted(own.items())}
-    task = task_of(loaded, [c for some in chosen.values() for c in some])
-    users = [c.user for c in task.comparisons]
-    rows_NV = user_rows(loaded.model.user_model, users)
-    margins_N, slopes_NV = rows_NV.new_zeros(len(users)), torch.zeros_like(rows_NV)
-    for part in margin_slopes(task, range(len(users)), rows_NV):
-        margins_N[part.indices], slopes_NV[part.indices] = part.values_N, part.slopes_NV
-    found = []
-    for user in chosen:
-        own_N = torch.tensor(users) == user
-        at_N = margins_N[own_N] - slopes_NV[own_N] @ trained.away_MV[user - 1]
-        found.append(HeldOut(user - 1, at_N, slopes_NV[own_N]))
-    return found
+    for user in sorted(rng.sample(judges, min(HELD_OUT_USERS, len(judges)))):
+        own = [c for c in training if c.user == user]
+        drawn = spread(rng.sample(own, len(own)))[: LEARN + PREDICT]
+        places = range(len(comparisons), len(comparisons) + len(drawn))
+        few = min(LEARN, len(drawn) // 2)
+        if few:
+            found.append(HeldOut(user - 1, list(places[:few]), list(places[few:])))
+            comparisons += drawn
+    return task_of(loaded, comparisons), found
+
+
+def predicted(task: Task, trained: TrainedRows, users: Sequence[HeldOut], law: RowLaw) -> Tensor | None:
+    """Each user's mean -log P(y1 preferred) = -log s(margin) on the comparisons to predict, (H,); None where a search fails."""
+    problems = {}
+    for n, user in enumerate(users):
+        prior = trained.without(user.row).prior(law.floor)
+        root_KK = Gaussian.of(torch.zeros_like(prior.prior_KK[0]), law.scale * prior.prior_KK).root_KK
+        problems[n] = UserProblem(
+            f"trained user {user.row + 1}", user.learn, prior.base_V, prior.basis(root_KK, law.scale)
+        )
+    try:
+        rows = [problems[n].row(at.t_R) for n, at in sorted(search(task, problems).items())]
+    except TrainingError:
+        return None
+    indices = [i for user in users for i in user.predict]
+    rows_NV = torch.stack([row_V for row_V, user in zip(rows, users) for _ in user.predict])
+    losses_N = torch.zeros(len(indices), dtype=torch.float64)
+    for part in margin_slopes(task, indices, rows_NV):
+        losses_N[part.indices] = softplus(-part.values_N)
+    return torch.stack([some.mean() for some in losses_N.split([len(user.predict) for user in users])])
 
 
 def spread(comparisons: Sequence[EncodedComparison]) -> list[EncodedComparison]:
@@ -148,36 +169,44 @@ def spread(comparisons: Sequence[EncodedComparison]) -> list[EncodedComparison]:
 
 
 def new_rows_prior(loaded: Loaded, training: Sequence[EncodedComparison] | None) -> RowPrior:
-    """As of the users adapted before, if any; else of the trained users, scale and floor chosen by what they said.
+    """As of the users adapted before, if any; else of the trained users, by the `cross_validated` law.
 
-    At scale 1 and MODEST floor where fewer than two of them have comparisons. UserError where trained users do not differ.
+    UserError where trained users do not differ.
     """
     trained = trained_rows(loaded)
     if (earlier := loaded.posterior) is not None:
         floor = 0.0 if earlier.floor is None else earlier.floor.item()
-        scale, said = earlier.law.scale, "as of the users adapted before"
-        return RowPrior(trained.base_V, earlier.prior_KK, earlier.directions_KV, floor, scale, said)
+        said = "as of the users adapted before"
+        return RowPrior(trained.base_V, earlier.prior_KK, earlier.directions_KV, floor, earlier.law.scale, said)
     if not trained.away_MV.any():
         raise UserError(f"{loaded.path}: its users do not differ, as training found; expected users who do")
-    if len({c.user for c in training or ()} - {0}) < 2:
-        share = MODEST if trained.full else 0.0
-        return trained.prior(share)._replace(said=named(1.0, share, trained.full))
-    others = held_out(loaded, training or [], trained)
-    scale, share = least_surprising(loaded.config.loss, trained, others)
-    said = f"{named(scale, share, trained.full)} (by marginal likelihood of {len(others):,} trained users)"
-    return trained.prior(share)._replace(scale=scale, said=said)
+    law, how = (
+        RowLaw(1.0, MODEST if trained.full else 0.0),
+        "no comparisons of two trained users are there to choose by",
+    )
+    if training is not None and len(trained.away_MV) > 1:
+        task, users = held_out(loaded, training)
+        if len(users) > 1:
+            law = cross_validated(law, lambda tried: predicted(task, trained, users, tried), trained.full)
+            how = f"by cross-validation over {len(users)} trained users"
+    said = f"the population of trained users, scale {law.scale:g}" + (f", floor {law.floor:g}" if trained.full else "")
+    return trained.prior(law.floor)._replace(scale=law.scale, said=f"{said} ({how})")
 
 
-def named(scale: float, share: float, full: bool) -> str:
-    """The law in words."""
-    return f"the population of trained users, scale {scale:g}" + (f", floor {share:g}" if full else "")
+def cross_validated(usual: RowLaw, predict: Callable[[RowLaw], Tensor | None], full: bool) -> RowLaw:
+    """The usual law, or one that predicts better by more than a standard error over users: first of SCALES_TRIED, then of FLOORS.
 
-
-def least_surprising(loss: LossConfig, trained: TrainedRows, said: Sequence[HeldOut]) -> tuple[float, float]:
-    """The scale and floor that minimise the sum over users of -log P(what they said), by what the others are."""
-    found = {}
-    for share in FLOORS if trained.full else FLOORS[:1]:
-        problems = [user.problem(trained.without(user.row).prior(share)) for user in said]
-        for scale in SCALES:
-            found[scale, share] = surprise(plain(loss), [problem.scaled(scale, 1.0) for problem in problems])
-    return min(found, key=found.__getitem__)
+    predict: a law's loss for each user held out, (H,); None: it is no candidate.
+    """
+    best, least_H = usual, predict(usual)
+    for name, values in (("scale", SCALES_TRIED), ("floor", FLOORS if full else ())):
+        from_law = best
+        for value in values:
+            tried = from_law._replace(**{name: value})
+            losses_H = predict(tried) if tried not in (usual, from_law) else None
+            if losses_H is None:
+                continue
+            gain_H = torch.full_like(losses_H, torch.inf) if least_H is None else least_H - losses_H
+            if least_H is None or gain_H.mean() > gain_H.std() / len(gain_H) ** 0.5:
+                best, least_H = tried, losses_H
+    return best
