@@ -111,8 +111,10 @@ class At(NamedTuple):
         return step_R
 
 
-def search(task: Task, problems: Mapping[int, UserProblem]) -> dict[int, At]:
+def search(task: Task, problems: Mapping[int, UserProblem], enough: float | None = None) -> dict[int, At]:
     """A stationary point of each user's J. Each user's steps are their own; the forward passes are shared.
+
+    enough: the norm of the gradient at which it ends, by default LAST_GRADIENT.
 
     UserError for outputs that are not finite; TrainingError, with a user's name, where no such point is found.
     """
@@ -124,7 +126,7 @@ def search(task: Task, problems: Mapping[int, UserProblem]) -> dict[int, At]:
             f"user {bad[0]!r}: the loss of their comparisons is not finite, expected a finite one (model.dtype)"
         )
     eps = torch.finfo(task.model.backbone.get_input_embeddings().weight.dtype).eps
-    enough, sizes = max(LAST_GRADIENT, eps**0.5), dict.fromkeys(problems, 1.0)
+    enough, sizes = max(enough or LAST_GRADIENT, eps**0.5), dict.fromkeys(problems, 1.0)
     moves: dict[int, list[tuple[Tensor, Tensor]]] = {user: [] for user in problems}
     for _ in range(MOST_ROUNDS):
         left = [user for user, point in at.items() if not point.gradient_R.norm() <= enough]

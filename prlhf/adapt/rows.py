@@ -45,7 +45,8 @@ MOST_DIRECTIONS = 256
 SCALES_TRIED = (0.25, 4.0)  # beside 1
 FLOORS = (0.0, 0.3)  # shares of the variance, beside MODEST
 MODEST = 0.1
-HELD_OUT_USERS, LEARN, PREDICT = 10, 4, 6  # trained users, and comparisons of each
+HELD_OUT_USERS, LEARN, PREDICT = 8, 3, 6  # trained users, and comparisons of each
+ROUGHLY = 0.1  # where a search for them ends: the gradient of J, per standard deviation of the prior
 
 
 class RowPrior(NamedTuple):
@@ -147,7 +148,7 @@ def predicted(task: Task, trained: TrainedRows, users: Sequence[HeldOut], law: R
             f"trained user {user.row + 1}", user.learn, prior.base_V, prior.basis(root_KK, law.scale)
         )
     try:
-        rows = [problems[n].row(at.t_R) for n, at in sorted(search(task, problems).items())]
+        rows = [problems[n].row(at.t_R) for n, at in sorted(search(task, problems, ROUGHLY).items())]
     except TrainingError:
         return None
     indices = [i for user in users for i in user.predict]
