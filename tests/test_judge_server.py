@@ -292,10 +292,12 @@ def test_nonsense_stays_within_the_budget(stub, server):
 
 
 ASK = """
+import signal
 import sys
 from pathlib import Path
 from prlhf.errors import run_command
 from prlhf.judge.server import Server, answers
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 url, folder = sys.argv[1:]
 asked = [({"role": "system", "content": "Judge."}, {"role": "user", "content": text}) for text in "abcdefghijkl"]
 run_command(lambda: answers(Server("m", url, Path(folder), concurrency=2), asked))

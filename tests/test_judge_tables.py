@@ -400,6 +400,7 @@ def test_make_has_a_command_for_each_table():
     for name in win_rates.DATA_SETS:
         asked = [
             "make",
+            "--no-print-directory",
             "-n",
             f"table_{name}",
             "DATA=/raw",
