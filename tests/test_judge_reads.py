@@ -2,6 +2,7 @@
 pass, answers as text, and validation against users' own choices by hand."""
 
 import configparser
+import hashlib
 import json
 import math
 import random
@@ -520,6 +521,22 @@ def test_the_report_quotes_the_validation_of_the_same_judge_alone(files, model_f
         status, _, err = call(command.main, *arguments, "--out", files / "new")
         assert status == 2 and message in err and len(err.splitlines()) == 1, err
         assert not (files / "new").exists()
+
+
+def test_a_validation_of_other_weights_is_not_quoted(files, call):
+    """simulated:FILE is known by the SHA-256 of FILE, which sha256sum prints: other choices in the same place, another judge."""
+    rules = [record("x", user, "one", "one two") for user in "uv"]
+    judge = ("--judge", f"simulated:{write(files / 'rules', rules)}")
+    before = hashlib.sha256((files / "rules").read_bytes()).hexdigest()
+    assert call(command.main, "--validate", files / "held", *judge, "--out", files / "v")[0] == 0
+    assert json.loads((files / "v/validation.json").read_text())["version"] == before
+    quote = (files / "a", files / "b", *judge, "--validation", files / "v", "--out")
+    assert call(command.main, *quote, files / "out")[0] == 0
+    write(files / "rules", [{**line, "prompt": "y"} for line in rules])
+    after = hashlib.sha256((files / "rules").read_bytes()).hexdigest()
+    status, _, err = call(command.main, *quote, files / "new")
+    assert status == 2 and f"({before}: its weights, " in err and f"expected the present one ({after})" in err
+    assert len(err.splitlines()) == 1 and not (files / "new").exists()
 
 
 def test_show_asks_nothing_and_needs_no_model(files, call):

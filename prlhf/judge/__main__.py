@@ -87,9 +87,6 @@ def judge_files(args: argparse.Namespace, prompting: Prompting) -> None:
     out, asked = Path(args.out), {"judge": args.judge, "a": systems if several else systems[0], "b": baseline}
     asked |= {"settings": prompting.settings} if prompting.settings else {}
     check_out(out, asked)
-    validated = {}
-    if args.validation:
-        validated = {"validation": read_validation(args.validation, args.judge, prompting.settings)}
     pairs = {file: read_pairs(file, baseline) for file in systems}
     if len(pairs) < len(systems):
         raise UserError(f"{' '.join(systems)}: found a file twice, expected each system once")
@@ -98,6 +95,9 @@ def judge_files(args: argparse.Namespace, prompting: Prompting) -> None:
         return show(prompting, queries_of(first[:1]))
     server = server_of(args, prompting.asked)
     judge = find_judge(args.judge, [pair.user for pair in first], prompting, server)
+    validated = {}
+    if args.validation:
+        validated = {"validation": read_validation(args.validation, judge, prompting.settings)}
     if server and server.dry_run:
         for own in pairs.values():
             decide(own, judge)
@@ -182,6 +182,7 @@ def validate(args: argparse.Namespace, prompting: Prompting) -> None:
         "settings": prompting.settings,
         "limit": args.limit,
         "seed": args.seed,
+        "version": judge.version,
         "said": judge.said,
         **found,
     }

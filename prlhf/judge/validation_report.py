@@ -10,6 +10,7 @@ from prlhf.data.files import write_json
 from prlhf.data.names import quoted
 from prlhf.errors import UserError
 from prlhf.evaluate.ends import SHOWN
+from prlhf.judge.judges import Judge
 from prlhf.judge.report import certain_text
 from prlhf.judge.server import ANSWERS_FOLDER
 from prlhf.judge.validation import USER_CONTROLS
@@ -42,12 +43,13 @@ def write_validation(out: Path, report: Mapping[str, Any]) -> None:
     (out / "validation.md").write_text(validation_markdown(report), encoding="utf-8")
 
 
-def read_validation(folder: str, judge: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a report quotes of the validation in a folder. UserError where there is none, or it is of another judge, or of the
-    same one that reads something else: profiles, examples, template."""
+def read_validation(folder: str, judge: Judge, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report quotes of the validation in a folder. UserError where there is none, or it is of another judge, of the
+    same one that reads something else (profiles, examples, template), or of one that had other weights, another file or server
+    under this name."""
     held = _read(Path(folder) / VALIDATION_FILE, "--validation")
-    if held["judge"] != judge:
-        raise UserError(f"--validation {folder}: found a validation of {held['judge']}, expected one of {judge}")
+    if held["judge"] != judge.name:
+        raise UserError(f"--validation {folder}: found a validation of {held['judge']}, expected one of {judge.name}")
     # Which examples are drawn may differ, and where the profiles' file is.
     differing = sorted(
         name
@@ -58,6 +60,11 @@ def read_validation(folder: str, judge: str, settings: Mapping[str, Any]) -> dic
         raise UserError(
             f"--validation {folder}: found the same judge with other settings ({', '.join(differing)}), expected those of --judge"
         )
+    if held["version"] != judge.version:
+        raise UserError(
+            f"--validation {folder}: found a validation of another version of {judge.name} ({held['version']}: its weights, file or "
+            f"server), expected the present one ({judge.version})"
+        )
     return {"folder": folder, **{name: held[name] for name in QUOTED}}
 
 
@@ -65,7 +72,7 @@ def _read(path: Path, option: str) -> dict[str, Any]:
     """A validation.json. UserError where there is none, or it is none."""
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"judge", "settings", *QUOTED} - held.keys()
+        missing = {"judge", "settings", "version", *QUOTED} - held.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(
             f"{option} {path.parent}: no {path.name} that can be read ({error}), expected what --validate wrote"
