@@ -260,6 +260,25 @@ def test_a_judge_of_length_alone_says_nothing_at_equal_length():
     assert length_controlled(np.array([1.0, 0.0]), np.array([3, 3]), ["a", "b"]) is None
 
 
+def test_a_rate_at_a_length_that_no_pair_has_is_marked(judged, tmp_path):
+    """A's words less B's: 1 and 3, 1 and -1, 0 and 2, and -1 and -3; 0 is between the ends of two. One user wins once, loses once."""
+    rows = [("x", "u"), ("y", "u")]
+    b = write(tmp_path / "b", [(*row, words(4)) for row in rows])
+    beyond = "† At equal length: one side's responses are longer in every pair"
+    found = {}
+    for differences in ((1, 3), (1, -1), (0, 2), (-1, -3)):
+        a = write(tmp_path / "a", [(*row, words(4 + d)) for row, d in zip(rows, differences)])
+        _, said, _, report = judged(a, b, out=f"out{differences}")
+        found[differences] = report["length_fit"]["extrapolated"]
+        line = next(line for line in said.splitlines() if line.startswith("| length-controlled"))
+        assert (" †" in line) == (beyond in said) == found[differences]
+        assert (" ‡ |" in line) and "‡ At equal length: wins and losses are separable by length" in said
+    assert found == {(1, 3): True, (1, -1): False, (0, 2): False, (-1, -3): True}
+    fit = length_controlled(np.array([1, 0, 1, 0]), np.array([1, 2, 2, 1]), ["a"] * 4)
+    assert fit.extrapolated and not fit.separable
+    assert not length_controlled(np.array([1, 0, 1, 0]), np.array([-1, 2, 2, -1]), ["a"] * 4).extrapolated
+
+
 def test_separable_is_that_a_direction_ranks_all():
     """Over all outcomes at up to four lengths, beside all directions (a, b) between those in which a + b z is 0 at a length."""
     angles = [math.atan2(-1, z) for z in (-1, 0, 2)]

@@ -3,8 +3,8 @@
 After AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475), whose regression has a term for the instruction too.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,31 @@ class LengthFit(NamedTuple):
     slope: float
     scale: float
     separable: bool  # without the ridge the fit would be infinite
+    extrapolated: bool  # d = 0 is outside of all pairs' d
+
+
+MARKS = {  # what is to be known of a rate, by the field that says so: the sign beside the rate, and the sentence below
+    "extrapolated": (
+        "†",
+        "one side's responses are longer in every pair, so that equal length lies outside of what was judged, and the rate there "
+        "is an extrapolation.",
+    ),
+    "separable": (
+        "‡",
+        "wins and losses are separable by length, or one side wins all: the fit is the ridge's, without an interval.",
+    ),
+}
+
+
+def rate_marks(fit: Mapping[str, Any] | None) -> str:
+    """The signs that stand beside a length-controlled rate, of `MARKS`; fit: a `LengthFit` as a report has it."""
+    return "".join(f" {sign}" for name, (sign, _) in MARKS.items() if fit and fit[name])
+
+
+def mark_sentences(fits: Iterable[Mapping[str, Any] | None]) -> list[str]:
+    """What the signs beside these fits' rates mean."""
+    signs = "".join(map(rate_marks, fits))
+    return [f"{sign} At equal length: {said}" for sign, said in MARKS.values() if sign in signs]
 
 
 def length_controlled(wins_N: np.ndarray, differences_N: np.ndarray, users: Sequence[str]) -> LengthFit | None:
@@ -47,8 +72,9 @@ def length_controlled(wins_N: np.ndarray, differences_N: np.ndarray, users: Sequ
     beta_2 = logistic_fit(x_N2, wins_N)
     p_N = sigmoid(x_N2 @ beta_2)
     apart = separable(wins_N, z_N)
+    outside = bool(differences_N.min() > 0 or differences_N.max() < 0)
     interval = None if apart else _interval(beta_2, x_N2, wins_N - p_N, p_N * (1 - p_N), users)
-    return LengthFit(float(sigmoid(beta_2[0])), interval, float(beta_2[0]), float(beta_2[1]), scale, apart)
+    return LengthFit(float(sigmoid(beta_2[0])), interval, float(beta_2[0]), float(beta_2[1]), scale, apart, outside)
 
 
 def logistic_fit(x_N2: np.ndarray, y_N: np.ndarray) -> np.ndarray:

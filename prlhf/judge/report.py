@@ -1,7 +1,7 @@
 """Verdicts as files: report.json, report.md, users.csv, verdicts.jsonl, and win_rate.png where matplotlib is installed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from prlhf.evaluate.ends import USERS_CSV, ends, write_users
 from prlhf.evaluate.figures import save_figure
 from prlhf.evaluate.stats import metrics
 from prlhf.evaluate.stats.paired import BOOTSTRAP_SAMPLES, LEVEL, SEED
-from prlhf.judge.length import length_controlled
+from prlhf.judge.length import length_controlled, mark_sentences, rate_marks
 from prlhf.judge.pairs import Pair
 from prlhf.judge.server import ANSWERS_FOLDER
 from prlhf.judge.verdicts import CERTAIN, Decision
@@ -133,9 +133,7 @@ def per_user(users: Sequence[str], wins_N: np.ndarray) -> list[dict[str, Any]]:
 def markdown(report: dict[str, Any]) -> str:
     """The report as text: rates, verdicts, orders, lengths, users."""
     pairs, verdicts, fit = report["pairs"], report["verdicts"], report["length_fit"]
-    rates = [
-        (title, percent(report["win_rate"][k]), interval_text(report["interval"][k])) for k, title in RATES.items()
-    ]
+    rates = [(title, rate_text(report, k), interval_text(report["interval"][k])) for k, title in RATES.items()]
     parts = [
         "# Win rate",
         f"A, `{report['a']}`, against B, `{report['b']}`, judged by {report['judge']}: {pairs['judged']:,} pairs of "
@@ -174,9 +172,12 @@ def _length_text(words: dict[str, float], fit: dict[str, Any] | None) -> str:
         f" Fitted: P(A wins) = s({fit['intercept']:.3f} + {fit['slope']:.3f} tanh(difference / {fit['scale']:.1f})), ties as "
         "half a win and half a loss; the length-controlled rate is that at difference 0."
     )
-    if fit["separable"]:
-        text += " Wins and losses are separable by length, or one side wins all: the fit is the ridge's, without an interval."
-    return text
+    return "\n\n".join([text, *mark_sentences([fit])])
+
+
+def rate_text(report: Mapping[str, Any], name: str) -> str:
+    """One of the report's win rates in %, with the signs of what is to be known of it (`mark_sentences`)."""
+    return percent(report["win_rate"][name]) + (rate_marks(report["length_fit"]) if name == "length_controlled" else "")
 
 
 def _users_text(report: dict[str, Any]) -> str:
