@@ -8,9 +8,11 @@ finished run --checkpoint names, lets each and the baselines answer FOLDER/promp
 the user who asked it or, where nobody did, as every known user, and has all judged against vanilla DPO and, where the prompts
 have them, against the responses that their users chose (prlhf.judge). Writes OUT/win_rates.md and win_rates.json, beside the
 paper's numbers where those are known. JUDGE and OPTIONS are those of prlhf.judge, as in --judge "openai:MODEL --profiles FILE".
-Without --judge it ends with the responses. The same command again continues where it stopped. --set applies to every run.
+Without --judge it ends with the responses; with --dry-run or --show among OPTIONS with what those say. The same command again continues where it
+stopped. --set applies to every run.
 """
 
+import argparse
 import json
 import shlex
 import sys
@@ -18,13 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from examples.grid import Arm, call, options, run_grid
-from prlhf.data.check.tables import interval_text, markdown_table, percent
+from prlhf.data.check.tables import markdown_table
 from prlhf.data.comparisons import read_prompts
-from prlhf.data.files import read_json_lines, write_json, write_json_lines
+from prlhf.data.files import fingerprint_of, read_json_lines, write_json, write_json_lines
 from prlhf.errors import UserError, check_range, did_you_mean, run_command
 from prlhf.generate import __main__ as generate
 from prlhf.judge import __main__ as judge
-from prlhf.judge.prompting import ASKED_JUDGES
+from prlhf.judge.prompting import ASKED_JUDGES, add_prompting_options, prompting_of
+from prlhf.judge.report import rate_text
+from prlhf.judge.server import add_options, server_of
+from prlhf.judge.table import notes, rate_cell
 from prlhf.store.final import find_final
 
 VANILLA, CHOSEN = "vanilla_dpo", "chosen"
@@ -142,17 +147,58 @@ def chosen_file(args: Any, answers: Path) -> Path | None:
     return path
 
 
-def judged(args: Any, answers: dict[str, Path], against: str, seed: str) -> dict[str, Any]:
-    """Each system's report of prlhf.judge against one of them, by name."""
+class AskedJudge(NamedTuple):
+    """The judge of --judge and its options; its name in a folder's; whether the options keep it from judging."""
+
+    options: list[str]
+    folder: str
+    only_told: bool
+
+
+def judge_of(args: Any) -> AskedJudge:
+    """What --judge says. A language model reads the training comparisons, which tell it whom it plays, unless OPTIONS say otherwise.
+
+    The folder is NAME_FINGERPRINT, of all by which a judgement is another one: the judge's whole name, what it reads, its server.
+    UserError for an option that the judge does not have.
+    """
+    parser = argparse.ArgumentParser(prog="--judge", add_help=False)
+    add_prompting_options(parser)
+    add_options(parser)
+    try:
+        name, *more = shlex.split(args.judge)
+    except ValueError as error:
+        raise UserError(f'--judge {args.judge}: {error}, expected "JUDGE [OPTIONS]"') from None
+    kind, _, model = name.partition(":")
+    if kind in ASKED_JUDGES and parser.parse_known_args(more)[0].profiles is None:
+        more += ["--profiles", f"{args.data}/train.jsonl"]
+    found = parser.parse_known_args(more, argparse.Namespace(judge=name, out=args.out))[0]
+    prompting = prompting_of(found)
+    server = server_of(found, prompting.asked)
+    mark = fingerprint_of(name, prompting.settings, server.url if server else "")[:8]
+    return AskedJudge(["--judge", name, *more], f"{kind}_{Path(model).name}_{mark}", found.dry_run or found.show)
+
+
+def judged(args: Any, answers: dict[str, Path], against: str, seed: str, by: AskedJudge) -> dict[str, Any]:
+    """Each system's report of prlhf.judge against one of them, by name; {} where the judge is only told of."""
     opponent = answers[against]
     own = {name: str(file) for name, file in answers.items() if name not in (against, CHOSEN)}
-    out, (name, *more) = Path(args.out) / f"judged_{against}_seed{seed}", shlex.split(args.judge)
-    if name.partition(":")[0] in ASKED_JUDGES and "--profiles" not in more:
-        more += ["--profiles", f"{args.data}/train.jsonl"]  # what tells the judge whom it plays
-    call(judge.main, *own.values(), str(opponent), "--judge", name, "--out", str(out), *more)
+    out = Path(args.out) / f"judged_{against}_seed{seed}_{by.folder}"
+    call(judge.main, *own.values(), str(opponent), *by.options, "--out", str(out))
+    if by.only_told:
+        return {}
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     systems = report["systems"] if len(own) > 1 else {report["a"]: report}
     return {name: systems[file] for name, file in own.items()}
+
+
+def ties_as_wins(report: dict[str, Any]) -> Published:
+    """What the paper counts, in %: (wins + ties) / pairs, over all pairs, and the mean over users of each one's."""
+    users = report["per_user"].values()
+    shares = [(row["wins"] + row["ties"]) / row["n"] for row in users]
+    return Published(
+        100 * sum(row["wins"] + row["ties"] for row in users) / sum(row["n"] for row in users),
+        100 * sum(shares) / len(shares),
+    )
 
 
 def table(data_set: DataSet, against: str, systems: dict[str, Any]) -> str:
@@ -162,20 +208,23 @@ def table(data_set: DataSet, against: str, systems: dict[str, Any]) -> str:
     for name, report in systems.items():
         row: list[str | float] = [name]
         for measure in ("per_sample", "per_user"):
-            row.append(f"{percent(report['win_rate'][measure])} ({interval_text(report['interval'][measure])})")
-            row += [f"{getattr(paper[name], measure):.2f}" if name in paper else "-"] if paper else []
-        row.append(percent(report["win_rate"]["length_controlled"]))
+            row.append(rate_cell(report, measure))
+            if paper:
+                theirs = ties_as_wins(report) if report["per_user"] else None, paper.get(name)
+                row += [f"{getattr(rates, measure):.2f}" if rates else "-" for rates in theirs]
+        row.append(rate_text(report, "length_controlled"))
         row += [
             f"{report['verdicts']['ties']:,} of {report['pairs']['judged']:,}",
+            report["pairs"]["unparsed"],
             report["words"]["a"],
             report["words"]["b"],
         ]
         rows.append(row)
-    theirs = ("paper",) if paper else ()
+    columns = ("ties as wins, %", "paper, %") if paper else ()
     title = {VANILLA: "vanilla DPO", CHOSEN: "the responses that users chose"}[against]
-    rates = ("per sample, %", *theirs, "per user, %", *theirs)
-    header = ("", *rates, "at equal length, %", "ties", "words", "words of the opponent")
-    return f"## Against {title}\n\n{markdown_table(header, rows)}"
+    rates = ("per sample, %", *columns, "per user, %", *columns)
+    header = ("", *rates, "at equal length, %", "ties", "unparsed", "words", "words of the opponent")
+    return "\n\n".join([f"## Against {title}", markdown_table(header, rows), *notes(list(systems.values()))])
 
 
 def write(args: Any, data_set: DataSet, command: str, found: dict[str, dict[str, Any]]) -> None:
@@ -213,14 +262,16 @@ def main() -> None:
     args = parser.parse_args()
     check_range("--max-new-tokens", args.max_new_tokens, low=1)
     args.out, data_set = args.out or f"runs/table_{args.name}", DATA_SETS[args.name]
-    found = {}
+    by, found = judge_of(args) if args.judge else None, {}
     for seed, runs in runs_of(args, data_set).items():
         answers = answers_of(args, data_set, runs, seed)
-        if args.judge:
+        if by:
             chosen = chosen_file(args, next(iter(answers.values())))
             opponents = {VANILLA: answers, **({CHOSEN: {**answers, CHOSEN: chosen}} if chosen else {})}
-            found[seed] = {against: judged(args, files, against, seed) for against, files in opponents.items()}
-    if found:
+            found[seed] = {against: judged(args, files, against, seed, by) for against, files in opponents.items()}
+    if by and by.only_told:
+        print("no table: --judge was told to judge nothing")
+    elif by:
         write(args, data_set, command, found)
     else:
         print(f"responses are in {args.out}/responses; expected --judge to judge them, e.g. --judge openai:MODEL")

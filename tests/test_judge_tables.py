@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_judge_server import Stub
 
 from examples import win_rates
 from prlhf.backbone.loading import load_backbone, load_tokenizer
@@ -74,7 +75,7 @@ def test_each_system_is_judged_as_a_pair_of_files_is(call, systems, tmp_path):
     row = next(line for line in said.splitlines() if line.startswith(f"| `{b}`"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1].startswith("16.67 (") and cells[2].startswith("12.50 (")
-    assert cells[4:] == ["3", "0", "1", "2", "2.7", "2"]
+    assert cells[4:] == ["3", "0", "0", "1", "2", "2.7", "2"]
     for file, folder in ((a, "1_out"), (b, "2_out")):
         assert call(command.main, file, base, "--judge", "rule:shorter", "--out", tmp_path / "one" / folder)[0] == 0
         assert contents(tmp_path / "one" / folder) == contents(tmp_path / "all" / folder)
@@ -136,6 +137,63 @@ def test_bad_input_of_several_is_refused_and_changes_nothing(call, systems, tmp_
         status, _, err = call(command.main, *files, "--judge", judge, "--out", tmp_path / out)
         assert status == 2 and part in err and len(err.splitlines()) == 1, err
         assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A server that prefers fewer words, the first of two as long, and does not know where the prompt ends as `unsure` does."""
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+
+    def reply(stub, n, text):
+        prompt, _, both = text.rpartition("[Prompt]\n")[2].partition("\n[Response A]\n")
+        a, b = both.partition("\n\nWhich response")[0].split("[Response B]\n")
+        return "Who knows?" if prompt.endswith(tuple(stub.unsure)) else "B" if len(b.split()) < len(a.split()) else "A"
+
+    server = Stub(reply)
+    server.unsure = {"y"}
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_judges_several_and_what_is_left_is_said(call, systems, stub, tmp_path):
+    """Equal questions are one: four of the first system (two prompts in two orders), three more of the second (x of two words each
+    is the same in both orders, y was asked). y is never parsed: the first wins both others; the second ties one, loses one."""
+    a, b, base = systems
+    asked = (a, b, base, "--judge", "openai:m", "--base-url", stub.url, "--out", tmp_path / "out")
+    status, said, err = call(command.main, *asked, "--dry-run")
+    assert status == 0 and said.startswith("dry run: 7 requests") and not (tmp_path / "out").exists(), err
+    status, _, err = call(command.main, *asked, "--max-requests", 4)
+    assert status == 2 and "--max-requests 4: spent" in err and len(stub.asked) == 4
+    report, text = (json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/report.md").read_text())
+    assert report["not_judged"] == [str(b)] and list(report["systems"]) == [str(a)]
+    assert f"Not judged yet: `{b}`." in text and "could not be parsed: 1." in text
+    status, said, err = call(command.main, *asked)
+    assert status == 0 and len(stub.asked) == 7, err
+    report, text = (json.loads((tmp_path / "out/report.json").read_text()), (tmp_path / "out/report.md").read_text())
+    assert report["not_judged"] == [] and "Not judged yet" not in text and "could not be parsed: 2." in text
+    found = {
+        file: [cell.strip() for cell in row.strip("|").split("|")]
+        for file in (a, b)
+        for row in text.splitlines()
+        if f"`{file}`" in row
+    }
+    assert found[a][1].startswith("100.00 (") and found[a][4:9] == ["2", "1", "2", "0", "0"]
+    assert found[b][1].startswith("25.00 (") and found[b][4:9] == ["2", "1", "0", "1", "1"]
+    assert found[a][3] == "- (-)" and found[b][3].endswith(
+        "‡ (-)"
+    )  # 1 against 2 words; 2, a tie, and 3, lost, against 2
+    assert "‡ At equal length" in text and "†" not in text and f"m was asked at {stub.url}" in text
+
+
+def test_the_table_marks_rates_at_a_length_that_no_pair_has(call, systems, tmp_path):
+    a, b, base = systems
+    responses(a, dict(zip(ASKED, (3, 4, 5))))  # always longer than two words
+    _, said, _ = call(command.main, a, b, base, "--judge", "rule:longer", "--out", tmp_path / "out")
+    marked = {file: next("†" in row for row in said.splitlines() if f"| `{file}`" in row) for file in (a, b)}
+    assert (
+        marked == {a: True, b: False} and said.count("† At equal length: one side's responses are longer in every") == 1
+    )
 
 
 # Simulated users
@@ -281,10 +339,10 @@ def test_the_tables_numbers_are_those_of_the_responses(prism):
         assert list(found[title]) == [name.partition(":")[0] for name in others]
         for name, cells in found[title].items():
             per_sample, per_user = shorter_wins(files[name], files[opponent])
-            assert cells[0].startswith(f"{100 * per_sample:.2f} (") and cells[2].startswith(f"{100 * per_user:.2f} (")
+            assert cells[0].startswith(f"{100 * per_sample:.2f} (") and cells[3].startswith(f"{100 * per_user:.2f} (")
     assert len({cells[0] for cells in found["vanilla DPO"].values()}) > 1
-    assert found["vanilla DPO"]["pdpo_cluster10"][1::2][:2] == ["61.84", "60.00"]
-    assert found["the responses that users chose"]["vanilla_dpo"][1::2][:2] == ["42.11", "25.00"]
+    assert found["vanilla DPO"]["pdpo_cluster10"][2:6:3] == ["61.84", "60.00"]
+    assert found["the responses that users chose"]["vanilla_dpo"][2:6:3] == ["42.11", "25.00"]
     text = (out / "win_rates.md").read_text()
     assert f"`python -m examples.win_rates prism --data {data}" in text and "- Judge: `rule:shorter`" in text
 
@@ -314,8 +372,57 @@ def test_finished_runs_are_taken_and_not_trained(made, prism, tmp_path):
         assert mine.read_bytes() == theirs.read_bytes() != (prism[0] / "responses" / mine.name).read_bytes()
 
 
+def counted(a, b, left_out):
+    """By hand: (wins + ties) / pairs in %, over all and over users, ties, and how many pairs are left out."""
+    kept = [(user, a[prompt, user], b[prompt, user]) for prompt, user in a if prompt not in left_out]
+    good = [(user, x <= y) for user, x, y in kept]
+    users = {u: [won for user, won in good if user == u] for u, _ in good}
+    shares = sum(won for _, won in good) / len(good), sum(sum(own) / len(own) for own in users.values()) / len(users)
+    return *(f"{100 * share:.2f}" for share in shares), sum(x == y for _, x, y in kept), len(a) - len(kept)
+
+
+def test_a_server_makes_the_papers_table(made, prism, stub, tmp_path, capsys):
+    """A dry run tells of both opponents and makes no table; a judged one counts as the paper does too, and says what is left out,
+    who judged, and how the judge was validated; another judge has another folder."""
+    out, v = shutil.copytree(prism[0], tmp_path / "out"), tmp_path / "v"  # by rule:shorter
+    arms = [f"{name}={prism[0]}/{name}_seed0" for name in (win_rates.VANILLA, "pdpo_cluster10")]
+    asked = ("prism", "--out", str(out), "--checkpoint", *arms, "--arms", win_rates.VANILLA)
+    judge = f"openai:org/m --base-url {stub.url} --examples 1"
+    capsys.readouterr()
+    made(*asked, "--judge", f"{judge} --dry-run")
+    said = capsys.readouterr().out
+    assert said.count("dry run: ") == 2 and "no table" in said and not stub.asked
+    assert contents(out) == contents(prism[0])
+    validate = ["judge", "--validate", f"{prism[1]}/valid.jsonl", "--judge", *shlex.split(judge)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*validate, "--profiles", f"{prism[1]}/train.jsonl", "--out", str(v)])
+        command.main()
+    (first, *_), last = (
+        rows(prism[1] / "prompts.jsonl"),
+        lambda prompt: prompt if isinstance(prompt, str) else prompt[-1]["content"],
+    )
+    stub.unsure = {last(first["prompt"])}
+    made(*asked, "--judge", f"{judge} --validation {v}")
+    files = {path.stem.removesuffix("_seed0"): answers(path) for path in (out / "responses").glob("*.jsonl")}
+    left_out = {prompt for prompt, _ in files["base"] if last(json.loads(prompt)) in stub.unsure}
+    found = tables(out)
+    for title, opponent in {"vanilla DPO": "vanilla_dpo", "the responses that users chose": "chosen"}.items():
+        for name, cells in found[title].items():
+            per_sample, per_user, ties, unparsed = counted(files[name], files[opponent], left_out)
+            judged = len(files[name]) - unparsed
+            assert [cells[i] for i in (1, 4, 7, 8)] == [per_sample, per_user, f"{ties} of {judged}", str(unparsed)]
+            assert unparsed and judged
+    text, sentence = (out / "win_rates.md").read_text(), json.loads((v / "validation.json").read_text())["sentence"]
+    assert text.count(sentence) == text.count(f"org/m was asked at {stub.url}") == 2
+    folders = [path.name for path in out.glob("judged_*")]
+    assert sorted(re.sub("_[0-9a-f]{8}$", "", name) for name in folders) == [
+        f"judged_{against}_seed0_{by}" for against in ("chosen", "vanilla_dpo") for by in ("openai_m", "rule_shorter")
+    ]
+
+
 @pytest.fixture(scope="module")
 def psoups(made):
+
     return made("psoups", "--judge", "rule:shorter")
 
 
@@ -329,7 +436,7 @@ def test_personalized_soups_are_answered_as_each_preference(psoups):
         list(tables(out)) == ["vanilla DPO"]
         and "No win rates of the paper are at hand" in (out / "win_rates.md").read_text()
     )
-    assert "paper |" not in (out / "win_rates.md").read_text()
+    assert "paper, %" not in (out / "win_rates.md").read_text()
 
 
 def test_a_language_model_reads_whom_it_plays(made, psoups, tmp_path):
@@ -342,7 +449,8 @@ def test_a_language_model_reads_whom_it_plays(made, psoups, tmp_path):
     tokenizer.save_pretrained(tmp_path / "judge")
     asked = ("psoups", "--checkpoint", *taken, "--limit", "1")
     made(*asked, "--out", str(tmp_path / "out"), "--judge", f"hf:{tmp_path}/judge --examples 1")
-    report = json.loads((tmp_path / "out" / f"judged_{win_rates.VANILLA}_seed0" / "report.json").read_text())
+    (folder,) = (tmp_path / "out").glob(f"judged_{win_rates.VANILLA}_seed0_hf_judge_*")
+    report = json.loads((folder / "report.json").read_text())
     assert report["settings"]["profiles"] == f"{data}/train.jsonl" and report["settings"]["examples"] == 1
     shown = read_profiles(data / "train.jsonl", 1).of(Query("x", "P2A", None, None, "", "", "")).text
     assert shown == "preference: Generate a response that is concise and to the point, without being verbose."
@@ -385,6 +493,9 @@ def test_every_arm_is_what_its_name_says():
         (["--checkpoint", "vanilla_dpo=nowhere"], "nowhere: no such checkpoint"),
         (["--arms", "pdpo_individual", "--judge", "rule:shorter"], "all is judged against vanilla_dpo"),
         (["--max-new-tokens", "0"], "--max-new-tokens: found 0"),
+        (["--judge", "rule:shorter --show"], "--show: not for --judge rule:shorter"),
+        (["--judge", "hf:x '"], "--judge hf:x ': No closing quotation, expected"),
+        (["--judge", " "], "--judge  : not enough values"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_trained(call, monkeypatch, prism, tmp_path, more, part):
