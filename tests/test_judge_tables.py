@@ -22,8 +22,11 @@ from prlhf.data.sets.simulate import simulate
 from prlhf.judge import __main__ as command
 from prlhf.judge import table
 from prlhf.judge.judges import find_judge
+from prlhf.judge.pairs import Pair
 from prlhf.judge.profiles import read_profiles
 from prlhf.judge.queries import Query
+from prlhf.judge.report import judgement
+from prlhf.judge.verdicts import Decision
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -381,9 +384,20 @@ def counted(a, b, left_out):
     return *(f"{100 * share:.2f}" for share in shares), sum(x == y for _, x, y in kept), len(a) - len(kept)
 
 
-def test_a_server_makes_the_papers_table(made, prism, stub, tmp_path, capsys):
+def test_ties_as_wins_of_both_sides_by_hand():
+    """ann wins two, ties one and loses one: 3 of 4; bob loses his one, and one of his could not be parsed: 3 of 5, (3/4 + 0) / 2."""
+    pairs = [Pair("", "x", user, None, None, "a", "b", "") for user in ["ann"] * 4 + ["bob"] * 2]
+    verdicts = [("first", "second")] * 2 + [("tie", "tie"), ("second", "first")]
+    verdicts += [("second", "first"), ("unparsed", "first")]
+    report = judgement(pairs, [Decision(*both) for both in verdicts])
+    assert win_rates.ties_as_wins(report) == pytest.approx((60, 37.5))
+    assert [100 * report["win_rate"][k] for k in ("per_sample", "per_user")] == pytest.approx([50, 31.25])
+
+
+def test_a_server_makes_the_papers_table(made, prism, stub, tmp_path, capsys, monkeypatch):
     """A dry run tells of both opponents and makes no table; a judged one counts as the paper does too, and says what is left out,
     who judged, and how the judge was validated; another judge has another folder."""
+    monkeypatch.setattr(win_rates, "BASELINES", ("base",))
     out, v = shutil.copytree(prism[0], tmp_path / "out"), tmp_path / "v"  # by rule:shorter
     arms = [f"{name}={prism[0]}/{name}_seed0" for name in (win_rates.VANILLA, "pdpo_cluster10")]
     asked = ("prism", "--out", str(out), "--checkpoint", *arms, "--arms", win_rates.VANILLA)
@@ -393,7 +407,7 @@ def test_a_server_makes_the_papers_table(made, prism, stub, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("dry run: ") == 2 and "no table" in said and not stub.asked
     assert contents(out) == contents(prism[0])
-    validate = ["judge", "--validate", f"{prism[1]}/valid.jsonl", "--judge", *shlex.split(judge)]
+    validate = ["judge", "--validate", f"{prism[1]}/valid.jsonl", "--limit", "2", "--judge", *shlex.split(judge)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*validate, "--profiles", f"{prism[1]}/train.jsonl", "--out", str(v)])
         command.main()
