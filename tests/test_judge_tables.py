@@ -406,6 +406,9 @@ def test_a_server_makes_the_papers_table(made, prism, stub, tmp_path, capsys, mo
     made(*asked, "--judge", f"{judge} --dry-run")
     said = capsys.readouterr().out
     assert said.count("dry run: ") == 2 and "no table" in said and not stub.asked
+    made(*asked, "--judge", "hf:/nowhere --show")
+    said = capsys.readouterr().out
+    assert said.count("Which response does this user prefer?") == 2 and "no table" in said
     assert contents(out) == contents(prism[0])
     validate = ["judge", "--validate", f"{prism[1]}/valid.jsonl", "--limit", "2", "--judge", *shlex.split(judge)]
     with pytest.MonkeyPatch.context() as patch:
