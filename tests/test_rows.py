@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 from prlhf.adapt import gauss_newton
 from prlhf.adapt.ask import Candidates, ask
 from prlhf.adapt.gauss_newton import Basis, search
+from prlhf.adapt.reading import task_of
 from prlhf.adapt.rows import RowLaw, TrainedRows, cross_validated, held_out, predicted
 from prlhf.batch.trees import Reading
 from prlhf.method.losses import pairwise_margin, reward_margin
@@ -142,7 +143,8 @@ def test_a_law_predicts_trained_users_by_others_from_a_few_of_their_comparisons(
     training = [c._replace(user=1 + n % 4) for n, c in enumerate(random_comparisons(40, seed=4))]
     trained = TrainedRows(given.prior.base_V, user_rows(given.model.user_model, [1, 2, 3, 4]), False, True)
     monkeypatch.setattr("prlhf.adapt.rows.ROUGHLY", 1e-6)
-    task, users = held_out(given.loaded, training)
+    comparisons, users = held_out(training)
+    task = task_of(given.loaded, comparisons)
     assert [user.row for user in users] == [0, 1, 2, 3]
     table, z_MK = given.model.user_model.z_MK, trained.away_MV
 
@@ -156,6 +158,7 @@ def test_a_law_predicts_trained_users_by_others_from_a_few_of_their_comparisons(
     x_NK = torch.stack([margins(axis_K).double() - generic_N for axis_K in torch.eye(2)], dim=1)
     table.data[0] = z_MK[0]
     found_H = predicted(task, trained, users, RowLaw(4.0, 0.0))
+    assert held_out(training[:4])[1] == held_out([])[1] == []  # one comparison of each tells nothing of the rest
     moved = []
     for user, found in zip(users, found_H):
         own = [task.comparisons[i] for i in (*user.learn, *user.predict)]

@@ -11,7 +11,7 @@ from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
 from prlhf.evaluate.held_out import training_file
 from prlhf.method.posterior import Posterior
-from prlhf.store.final import Loaded, save_adapted
+from prlhf.store.final import POSTERIOR, Loaded, save_adapted
 
 TEXTS = (".csv", ".json", ".jsonl", ".md")
 
@@ -74,6 +74,11 @@ def still_there(loaded: Loaded, name: str, user: int) -> list[str]:
         said.append(
             f"- weights: {perhaps}those that all users share, and from them the prior of new users, were trained with their "
             "comparisons; only training again without them undoes that"
+        )
+    if not adapted and loaded.posterior is not None:
+        said.append(
+            f"- {path / POSTERIOR}: the prior of new users was made of all trained users' vectors; whoever has the others' can "
+            "compute theirs from it"
         )
     if (run_dir / "checkpoints").is_dir():
         said.append(f"- {run_dir / 'checkpoints'}: training's checkpoints hold their vectors and name")

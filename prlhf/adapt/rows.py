@@ -116,14 +116,14 @@ def trained_rows(loaded: Loaded) -> TrainedRows:
 
 
 class HeldOut(NamedTuple):
-    """A trained user's comparisons, by their place in a task: those to learn from, and those to predict."""
+    """A trained user's comparisons, by their place among all: those to learn from, and those to predict."""
 
     row: int  # of the trained users
     learn: list[int]
     predict: list[int]
 
 
-def held_out(loaded: Loaded, training: Sequence[EncodedComparison]) -> tuple[Task, list[HeldOut]]:
+def held_out(training: Sequence[EncodedComparison]) -> tuple[list[EncodedComparison], list[HeldOut]]:
     """HELD_OUT_USERS trained users at most, LEARN and PREDICT comparisons of each at most, drawn at random, that share no response."""
     rng, comparisons, found = random.Random(0), list[EncodedComparison](), []
     judges = sorted({c.user for c in training} - {0})
@@ -135,7 +135,7 @@ def held_out(loaded: Loaded, training: Sequence[EncodedComparison]) -> tuple[Tas
         if few:
             found.append(HeldOut(user - 1, list(places[:few]), list(places[few:])))
             comparisons += drawn
-    return task_of(loaded, comparisons), found
+    return comparisons, found
 
 
 def predicted(task: Task, trained: TrainedRows, users: Sequence[HeldOut], law: RowLaw) -> Tensor | None:
@@ -185,11 +185,11 @@ def new_rows_prior(loaded: Loaded, training: Sequence[EncodedComparison] | None)
         RowLaw(1.0, MODEST if trained.full else 0.0),
         "no comparisons of two trained users are there to choose by",
     )
-    if training is not None and len(trained.away_MV) > 1:
-        task, users = held_out(loaded, training)
-        if len(users) > 1:
-            law = cross_validated(law, lambda tried: predicted(task, trained, users, tried), trained.full)
-            how = f"by cross-validation over {len(users)} trained users"
+    comparisons, users = held_out(training or ())
+    if len(users) > 1:
+        task = task_of(loaded, comparisons)
+        law = cross_validated(law, lambda tried: predicted(task, trained, users, tried), trained.full)
+        how = f"by cross-validation over {len(users)} trained users"
     said = f"the population of trained users, scale {law.scale:g}" + (f", floor {law.floor:g}" if trained.full else "")
     return trained.prior(law.floor)._replace(scale=law.scale, said=f"{said} ({how})")
 
