@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from prlhf.errors import TrainingError, UserError
 from prlhf.method.losses import Outputs, ResponseLogProbs, preference_loss
@@ -128,10 +129,13 @@ def search(task: Task, problems: Mapping[int, UserProblem], enough: float | None
     eps = torch.finfo(task.model.backbone.get_input_embeddings().weight.dtype).eps
     enough, sizes = max(enough or LAST_GRADIENT, eps**0.5), dict.fromkeys(problems, 1.0)
     moves: dict[int, list[tuple[Tensor, Tensor]]] = {user: [] for user in problems}
-    for _ in range(MOST_ROUNDS):
+    bar = tqdm(range(MOST_ROUNDS), desc="search", unit="round", disable=None, leave=False)
+    for _ in bar:
         left = [user for user, point in at.items() if not point.gradient_R.norm() <= enough]
         if not left:
+            bar.close()
             return at
+        bar.set_postfix_str(f"{len(left)} of {len(at)} users")
         if task.model.backbone_reads_users:  # else the parts hold what is computed
             parts = parts_of(task, [i for user in left for i in problems[user].indices])
         steps_R = {user: no_longer_than(LONGEST_STEP, at[user].step(moves[user])) for user in left}
