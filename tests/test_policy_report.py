@@ -138,6 +138,39 @@ def test_log_ratios_are_those_of_the_models_own_forward_pass(runs, name):
     }
 
 
+def test_each_user_is_asked_with_their_own_text(runs, call, tmp_path):
+    """Prompts of a file: dave's and alice's texts are those of data.valid, bob has none anywhere. A text beside a prompt is about
+    the prompt's user: alice's stands in for hers, nobody else reads it; one of no named user is read by nobody."""
+    lines = [
+        {"prompt": "One.\n"},
+        {"prompt": "Two.\n", "user": "alice", "user_text": "I like cats."},
+        {"prompt": "Three.\n", "user_text": "I am anybody."},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loaded, run, out = load_final(runs / "lora"), runs / "lora", tmp_path / "out"
+    options = ("--prompts", tmp_path / "prompts.jsonl", "--users", "alice,bob,dave,generic", "--max-new-tokens", 2)
+    status, said, err = call(command.main, "--report", run, "--out", out, *options)
+    assert status == 0, err
+    letters, jokes = "I like letters.", "I like jokes."
+    expected = {
+        "alice": [letters, "I like cats.", letters],
+        "bob": [None] * 3,
+        "dave": [jokes] * 3,
+        GENERIC: [None] * 3,
+    }
+    found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [(r["user"], r["user_text"]) for r in found] == [
+        (user, text) for user in expected for text in expected[user]
+    ]
+    prompts = prompts_of(loaded, str(tmp_path / "prompts.jsonl"), 9)
+    asked = asked_by(loaded, encoder_of(loaded), prompts, list(expected), texts_of(loaded))
+    read = [loaded.tokenizer.decode(a.policy) for a in asked]
+    texts = [text for user in expected for text in expected[user]]
+    assert read == [(f"{text}\n" if text else "") + line["prompt"] for text, line in zip(texts, lines * 4)]
+    assert json.loads((out / "report.json").read_text())["without_text"] == ["bob"]
+    assert "there was none of 1 of 3 known users for some prompts or all ('bob')" in said
+
+
 def test_the_mean_log_ratio_estimates_the_kl(runs):
     """One token each, where half of all tokens end the response: KL = sum_v pi(v) log pi(v) / pi_SFT(v), over all v."""
     loaded = load_final(runs / "full")

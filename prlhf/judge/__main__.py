@@ -142,9 +142,8 @@ def report_policy() -> None:
     if not names:
         raise UserError("--users @own: not for --report, which asks each prompt as each user; expected names or @all")
     prompts = prompts_of(loaded, args.prompts, args.limit)
-    texts = {} if args.prompts else texts_of(loaded)
     encoder, decoding = encoder_of(loaded), Decoding(args.max_new_tokens, args.temperature, seed=args.seed)
-    asked = asked_by(loaded, encoder, prompts, list(dict.fromkeys(names)), texts)
+    asked = asked_by(loaded, encoder, prompts, list(dict.fromkeys(names)), texts_of(loaded))
     sides = answer_all(loaded, asked, encoder, decoding, args.batch_size)
     source = args.prompts or loaded.config.data.valid
     report = {

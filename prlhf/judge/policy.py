@@ -74,7 +74,9 @@ def prompts_of(loaded: Loaded, path: str | None, limit: int) -> list[Prompt]:
 
 
 def texts_of(loaded: Loaded) -> dict[str, str]:
-    """The text about each user in the run's data.valid, the last one given."""
+    """The text about each user in the run's data.valid, the last one given; none where the run has no such file."""
+    if loaded.config.data.valid is None:
+        return {}
     file = read_comparisons(loaded.config.data.valid, loaded.config.data)
     return {c.user: c.user_text for c in file.comparisons if c.user and c.user_text}
 
@@ -82,11 +84,15 @@ def texts_of(loaded: Loaded) -> dict[str, str]:
 def asked_by(
     loaded: Loaded, encoder: Encoder, prompts: Sequence[Prompt], names: Sequence[str], texts: dict[str, str]
 ) -> list[Asked]:
-    """Each prompt as each user asks it, user by user. texts: about users, for prompts without one of their own."""
+    """Each prompt as each user asks it, user by user. texts: about users.
+
+    The text that stands beside a prompt is about the prompt's user, and is read for that user alone.
+    """
     read, asked = [encoder.read(p.text, p.where, p.tools) for p in prompts], []
     for name in names:
         for prompt, x in zip(prompts, read):
-            prompt = prompt._replace(user_text=prompt.user_text or texts.get(name))
+            own = prompt.user_text if prompt.user == name else None
+            prompt = prompt._replace(user_text=own or texts.get(name))
             policy = encoder.prefix_to_answer(x, prompt.user_text, prompt.where)
             reference = policy
             if policy.user_text and not encoder.config.user_text_in_reference:
@@ -158,7 +164,8 @@ def token_mean(sums_N: Tensor, tokens_N: Tensor) -> TokenMean:
 
 
 def policy_report(loaded: Loaded, asked: Sequence[Asked], sides: Sides) -> dict[str, Any]:
-    """The numbers of report.json: for each user before and after, and the price of personalisation."""
+    """The numbers of report.json: for each user before and after, the known users who asked a prompt without a text about them
+    where the model reads texts, and the price of personalisation."""
     texts = [
         [Answered(text, r.finished) for r, text in zip(side, texts_of_ids(loaded, side))]
         for side in (sides.reference, sides.policy)
@@ -180,7 +187,9 @@ def policy_report(loaded: Loaded, asked: Sequence[Asked], sides: Sides) -> dict[
                 "log_ratio_standard_error": distance.standard_error,
             },
         }
-    return {"users": users, "price": price(users)}
+    nothing = {a.user for a in asked if a.user != GENERIC and not a.prompt.user_text}
+    without_text = [name for name in users if name in nothing] if loaded.config.data.user_text else []
+    return {"users": users, "without_text": without_text, "price": price(users)}
 
 
 def price(users: dict[str, Any]) -> dict[str, Any] | None:

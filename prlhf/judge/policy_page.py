@@ -58,6 +58,7 @@ def policy_markdown(report: dict[str, Any]) -> str:
             markdown_table(header, rows),
             f"{meaning} distinct-n: the share of different n-grams among all of a user's, which falls as there is more text. Repeated: "
             "those that the same response had before. Refusals: by how a response begins, a heuristic.",
+            *_without_text(report),
             _price_text(report, ratio),
         ]
     ) + "\n"  # fmt: skip
@@ -71,6 +72,18 @@ def _cells(title: str, row: dict[str, Any]) -> list[str]:
     error = row["log_ratio_standard_error"]
     ratio = f"{row['log_ratio_per_token']:.3f}" + ("" if error is None else f" ± {error:.3f}")
     return [*cells, f"{row['log_prob_per_token']:.3f}", f"{row['reference_log_prob_per_token']:.3f}", ratio]
+
+
+def _without_text(report: dict[str, Any]) -> list[str]:
+    """Whose text the model was not given, in a sentence, or nothing."""
+    names = report["without_text"]
+    if not names:
+        return []
+    known = len(report["users"].keys() - {GENERIC})
+    return [
+        f"The model reads the text about a user: there was none of {len(names):,} of {known:,} known users for some prompts or all "
+        f"({quoted(names)})."
+    ]
 
 
 def _price_text(report: dict[str, Any], ratio: str) -> str:
