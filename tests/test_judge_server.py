@@ -464,6 +464,20 @@ def test_a_judgement_goes_on_after_its_budget(stub, judged, tmp_path):
     assert again[::3] == (0, report) and len(s.asked) == 24
 
 
+def test_what_differs_from_the_judgement_that_is_there_is_named(stub, judged, tmp_path):
+    s = stub(finer)
+    assert judged("--base-url", s.url)[0] == 0
+    before = files(tmp_path / "out")
+    for options, judge, differing in [
+        (("--base-url", s.url, "--certainty"), "openai:m", "settings"),
+        (("--base-url", s.url, "--no-text"), "openai:n", "judge, settings"),
+        ((), "rule:longer", "judge"),
+    ]:
+        status, _, err, _ = judged(*options, judge=judge)
+        assert status == 2 and f"by openai:m, which differs in {differing}; expected a new or empty folder" in err, err
+    assert files(tmp_path / "out") == before and len(s.asked) == 12
+
+
 def test_a_dry_run_sends_and_writes_nothing(stub, judged, tmp_path, monkeypatch):
     """Without a key and without the package; what is on disk does not count. An estimate: characters / 4, rounded up."""
     s = stub(finer)
@@ -496,6 +510,13 @@ def test_bad_options_change_nothing(stub, judged, tmp_path, monkeypatch):
         (("--dry-run",), "rule:shorter", "--dry-run: not for --judge rule:shorter, expected openai:MODEL"),
         (("--max-requests", 5), "rule:longer", "--max-requests: not for --judge rule:longer"),
         (url, "openai:", "--base-url: not for --judge openai:, expected openai:MODEL"),
+        (
+            ("--seed", 1),
+            "rule:longer",
+            "--seed: not for --judge rule:longer, expected hf:... or openai:..., or --validate",
+        ),
+        (("--seed", 1), "simulated:x", "--seed: not for --judge simulated:x, expected"),
+        (("--seed", 1), "prm:x", "--seed: not for --judge prm:x, expected"),
     ]:
         status, _, err, _ = judged(*options, judge=judge)
         assert status == 2 and part in err and len(err.splitlines()) == 1, err
