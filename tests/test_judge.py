@@ -398,7 +398,7 @@ def test_bad_input_is_refused_and_nothing_is_written(judged, tmp_path):
         (a, a, f"prm:{tmp_path / 'nowhere'}"): ("no such checkpoint",),
         (a, a, "rule:shorter", "a"): ("found a file, expected a new or empty folder",),
         (a, a, "rule:shorter", "full"): ("holds something else ('report.json'), expected",),
-        (a, a, "rule:longer", "done"): (f"holds {a} against {a} by rule:shorter, expected",),
+        (a, a, "rule:longer", "done"): (f"holds {a} against {a} by rule:shorter, which differs in judge; expected",),
     }  # fmt: skip
     for arguments, parts in cases.items():
         status, _, err, _ = judged(*arguments)

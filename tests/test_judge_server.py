@@ -15,9 +15,14 @@ from prlhf.errors import UserError
 from prlhf.judge import __main__ as command
 from prlhf.judge import server as module
 from prlhf.judge.server import Server, answers
+from prlhf.judge.template import parse_answer
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-secret-of-mine"
+
+
+class Drip(str):
+    """A body that comes a character every 0.1 seconds."""
 
 
 class Stub(ThreadingHTTPServer):
@@ -70,7 +75,9 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body.encode())
+        for piece in body if isinstance(body, Drip) else [body]:
+            self.wfile.write(piece.encode())
+            time.sleep(0.1 if isinstance(body, Drip) else 0)
 
     def log_message(self, *_):
         pass
@@ -150,6 +157,7 @@ FIRST_FAILS = {  # the reply to the first request, and after how many seconds at
     "server error": ((503, {}, "busy"), 0.375),
     "hung up": ((None, {}, ""), 0.375),
     "time-out": ("slow", 0.6 + 0.375),
+    "drips": ((200, {}, Drip('{"choices": [{"message": {"content": "A"}}]}')), 0.6 + 0.375),
 }
 
 
@@ -164,7 +172,7 @@ def test_what_passes_is_asked_again(stub, server, kind):
         return found if n == 0 and found != "slow" else text.upper()
 
     s = stub(reply)
-    assert answers(server(s, timeout=0.6 if found == "slow" else 60), LETTERS[:1]) == ["A"]
+    assert answers(server(s, timeout=0.6 if kind in ("time-out", "drips") else 60), LETTERS[:1]) == ["A"]
     assert len(s.asked) == 2 and s.times[1] - s.times[0] >= least
 
 
@@ -237,7 +245,53 @@ def test_a_server_that_is_not_there(stub, server, tmp_path):
     slow = stub(lambda stub, n, text: time.sleep(0.5) or text)
     with pytest.raises(UserError, match="no answer within 0.2 seconds, tried 1 times"):
         answers(server(slow, retries=0, timeout=0.2), LETTERS[:1])
-    assert not (tmp_path / "answers").exists()
+    drips = stub(lambda stub, n, text: (200, {}, Drip('{"choices": [{"message": {"content": "A"}}]}')))
+    with pytest.raises(UserError, match="no answer within 0.4 seconds, tried 1 times"):
+        answers(server(drips, retries=0, timeout=0.4), LETTERS[:1])
+    assert kept(tmp_path) == []
+
+
+def completion(text, finish):
+    return 200, {}, json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish}]})
+
+
+CUT = {  # an answer, why it ended, and the verdict
+    "a": ("A", "length", "first"),
+    "b": (" b. 85", "length", "second"),
+    "c": ("A is better than the other one, which", "length", "unparsed"),
+    "d": ("A is better than the other one", "stop", "first"),
+    "e": ("<think>\nA seems", "stop", "unparsed"),
+    "f": ("<think>\nIs it A or not?\n</think>\n\nB", "stop", "second"),
+    "g": ("<think>\n\n</think>\n\nB because A", "length", "unparsed"),
+    "h": ("A tie", "length", "unparsed"),
+    "i": ("", "length", "unparsed"),
+    "j": ("", "stop", "unparsed"),  # which is not cut
+}
+
+
+def test_an_answer_that_was_cut_is_no_verdict(stub, server, tmp_path, capsys):
+    """Nor is one from disk. What is said before the cut may be taken back behind it; a letter alone is all that was asked for."""
+    s, asked = stub(lambda stub, n, text: completion(*CUT[text][:2])), conversations(*CUT)
+    for _ in range(2):
+        found = [parse_answer(text).verdict for text in answers(server(s), asked)]
+        assert dict(zip(CUT, found)) == {name: verdict for name, (_, _, verdict) in CUT.items()}
+        assert (
+            "m: 5 of 10 answers were cut, at 16 tokens or while it thought, and are unparsed" in capsys.readouterr().err
+        )
+    assert len(s.asked) == 10 and {record["answer"] for record in kept(tmp_path)} == {
+        text for text, _, _ in CUT.values()
+    }
+
+
+def test_nothing_is_asked_whose_answer_cannot_be_kept(stub, server, tmp_path):
+    """A file stands where the folder should be; the folder's own file is no file; the folder cannot be had. One sentence."""
+    s = stub()
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "loop", Path("/proc/answers")):
+        with pytest.raises(UserError, match=rf"^{folder}/answers.jsonl: cannot be written \(.*\), expected a folder"):
+            answers(server(s, folder=folder), LETTERS)
+    assert not s.asked and (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_moment_of_nonsense_passes_and_an_empty_answer_is_one(stub, server, tmp_path):
@@ -410,6 +464,20 @@ def test_a_judgement_goes_on_after_its_budget(stub, judged, tmp_path):
     assert again[::3] == (0, report) and len(s.asked) == 24
 
 
+def test_what_differs_from_the_judgement_that_is_there_is_named(stub, judged, tmp_path):
+    s = stub(finer)
+    assert judged("--base-url", s.url)[0] == 0
+    before = files(tmp_path / "out")
+    for options, judge, differing in [
+        (("--base-url", s.url, "--certainty"), "openai:m", "settings"),
+        (("--base-url", s.url, "--no-text"), "openai:n", "judge, settings"),
+        ((), "rule:longer", "judge"),
+    ]:
+        status, _, err, _ = judged(*options, judge=judge)
+        assert status == 2 and f"by openai:m, which differs in {differing}; expected a new or empty folder" in err, err
+    assert files(tmp_path / "out") == before and len(s.asked) == 12
+
+
 def test_a_dry_run_sends_and_writes_nothing(stub, judged, tmp_path, monkeypatch):
     """Without a key and without the package; what is on disk does not count. An estimate: characters / 4, rounded up."""
     s = stub(finer)
@@ -442,6 +510,13 @@ def test_bad_options_change_nothing(stub, judged, tmp_path, monkeypatch):
         (("--dry-run",), "rule:shorter", "--dry-run: not for --judge rule:shorter, expected openai:MODEL"),
         (("--max-requests", 5), "rule:longer", "--max-requests: not for --judge rule:longer"),
         (url, "openai:", "--base-url: not for --judge openai:, expected openai:MODEL"),
+        (
+            ("--seed", 1),
+            "rule:longer",
+            "--seed: not for --judge rule:longer, expected hf:... or openai:..., or --validate",
+        ),
+        (("--seed", 1), "simulated:x", "--seed: not for --judge simulated:x, expected"),
+        (("--seed", 1), "prm:x", "--seed: not for --judge prm:x, expected"),
     ]:
         status, _, err, _ = judged(*options, judge=judge)
         assert status == 2 and part in err and len(err.splitlines()) == 1, err

@@ -130,7 +130,13 @@ def test_bad_input_of_several_is_refused_and_changes_nothing(call, systems, tmp_
     cases = {
         (a, a, base, "rule:shorter", "out"): "found a file twice, expected each system once",
         (a, other, base, "rule:shorter", "out"): f"none only in {other}, 1 (prompt \"x\" of user 'bob') only in {base}",
-        (a, b, base, "rule:longer", "done"): f"holds {a}, {b} against {base} by rule:shorter, expected",
+        (
+            a,
+            b,
+            base,
+            "rule:longer",
+            "done",
+        ): f"holds {a}, {b} against {base} by rule:shorter, which differs in judge; expected",
         (b, a, base, "rule:shorter", "done"): f"holds {a}, {b} against",
         (a, base, "rule:shorter", "done"): f"holds {a}, {b} against",
         (a, b, base, "simulated:", "out"): "expected one of",

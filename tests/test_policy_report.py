@@ -15,7 +15,7 @@ from prlhf.data.comparisons import GENERIC, Prompt
 from prlhf.evaluate.held_out import encoder_of
 from prlhf.generate.decode import Decoding
 from prlhf.judge import __main__ as command
-from prlhf.judge.policy import answer_all, asked_by, policy_report, prompts_of, texts_of, token_mean
+from prlhf.judge.policy import answer_all, asked_by, policy_report, price, prompts_of, residuals, texts_of, token_mean
 from prlhf.judge.texts import Answered, described, distinct, is_refusal, repetition
 from prlhf.store.final import load_final
 from prlhf.train import __main__ as train
@@ -113,6 +113,7 @@ def test_log_ratios_are_those_of_the_models_own_forward_pass(runs, name):
     report = policy_report(loaded, asked, sides)
     policy, base = own_models(loaded)
     sums, tokens = defaultdict(lambda: torch.zeros(2)), defaultdict(int)
+    rows = defaultdict(list)  # of each user: the log-ratio of each response, and its tokens
     for a, response, log_pi, log_sft in zip(asked, sides.policy, sides.log_pi_N, sides.log_sft_N):
         before = f"{texts[a.user]}\n" if a.user in texts else ""
         assert loaded.tokenizer.decode(a.policy) == before + a.prompt.text
@@ -122,6 +123,7 @@ def test_log_ratios_are_those_of_the_models_own_forward_pass(runs, name):
         assert (log_pi.item(), log_sft.item()) == pytest.approx(expected, abs=1e-3)
         sums[a.user] += torch.tensor(expected)
         tokens[a.user] += len(y)
+        rows[a.user].append((expected[0] - expected[1], len(y)))
     for user, row in report["users"].items():
         found, (log_pi, log_sft) = row["after"], (sums[user] / tokens[user]).tolist()
         assert found["tokens"] == tokens[user] and abs(log_pi - log_sft) > 0.01
@@ -129,13 +131,53 @@ def test_log_ratios_are_those_of_the_models_own_forward_pass(runs, name):
         assert found["reference_log_prob_per_token"] == pytest.approx(log_sft, abs=1e-4)
         assert found["log_ratio_per_token"] == pytest.approx(log_pi - log_sft, abs=1e-4)
     first, second, generic = (row["after"]["log_ratio_per_token"] for row in report["users"].values())
+    one, two, nobody = (
+        [(ratio - t * sum(r for r, _ in rows[user]) / tokens[user]) / tokens[user] for ratio, t in rows[user]]
+        for user in names
+    )
+    error = math.sqrt(3 / 2 * sum(((i + j) / 2 - k) ** 2 for i, j, k in zip(one, two, nobody)))
     assert report["price"] == {
         "known_users": 2,
         "as_themselves": pytest.approx((first + second) / 2),
         "least": min(first, second),
         "most": max(first, second),
         "generic": generic,
+        "more": pytest.approx((first + second) / 2 - generic),
+        "more_standard_error": pytest.approx(error, abs=1e-4),
     }
+
+
+def test_each_user_is_asked_with_their_own_text(runs, call, tmp_path):
+    """Prompts of a file: dave's and alice's texts are those of data.valid, bob has none anywhere. A text beside a prompt is about
+    the prompt's user: alice's stands in for hers, nobody else reads it; one of no named user is read by nobody."""
+    lines = [
+        {"prompt": "One.\n"},
+        {"prompt": "Two.\n", "user": "alice", "user_text": "I like cats."},
+        {"prompt": "Three.\n", "user_text": "I am anybody."},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    loaded, run, out = load_final(runs / "lora"), runs / "lora", tmp_path / "out"
+    options = ("--prompts", tmp_path / "prompts.jsonl", "--users", "alice,bob,dave,generic", "--max-new-tokens", 2)
+    status, said, err = call(command.main, "--report", run, "--out", out, *options)
+    assert status == 0, err
+    letters, jokes = "I like letters.", "I like jokes."
+    expected = {
+        "alice": [letters, "I like cats.", letters],
+        "bob": [None] * 3,
+        "dave": [jokes] * 3,
+        GENERIC: [None] * 3,
+    }
+    found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [(r["user"], r["user_text"]) for r in found] == [
+        (user, text) for user in expected for text in expected[user]
+    ]
+    prompts = prompts_of(loaded, str(tmp_path / "prompts.jsonl"), 9)
+    asked = asked_by(loaded, encoder_of(loaded), prompts, list(expected), texts_of(loaded))
+    read = [loaded.tokenizer.decode(a.policy) for a in asked]
+    texts = [text for user in expected for text in expected[user]]
+    assert read == [(f"{text}\n" if text else "") + line["prompt"] for text, line in zip(texts, lines * 4)]
+    assert json.loads((out / "report.json").read_text())["without_text"] == ["bob"]
+    assert "there was none of 1 of 3 known users for some prompts or all ('bob')" in said
 
 
 def test_the_mean_log_ratio_estimates_the_kl(runs):
@@ -191,6 +233,32 @@ def test_the_mean_over_tokens_by_hand():
     assert token_mean(torch.tensor([3.0]), torch.tensor([2])) == (1.5, None)
 
 
+def test_the_price_has_a_paired_standard_error_over_prompts():
+    """By hand over 1 and 3 tokens: 1 and 2 as themselves, residuals 1/16 and -1/16 (above), 2 and 1 as the generic user, 5/16 and
+    -5/16: sqrt(2 (1/16 + 1/16)) = 1/2. None between equal users, however each one varies.
+    Of 400 prompts, lengths and users' ratios drawn together: as the jackknife has it, which leaves each prompt out in turn."""
+
+    def found(sums, tokens):
+        rows = {user: {"after": {"log_ratio_per_token": token_mean(sums[user], tokens[user]).mean}} for user in sums}
+        return price(rows, {user: residuals(sums[user], tokens[user]) for user in sums})
+
+    T, up, down = torch.tensor([1, 3]), torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
+    assert found({"a": up, GENERIC: down}, {"a": T, GENERIC: T})["more_standard_error"] == pytest.approx(0.5)
+    same = found({"a": up, "b": up, GENERIC: up}, {"a": T, "b": T, GENERIC: T})
+    assert (same["more"], same["more_standard_error"]) == (0, 0)
+    assert found({"a": up[:1], GENERIC: down[:1]}, {"a": T[:1], GENERIC: T[:1]})["more_standard_error"] is None
+
+    draw, N = torch.Generator().manual_seed(0), 400
+    common = torch.randn(N, generator=draw)
+    tokens = {user: torch.randint(1, 129, (N,), generator=draw) for user in ("a", "b", GENERIC)}
+    sums = {user: t * (0.3 + common + 0.4 * torch.randn(N, generator=draw)) for user, t in tokens.items()}
+    whole = {user: (s.double().sum(), tokens[user].double().sum()) for user, s in sums.items()}
+    R = {user: (whole[user][0] - sums[user].double()) / (whole[user][1] - tokens[user]) for user in sums}
+    without_N = (R["a"] + R["b"]) / 2 - R[GENERIC]
+    jackknife = ((N - 1) / N * (without_N - without_N.mean()).square().sum()).sqrt().item()
+    assert found(sums, tokens)["more_standard_error"] == pytest.approx(jackknife, rel=0.02)
+
+
 def test_texts_by_hand():
     assert (
         distinct(["a b a", "b c"], 1) == 3 / 5 and distinct(["a b a", "a b"], 2) == 2 / 3 and distinct(["a"], 2) is None
@@ -242,15 +310,31 @@ def test_the_command_writes_what_it_found(runs, call, tmp_path):
     )
     assert status == 0, err
 
-    status, said, err = call(
-        command.main, "--report", run, "--out", out, "--users", f"{loaded.users.names[0]},generic", *short
-    )
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    users = ("--users", f"{loaded.users.names[0]},generic")
+    for options, part in [
+        ((*short, *users), f"holds a report of {run / 'final'}, which differs in decoding, users; expected a new"),
+        ((*short, "--temperature", 0, "--limit", 2), "which differs in prompts; expected"),
+    ]:
+        status, said, err = call(command.main, "--report", run, "--out", out, *options)
+        assert status == 2 and part in err and len(err.splitlines()) == 1, err
+    assert call(command.main, "--report", run, "--out", out, "--temperature", 0, *short)[0] == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".png"} == {
+        name: content for name, content in written.items() if not name.endswith(".png")
+    }
+
+    out = tmp_path / "drawn"
+    status, said, err = call(command.main, "--report", run, "--out", out, *users, *short)
     assert status == 0, err
     report = json.loads((out / "report.json").read_text())
     own, generic = (row["after"]["log_ratio_per_token"] for row in report["users"].values())
     more = "more" if own >= generic else "less"
     assert f"as the 1 known users themselves (mean; {own:.3f} to {own:.3f}), {generic:.3f} as the generic" in said
-    assert f"{abs(own - generic):.3f} {more}." in said and "an estimate of KL" in said
+    error = report["price"]["more_standard_error"]
+    assert (
+        f"{abs(own - generic):.3f} ± {error:.3f} {more} (± its standard error over prompts" in said
+        and "an estimate of KL" in said
+    )
     assert report["decoding"]["temperature"] == 1 and math.isfinite(own)
 
 

@@ -166,6 +166,7 @@ def test_nothing_is_imported_that_is_not_a_core_dependency():
         "matplotlib",
         "pyarrow",  # an extra, for parquet
         "openai",  # an extra, for judges on a server
+        "httpx2",  # comes with openai
         "jinja2",
         "triton",  # comes with torch where there is a GPU, and is imported nowhere else
     }

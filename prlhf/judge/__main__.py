@@ -1,11 +1,16 @@
 """Which of two systems' responses do users prefer, by a judge? python -m prlhf.judge A.jsonl B.jsonl --judge JUDGE --out DIR
 
 A and B are what generate.py wrote, or comparisons, whose chosen responses are taken: the same prompts of the same users in both.
-JUDGE is rule:shorter or rule:longer (by words); simulated:FILE, whichever of these each simulated user of FILE follows; prm:RUN, a reward model of prlhf, by each user's own reward; hf:PATH, a local
-language model, by the log-probabilities of its answer letters; or openai:MODEL, on any OpenAI-compatible server. Each pair is
-judged in both orders. Writes report.json, report.md, users.csv, verdicts.jsonl and win_rate.png: win rates of A against B, with
-intervals over users. Of more than two files the last is the baseline, which each other one is judged against: one table, and a
-folder of these files for each.
+JUDGE is one of
+  rule:shorter, rule:longer   by words
+  simulated:FILE              whichever of these rules each simulated user of FILE follows
+  prm:RUN                     a reward model of prlhf, by each user's own reward
+  hf:PATH                     a local language model, by the log-probabilities of its answer letters
+  openai:MODEL                a language model on any OpenAI-compatible server
+Each pair is judged in both orders.
+Writes report.json, report.md, users.csv, verdicts.jsonl and win_rate.png: win rates of A against B, with intervals over users.
+Of more than two files the last is the baseline, which each other one is judged against: one table, and a folder of these files
+for each.
 
 Is the judge to be believed? python -m prlhf.judge --validate comparisons.jsonl --judge JUDGE --out DIR
 How often it agrees with the users' own choices, beside the same judge without anything of the user, and as another user. Writes
@@ -28,7 +33,7 @@ from prlhf.judge.judges import find_judge
 from prlhf.judge.pairs import read_pairs
 from prlhf.judge.policy import answer_all, asked_by, policy_report, prompts_of, texts_of
 from prlhf.judge.policy_page import check_policy_out, policy_markdown, write_policy
-from prlhf.judge.prompting import Prompting, add_prompting_options, prompting_of
+from prlhf.judge.prompting import ASKED_JUDGES, Prompting, add_prompting_options, prompting_of
 from prlhf.judge.queries import Query
 from prlhf.judge.report import check_out, judgement, markdown, write
 from prlhf.judge.server import add_options, server_of
@@ -77,6 +82,9 @@ def main() -> None:
             raise UserError(f"--{name}: {'only' if of_validate else 'not'} with --validate")
     check_range("--limit", 1 if args.limit is None else args.limit, low=1)
     prompting = prompting_of(args)
+    if args.seed and not args.validate and args.judge.partition(":")[0] not in ASKED_JUDGES:
+        expected = f"{' or '.join(f'{kind}:...' for kind in ASKED_JUDGES)}, or --validate"
+        raise UserError(f"--seed: not for --judge {args.judge}, expected {expected}")
     (validate if args.validate else judge_files)(args, prompting)
 
 
@@ -133,26 +141,24 @@ def report_policy() -> None:
     check_range("--temperature", args.temperature, low=0)
 
     check_started_alone("prlhf.judge")
-    out = Path(args.out)
-    check_policy_out(out)
     loaded = load_final(args.report)
     if loaded.config.method != "pdpo":
         raise UserError(f"{loaded.path}: a model of method {loaded.config.method} does not generate, expected pdpo")
-    names = asked_names(args.users, loaded.users)
+    names = list(dict.fromkeys(asked_names(args.users, loaded.users)))
     if not names:
         raise UserError("--users @own: not for --report, which asks each prompt as each user; expected names or @all")
     prompts = prompts_of(loaded, args.prompts, args.limit)
-    texts = {} if args.prompts else texts_of(loaded)
     encoder, decoding = encoder_of(loaded), Decoding(args.max_new_tokens, args.temperature, seed=args.seed)
-    asked = asked_by(loaded, encoder, prompts, list(dict.fromkeys(names)), texts)
-    sides = answer_all(loaded, asked, encoder, decoding, args.batch_size)
-    source = args.prompts or loaded.config.data.valid
-    report = {
+    source = {
         "policy": str(loaded.path),
-        "prompts": {"source": str(source), "n": len(prompts)},
+        "prompts": {"source": str(args.prompts or loaded.config.data.valid), "n": len(prompts)},
         "decoding": asdict(decoding),
-        **policy_report(loaded, asked, sides),
     }
+    out = Path(args.out)
+    check_policy_out(out, {**source, "users": names})
+    asked = asked_by(loaded, encoder, prompts, names, texts_of(loaded))
+    sides = answer_all(loaded, asked, encoder, decoding, args.batch_size)
+    report = {**source, **policy_report(loaded, asked, sides)}
     if not write_policy(out, report, loaded, asked, sides):
         print("no figure: matplotlib is not installed (pip install 'prlhf[plots]')")
     print(f"{policy_markdown(report)}\nwritten to {out}")
@@ -179,9 +185,6 @@ def validate(args: argparse.Namespace, prompting: Prompting) -> None:
         return print(server.forecast())
     report = {
         **asked,
-        "settings": prompting.settings,
-        "limit": args.limit,
-        "seed": args.seed,
         "version": judge.version,
         "said": judge.said,
         **found,

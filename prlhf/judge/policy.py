@@ -74,7 +74,9 @@ def prompts_of(loaded: Loaded, path: str | None, limit: int) -> list[Prompt]:
 
 
 def texts_of(loaded: Loaded) -> dict[str, str]:
-    """The text about each user in the run's data.valid, the last one given."""
+    """The text about each user in the run's data.valid, the last one given; none where the run has no such file."""
+    if loaded.config.data.valid is None:
+        return {}
     file = read_comparisons(loaded.config.data.valid, loaded.config.data)
     return {c.user: c.user_text for c in file.comparisons if c.user and c.user_text}
 
@@ -82,11 +84,15 @@ def texts_of(loaded: Loaded) -> dict[str, str]:
 def asked_by(
     loaded: Loaded, encoder: Encoder, prompts: Sequence[Prompt], names: Sequence[str], texts: dict[str, str]
 ) -> list[Asked]:
-    """Each prompt as each user asks it, user by user. texts: about users, for prompts without one of their own."""
+    """Each prompt as each user asks it, user by user. texts: about users.
+
+    The text that stands beside a prompt is about the prompt's user, and is read for that user alone.
+    """
     read, asked = [encoder.read(p.text, p.where, p.tools) for p in prompts], []
     for name in names:
         for prompt, x in zip(prompts, read):
-            prompt = prompt._replace(user_text=prompt.user_text or texts.get(name))
+            own = prompt.user_text if prompt.user == name else None
+            prompt = prompt._replace(user_text=own or texts.get(name))
             policy = encoder.prefix_to_answer(x, prompt.user_text, prompt.where)
             reference = policy
             if policy.user_text and not encoder.config.user_text_in_reference:
@@ -149,25 +155,36 @@ def token_mean(sums_N: Tensor, tokens_N: Tensor) -> TokenMean:
 
     sqrt(N / (N - 1) sum_n (sums_n - R tokens_n)^2) / sum of tokens      (Cochran 1977, Sampling Techniques, 6.4)
     """
-    sums_N, tokens_N, N = sums_N.double(), tokens_N.double(), len(sums_N)
-    R = sums_N.sum() / tokens_N.sum()
-    if N < 2:
-        return TokenMean(R.item(), None)
-    spread = (N / (N - 1) * (sums_N - R * tokens_N).square().sum()).sqrt()
-    return TokenMean(R.item(), (spread / tokens_N.sum()).item())
+    R = sums_N.double().sum() / tokens_N.sum()
+    return TokenMean(R.item(), standard_error(residuals(sums_N, tokens_N)))
+
+
+def residuals(sums_N: Tensor, tokens_N: Tensor) -> Tensor:
+    """e_n = (sums_n - R tokens_n) / sum of tokens, (N,) float64: what response n moves R by, to first order."""
+    sums_N, tokens_N = sums_N.double(), tokens_N.double()
+    return (sums_N - sums_N.sum() / tokens_N.sum() * tokens_N) / tokens_N.sum()
+
+
+def standard_error(e_N: Tensor) -> float | None:
+    """sqrt(N / (N - 1) sum_n e_n^2); None for a single one."""
+    N = len(e_N)
+    return (N / (N - 1) * e_N.square().sum()).sqrt().item() if N > 1 else None
 
 
 def policy_report(loaded: Loaded, asked: Sequence[Asked], sides: Sides) -> dict[str, Any]:
-    """The numbers of report.json: for each user before and after, and the price of personalisation."""
+    """The numbers of report.json: for each user before and after, the known users who asked a prompt without a text about them
+    where the model reads texts, and the price of personalisation."""
     texts = [
         [Answered(text, r.finished) for r, text in zip(side, texts_of_ids(loaded, side))]
         for side in (sides.reference, sides.policy)
     ]
     users: dict[str, Any] = {}
+    by_prompt: dict[str, Tensor] = {}
     for name in dict.fromkeys(a.user for a in asked):
         rows = [n for n, a in enumerate(asked) if a.user == name]
         log_pi_N, log_sft_N, tokens_N = (t[rows] for t in (sides.log_pi_N, sides.log_sft_N, sides.tokens_N))
         distance = token_mean(log_pi_N - log_sft_N, tokens_N)
+        by_prompt[name] = residuals(log_pi_N - log_sft_N, tokens_N)
         before, after = ([side[n] for n in rows] for side in texts)
         users[name] = {
             "before": described(before),
@@ -180,22 +197,31 @@ def policy_report(loaded: Loaded, asked: Sequence[Asked], sides: Sides) -> dict[
                 "log_ratio_standard_error": distance.standard_error,
             },
         }
-    return {"users": users, "price": price(users)}
+    nothing = {a.user for a in asked if a.user != GENERIC and not a.prompt.user_text}
+    without_text = [name for name in users if name in nothing] if loaded.config.data.user_text else []
+    return {"users": users, "without_text": without_text, "price": price(users, by_prompt)}
 
 
-def price(users: dict[str, Any]) -> dict[str, Any] | None:
+def price(users: dict[str, Any], by_prompt: dict[str, Tensor]) -> dict[str, Any] | None:
     """The log-ratio per token of known users as themselves, mean, least and most, beside the generic user's; None where one of
-    the two is not there."""
+    the two is not there.
+
+    by_prompt: each user's `residuals`, over the same prompts. All users answer these with the same random numbers, so the error of
+    mean - generic is that of the residuals' own difference at each prompt: paired.
+    """
     found = {name: row["after"]["log_ratio_per_token"] for name, row in users.items()}
     generic, known = found.pop(GENERIC, None), list(found.values())
     if generic is None or not known:
         return None
+    own_N = torch.stack([by_prompt[name] for name in found]).mean(dim=0)
     return {
         "known_users": len(known),
         "as_themselves": sum(known) / len(known),
         "least": min(known),
         "most": max(known),
         "generic": generic,
+        "more": sum(known) / len(known) - generic,
+        "more_standard_error": standard_error(own_N - by_prompt[GENERIC]),
     }
 
 

@@ -58,6 +58,7 @@ def policy_markdown(report: dict[str, Any]) -> str:
             markdown_table(header, rows),
             f"{meaning} distinct-n: the share of different n-grams among all of a user's, which falls as there is more text. Repeated: "
             "those that the same response had before. Refusals: by how a response begins, a heuristic.",
+            *_without_text(report),
             _price_text(report, ratio),
         ]
     ) + "\n"  # fmt: skip
@@ -73,15 +74,29 @@ def _cells(title: str, row: dict[str, Any]) -> list[str]:
     return [*cells, f"{row['log_prob_per_token']:.3f}", f"{row['reference_log_prob_per_token']:.3f}", ratio]
 
 
+def _without_text(report: dict[str, Any]) -> list[str]:
+    """Whose text the model was not given, in a sentence, or nothing."""
+    names = report["without_text"]
+    if not names:
+        return []
+    known = len(report["users"].keys() - {GENERIC})
+    return [
+        f"The model reads the text about a user: there was none of {len(names):,} of {known:,} known users for some prompts or all "
+        f"({quoted(names)})."
+    ]
+
+
 def _price_text(report: dict[str, Any], ratio: str) -> str:
     found = report["price"]
     if found is None:
         return "The price of personalisation takes both a known user and the generic one."
-    more = found["as_themselves"] - found["generic"]
+    more, error = found["more"], found["more_standard_error"]
+    by = f"{abs(more):.3f}" + ("" if error is None else f" ± {error:.3f}")
     return (
         f"The price of personalisation: {ratio} of {found['as_themselves']:.3f} nats a token from the reference as the "
         f"{found['known_users']:,} known users themselves (mean; {found['least']:.3f} to {found['most']:.3f}), "
-        f"{found['generic']:.3f} as the generic user: {abs(more):.3f} {'more' if more >= 0 else 'less'}."
+        f"{found['generic']:.3f} as the generic user: {by} {'more' if more >= 0 else 'less'}"
+        + ("." if error is None else " (± its standard error over prompts, paired).")
     )
 
 
@@ -101,18 +116,22 @@ def figure(report: dict[str, Any], path: Path) -> bool:
     return save_figure(path, (0.6 * len(report["users"]) + 2, 3.6), draw)
 
 
-def check_policy_out(out: Path) -> None:
-    """UserError unless `out` is not there, is empty, or holds a policy's report, which is replaced."""
-    expected = "expected a new or empty folder, or a policy's report"
+def check_policy_out(out: Path, asked: dict[str, Any]) -> None:
+    """UserError unless `out` is not there, is empty, or holds a report of what is asked, which is made again: {"policy", "prompts",
+    "decoding", "users"}, users by name."""
+    expected = "expected a new or empty folder, or a report of the same policy on the same prompts"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: found a file, {expected}")
     entries = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     try:
-        ours = not entries or "policy" in json.loads((out / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        ours = False
-    if not ours:
-        raise UserError(f"--out {out}: holds something else ({quoted(entries)}), {expected}")
+        held = json.loads((out / "report.json").read_text(encoding="utf-8")) if entries else asked
+        found = {**{name: held[name] for name in asked}, "users": list(held["users"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--out {out}: holds something else ({quoted(entries)}), {expected}") from None
+    if differing := [name for name, value in asked.items() if found[name] != value]:
+        raise UserError(
+            f"--out {out}: holds a report of {held['policy']}, which differs in {', '.join(differing)}; {expected}"
+        )
 
 
 def write_policy(out: Path, report: dict[str, Any], loaded: Loaded, asked: Sequence[Asked], sides: Sides) -> bool:

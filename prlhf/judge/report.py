@@ -232,7 +232,7 @@ def figure(report: dict[str, Any], path: Path) -> bool:
 
 def check_out(out: Path, asked: dict[str, Any]) -> None:
     """UserError unless `out` is not there, is empty but for a server's answers, or holds a judgement of what is asked:
-    {"judge", "a", "b"}, a one file or, against one baseline, a list of them."""
+    {"judge", "a", "b"}, a one file or, against one baseline, a list of them, and "settings" of a judge that has some."""
     expected = "expected a new or empty folder, or a judgement of the same files by the same judge"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: found a file, {expected}")
@@ -241,12 +241,14 @@ def check_out(out: Path, asked: dict[str, Any]) -> None:
         return
     try:
         found = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        held = {name: found[name] for name in asked}
+        held = {name: found[name] for name in ("judge", "a", "b")}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--out {out}: holds something else ({quoted(entries)}), {expected}") from None
-    if held != asked:
+    if differing := [name for name, value in asked.items() if found.get(name) != value]:
         a = held["a"] if isinstance(held["a"], str) else ", ".join(map(str, held["a"]))
-        raise UserError(f"--out {out}: holds {a} against {held['b']} by {held['judge']}, {expected}")
+        raise UserError(
+            f"--out {out}: holds {a} against {held['b']} by {held['judge']}, which differs in {', '.join(differing)}; {expected}"
+        )
 
 
 def write(out: Path, report: dict[str, Any], pairs: Sequence[Pair], decisions: Sequence[Decision]) -> bool:

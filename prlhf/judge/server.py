@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from prlhf.data.comparisons import Messages
 from prlhf.errors import UserError, check_range
-from prlhf.judge.kept import AnswerFile, Completion
+from prlhf.judge.kept import AnswerFile, Completion, read_completion
 
 OPENAI_URL = "https://api.openai.com/v1"
 TEMPERATURE = 0
@@ -135,23 +135,23 @@ def key_of(server: Server, messages: Messages) -> str:
 
 
 def answers(server: Server, conversations: Sequence[Messages]) -> list[str]:
-    """The model's answer to each conversation, in their order; "" where it had nothing to say.
+    """The model's answer to each conversation, in their order; "" where it had nothing to say, or was cut (`Completion.said`).
 
-    Equal conversations are asked once, and those whose answer is on disk not at all. Of a dry run all others are "", and are
-    put down in `server.wanted`.
+    Equal conversations are asked once, and those whose answer is on disk not at all. Of a dry run all are "", and those that
+    would be asked are put down in `server.wanted`.
     UserError, with what is kept: the budget is spent, the server refuses, cannot be reached or speaks no sense; and where
     there is something to ask, but no key or no package openai.
     """
     kept = AnswerFile(server.folder / ANSWERS_FILE)
     by_key = {key_of(server, messages): messages for messages in conversations}
-    asked = {key: messages for key, messages in by_key.items() if key not in kept.texts}
+    asked = {key: messages for key, messages in by_key.items() if key not in kept.answers}
     if server.dry_run:
         server.wanted |= {key: estimated_tokens(messages) for key, messages in asked.items()}
-        return [kept.texts.get(key_of(server, messages), "") for messages in conversations]
+        return [""] * len(conversations)
     if asked:
 
         def with_kept(problem: str) -> str:
-            done = sum(key in kept.texts for key in by_key)
+            done = sum(key in kept.answers for key in by_key)
             return f"{problem}; {done:,} of {len(by_key):,} answers are kept in {kept.path}, the same command goes on"
 
         try:
@@ -161,7 +161,14 @@ def answers(server: Server, conversations: Sequence[Messages]) -> list[str]:
             raise
         if problem:
             raise UserError(with_kept(problem))
-    return [kept.texts[key_of(server, messages)] for messages in conversations]
+    said = {key: kept.answers[key].said for key in by_key}
+    if cut := list(said.values()).count(None):
+        print(
+            f"{server.model}: {cut:,} of {len(said):,} answers were cut, at {server.answer_tokens} tokens or while it thought, and "
+            "are unparsed",
+            file=sys.stderr,
+        )
+    return [said[key_of(server, messages)] or "" for messages in conversations]
 
 
 def _api_key() -> str:
@@ -185,11 +192,13 @@ async def _ask_all(server: Server, asked: Mapping[str, Messages], kept: AnswerFi
     No more is sent then; what is under way is awaited and kept, since it is paid for.
     """
     try:
+        import httpx2  # which openai sends by
         import openai
     except ImportError:
         raise UserError(
             "--judge openai: the package is not installed, expected it (pip install 'prlhf[judge]')"
         ) from None
+    kept.prepare()
     problems: list[str] = []
     left = iter(asked.items())
 
@@ -211,8 +220,20 @@ async def _ask_all(server: Server, asked: Mapping[str, Messages], kept: AnswerFi
                     f"{server.url}: does not say how many tokens it used, expected another budget (--max-requests)"
                 )
 
+    class Timed(openai.DefaultAsyncHttpxClient):
+        async def send(self, *args: Any, **options: Any) -> Any:
+            """One try, within the time limit as a whole: the package's own limit is of the time between two bytes."""
+            try:
+                return await asyncio.wait_for(super().send(*args, **options), server.timeout)
+            except asyncio.TimeoutError:  # noqa: UP041, another one in Python 3.10
+                raise httpx2.ReadTimeout("no whole answer in time") from None
+
     client = openai.AsyncOpenAI(
-        api_key=api_key, base_url=server.base_url, max_retries=server.retries, timeout=server.timeout
+        api_key=api_key,
+        base_url=server.base_url,
+        max_retries=server.retries,
+        timeout=server.timeout,
+        http_client=Timed(),
     )
     with tqdm(total=len(asked), desc="judging", unit="answer", disable=None) as bar:
         async with client:
@@ -245,20 +266,6 @@ async def _ask(client: Any, server: Server, messages: Messages) -> Completion:
         if pause is None or server.spent:
             raise _NoCompletion(body)
     return answer
-
-
-def read_completion(body: str) -> Completion | None:
-    """The answer that a chat completion holds; None where the body is none. No content (a refusal, say) is the text ""."""
-    try:
-        record = json.loads(body)
-        text = record["choices"][0]["message"].get("content")
-        usage = record.get("usage") or {}
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    if text is not None and not isinstance(text, str):
-        return None
-    return Completion(text or "", sum(counts) if all(type(count) is int for count in counts) else None)
 
 
 def _told(server: Server, error: Exception, api_key: str) -> str:

@@ -21,7 +21,10 @@ TITLES = {"judge": "the judge, as each user", **{name: f"the same, {title}" for 
 
 
 def check_validation_out(out: Path, asked: Mapping[str, Any]) -> None:
-    """UserError unless `out` is not there, is empty but for a server's answers, or holds a validation of what is asked: {"judge", "data", ...}."""
+    """UserError unless `out` is not there, is empty but for a server's answers, or holds a validation of what is asked.
+
+    asked: {"judge", "data", ...}, as validation.json begins.
+    """
     expected = "expected a new or empty folder, or a validation of the same judge on the same file"
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: found a file, {expected}")
