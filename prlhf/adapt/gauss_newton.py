@@ -31,12 +31,12 @@ from prlhf.method.losses import Outputs, ResponseLogProbs, preference_loss
 from prlhf.score.slopes import SlopePart, parts_of, read_by, slopes
 from prlhf.score.task import Task
 
-MOST_ROUNDS = 60
+MOST_ROUNDS = 200
 MOVES = 10  # that the approximation of J's Hessian remembers
 LEAST_CURVATURE = 0.1  # along a move that it remembers; the prior's own is 1
 LONGEST_STEP = 2.0  # in standard deviations of the prior
 LAST_GRADIENT = (
-    1e-2  # of J, per standard deviation of the prior: so near is t. In half types what their rounding allows
+    1e-2  # a search ends there: the gradient of J, per standard deviation of the prior, or as a share of the first one
 )
 
 
@@ -115,8 +115,8 @@ class At(NamedTuple):
 def search(task: Task, problems: Mapping[int, UserProblem], enough: float | None = None) -> dict[int, At]:
     """A stationary point of each user's J. Each user's steps are their own; the forward passes are shared.
 
-    enough: the norm of the gradient at which it ends, by default LAST_GRADIENT.
-
+    It ends where the gradient's norm is at most `enough`, by default LAST_GRADIENT, times that at t = 0 where this is below 1.
+    In half types `enough` is what their rounding allows, at least.
     UserError for outputs that are not finite; TrainingError, with a user's name, where no such point is found.
     """
     parts = parts_of(task, [i for problem in problems.values() for i in problem.indices])
@@ -128,10 +128,11 @@ def search(task: Task, problems: Mapping[int, UserProblem], enough: float | None
         )
     eps = torch.finfo(task.model.backbone.get_input_embeddings().weight.dtype).eps
     enough, sizes = max(enough or LAST_GRADIENT, eps**0.5), dict.fromkeys(problems, 1.0)
+    last = {user: enough * min(1.0, point.gradient_R.norm().item()) for user, point in at.items()}
     moves: dict[int, list[tuple[Tensor, Tensor]]] = {user: [] for user in problems}
     bar = tqdm(range(MOST_ROUNDS), desc="search", unit="round", disable=None, leave=False)
     for _ in bar:
-        left = [user for user, point in at.items() if not point.gradient_R.norm() <= enough]
+        left = [user for user, point in at.items() if not point.gradient_R.norm() <= last[user]]
         if not left:
             bar.close()
             return at
@@ -151,7 +152,7 @@ def search(task: Task, problems: Mapping[int, UserProblem], enough: float | None
                 sizes[user] /= 2
     raise TrainingError(
         f"user {problems[left[0]].name!r}: the search for the most probable vectors has not ended after {MOST_ROUNDS} rounds; "
-        f"expected a gradient of {enough:.1g} at most, found {at[left[0]].gradient_R.norm():.1g}"
+        f"expected a gradient of {last[left[0]]:.1g} at most, found {at[left[0]].gradient_R.norm():.1g}"
     )
 
 

@@ -11,7 +11,7 @@ of the M trained users' offsets: a new user is a mixture of trained ones, and, b
 MOST_DIRECTIONS rows at most, and no matrix is larger than the table.
 
 Scale and floor are cross-validated over trained users, each held out of C: a few of their comparisons are learnt from, as a new user's
-would be, and others predicted. Scale 1 and the floor MODEST stay unless another is better by more than a standard error over
+would be, and others predicted. Scale 1 and the floor MODEST stay unless another is better by more than CLEAR standard errors over
 users. What all users share has been trained with those held out too; only training again would undo that (`scale` does, where
 training is a solution). New users' own comparisons do not count, so no new user depends on others.
 
@@ -46,7 +46,8 @@ SCALES_TRIED = (0.25, 4.0)  # beside 1
 FLOORS = (0.0, 0.3)  # shares of the variance, beside MODEST
 MODEST = 0.1
 HELD_OUT_USERS, LEARN, PREDICT = 8, 3, 6  # trained users, and comparisons of each
-ROUGHLY = 0.1  # where a search for them ends: the gradient of J, per standard deviation of the prior
+ROUGHLY = 0.1  # where a search for them ends, in place of LAST_GRADIENT
+CLEAR = 2.0  # with one standard error half of all choices among laws that are equal would be another than the usual one
 
 
 class RowPrior(NamedTuple):
@@ -58,6 +59,13 @@ class RowPrior(NamedTuple):
     floor: float = 0.0  # what of C is in no direction: a multiple of I
     scale: float = 1.0
     said: str = "scale 1"
+
+    def by(self, law: "RowLaw") -> "RowPrior":
+        """A prior at scale 1 without a floor by this law, its floor's share being of the variance."""
+        if self.directions_KV is None:
+            return self._replace(scale=law.scale)
+        floor = law.floor * self.directions_KV.square().mean().item() * len(self.directions_KV)
+        return self._replace(directions_KV=(1 - law.floor) ** 0.5 * self.directions_KV, floor=floor, scale=law.scale)
 
     def basis(self, root_KK: Tensor, scale: float) -> Basis:
         """The directions of a row at this scale. root_KK: of the coordinates' covariance, with the scale."""
@@ -80,16 +88,14 @@ class TrainedRows(NamedTuple):
     full: bool
     standard: bool
 
-    def prior(self, share: float = 0.0) -> RowPrior:
-        """At scale 1, `share` of the variance being the floor's."""
+    def prior(self) -> RowPrior:
+        """At scale 1, without a floor."""
         base_V, away_MV, full, standard = self
         if not full:
             return RowPrior(base_V, population(second_moment(away_MV), len(away_MV), standard).covariance_KK)
         _, S_K, Vt_KV = torch.linalg.svd(away_MV / max(len(away_MV), 1) ** 0.5, full_matrices=False)
         directions_KV = (S_K[:, None] * Vt_KV)[:MOST_DIRECTIONS]
-        floor = share * directions_KV.square().sum().item() / directions_KV.shape[1]
-        identity_KK = torch.eye(len(directions_KV), dtype=torch.float64)
-        return RowPrior(base_V, identity_KK, (1 - share) ** 0.5 * directions_KV, floor)
+        return RowPrior(base_V, torch.eye(len(directions_KV), dtype=torch.float64), directions_KV)
 
     def without(self, row: int) -> "TrainedRows":
         """The others."""
@@ -127,7 +133,9 @@ def held_out(training: Sequence[EncodedComparison]) -> tuple[list[EncodedCompari
     """HELD_OUT_USERS trained users at most, LEARN and PREDICT comparisons of each at most, drawn at random, that share no response."""
     rng, comparisons, found = random.Random(0), list[EncodedComparison](), []
     judges = sorted({c.user for c in training} - {0})
-    for user in sorted(rng.sample(judges, min(HELD_OUT_USERS, len(judges)))):
+    for user in rng.sample(judges, len(judges)):
+        if len(found) == HELD_OUT_USERS:
+            break
         own = [c for c in training if c.user == user]
         drawn = spread(rng.sample(own, len(own)))[: LEARN + PREDICT]
         places = range(len(comparisons), len(comparisons) + len(drawn))
@@ -138,11 +146,11 @@ def held_out(training: Sequence[EncodedComparison]) -> tuple[list[EncodedCompari
     return comparisons, found
 
 
-def predicted(task: Task, trained: TrainedRows, users: Sequence[HeldOut], law: RowLaw) -> Tensor | None:
-    """Each user's mean -log P(y1 preferred) = -log s(margin) on the comparisons to predict, (H,); None where a search fails."""
+def predicted(task: Task, users: Sequence[HeldOut], priors: Sequence[RowPrior], law: RowLaw) -> Tensor | None:
+    """By a prior of the others for each user, their mean -log P(y1 preferred) = -log s(margin) on the comparisons to predict, (H,); None where a search fails."""
     problems = {}
     for n, user in enumerate(users):
-        prior = trained.without(user.row).prior(law.floor)
+        prior = priors[n].by(law)
         root_KK = Gaussian.of(torch.zeros_like(prior.prior_KK[0]), law.scale * prior.prior_KK).root_KK
         problems[n] = UserProblem(
             f"trained user {user.row + 1}", user.learn, prior.base_V, prior.basis(root_KK, law.scale)
@@ -188,14 +196,15 @@ def new_rows_prior(loaded: Loaded, training: Sequence[EncodedComparison] | None)
     comparisons, users = held_out(training or ())
     if len(users) > 1:
         task = task_of(loaded, comparisons)
-        law = cross_validated(law, lambda tried: predicted(task, trained, users, tried), trained.full)
+        priors = [trained.without(user.row).prior() for user in users]
+        law = cross_validated(law, lambda tried: predicted(task, users, priors, tried), trained.full)
         how = f"by cross-validation over {len(users)} trained users"
     said = f"the population of trained users, scale {law.scale:g}" + (f", floor {law.floor:g}" if trained.full else "")
-    return trained.prior(law.floor)._replace(scale=law.scale, said=f"{said} ({how})")
+    return trained.prior().by(law)._replace(said=f"{said} ({how})")
 
 
 def cross_validated(usual: RowLaw, predict: Callable[[RowLaw], Tensor | None], full: bool) -> RowLaw:
-    """The usual law, or one that predicts better by more than a standard error over users: first of SCALES_TRIED, then of FLOORS.
+    """The usual law, or one that predicts better by more than CLEAR standard errors over users: first of SCALES_TRIED, then of FLOORS.
 
     predict: a law's loss for each user held out, (H,); None: it is no candidate.
     """
@@ -208,6 +217,6 @@ def cross_validated(usual: RowLaw, predict: Callable[[RowLaw], Tensor | None], f
             if losses_H is None:
                 continue
             gain_H = torch.full_like(losses_H, torch.inf) if least_H is None else least_H - losses_H
-            if least_H is None or gain_H.mean() > gain_H.std() / len(gain_H) ** 0.5:
+            if least_H is None or gain_H.mean() > CLEAR * gain_H.std() / len(gain_H) ** 0.5:
                 best, least_H = tried, losses_H
     return best

@@ -110,14 +110,17 @@ def doubts(loaded: Loaded, readings: Sequence[Reading], rewards_N: Tensor, batch
     for rivals in rival_groups([readings[i] for i in rows], batch_size):
         some = [[rows[n] for n in group] for group in rivals]
         flat = [readings[i] for group in some for i in group]
-        x_NX = features(model.user_model, model.states_of(flat)) if linear else reward_slopes(model, flat)
+        parts = [flat[start : start + batch_size] for start in range(0, len(flat), batch_size)]
+        x_NX = torch.cat(
+            [features(model.user_model, model.states_of(p)) if linear else reward_slopes(model, p) for p in parts]
+        )
         stds = variances([reading.user for reading in flat], x_NX).sqrt().tolist()
         start = 0
         for group in some:
             n = len(group)
             user, x_RX, r_R = readings[group[0]].user, x_NX[start : start + n], rewards_N[group].double()
             difference_RR = r_R[:, None] - r_R
-            variance_RR = variances([user] * n**2, (x_RX[:, None] - x_RX).flatten(0, 1)).view(n, n)
+            variance_RR = torch.stack([variances([user] * n, x_X - x_RX) for x_X in x_RX])
             p_RR = integrated(difference_RR, variance_RR, posterior.law_of(user).sharpness).sigmoid()
             wins_R = (p_RR.sum(dim=1) - 0.5) / (n - 1) if n > 1 else [None]  # without itself, against which it is 1/2
             for i, std, wins in zip(group, stds[start : start + n], wins_R):
