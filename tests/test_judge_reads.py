@@ -121,6 +121,31 @@ def test_examples_never_tell_what_is_judged(tmp_path):
     assert seen == {"yes", *(f"c{i}" for i in range(0, 20, 2))} and len(drawn) > 10
 
 
+def test_a_dialogue_as_text_never_tells_its_later_turns(tmp_path):
+    """Nor its earlier ones, nor what was said of them, with other white space too; another dialogue's turns are told."""
+    turns = ["Human: Hi\n\nAssistant:", "Human: Hi\n\nAssistant: secret\n\nHuman: More\n\nAssistant:"]
+    records = [record(turn, reason=f"of turn {i}", chosen=f"c{i}") for i, turn in enumerate(turns)]
+    records.append(record("Human: Bye\n\nAssistant:", reason="of another", chosen="c2"))
+    profiles = read_profiles(write(tmp_path / "p", records), 9)
+    for asked in (*turns, f" {turns[0]}\n", turns[1].replace("\n\n", "\n")):
+        found = profiles.of(query(asked))
+        assert {c.chosen for c in found.examples} == {"c2"} and found.reasons == ("of another",)
+    assert {c.chosen for c in profiles.of(query("Human: Bye\n\nAssistant:")).examples} == {"c0", "c1"}
+
+
+def test_examples_are_of_distinct_prompts(tmp_path):
+    """Of 8 comparisons of one prompt and one each of 3 others, examples name each prompt once; any response of it may be drawn."""
+    records = [record("many", chosen="c", rejected=f"r{i}") for i in range(8)]
+    path = write(tmp_path / "p", records + [record(f"one {i}", chosen=f"d{i}") for i in range(3)])
+    first, of_many = [], set()
+    for seed in range(200):
+        examples = read_profiles(path, 9, seed).of(query("new")).examples
+        assert sorted(c.prompt for c in examples) == ["many", "one 0", "one 1", "one 2"]
+        first.append(examples[0].prompt)
+        of_many |= {c.rejected for c in examples if c.prompt == "many"}
+    assert len(of_many) == 8 and 25 < first.count("many") < 75  # 200 / 4 expected, not 200 * 8 / 11
+
+
 def test_prism_says_why(tmp_path):
     """The raw conversations' open feedback, and the three aspects that were rated highest, are in the comparisons."""
     raw = tmp_path / "raw"
@@ -188,6 +213,7 @@ def test_templates_are_refused_by_name_and_line(tmp_path):
         good + "{{ prompt | nothing }}": "line 4: not a Jinja template",
         good + "{{ prompt / 2 }}": "t: cannot be filled in",
         good + "{{ prompt.__class__ }}": "line 4: no placeholder '__class__'",
+        good + "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "t: cannot be filled in",
     }  # fmt: skip
     for text, message in cases.items():
         path.write_text(text)
@@ -209,7 +235,10 @@ ANSWERS = {
     "A clear answer is hard": ("unparsed", None), "A tie between A and B": ("unparsed", None), "I prefer not to say A": ("unparsed", None),
     "It isn't B": ("unparsed", None), "<html>": ("unparsed", None), "AB": ("unparsed", None), "85": ("unparsed", 85),
     "A, 0": ("first", None), "A, 101": ("first", None), "A, 80 to 90": ("first", None), "A, 80.5": ("first", None),
-    "A 99999999999999999999": ("first", None),
+    "A 99999999999999999999": ("first", None), "A wins": ("first", None), "Response A wins.": ("first", None),
+    "option a": ("first", None), "Option b": ("second", None), "Response A clearly wins": ("first", None), "option a wins": ("first", None),
+    "Vitamin B helps so it is the first one": ("unparsed", None), "A, the first one": ("first", None), "B: the second": ("second", None),
+    "A, not the second": ("unparsed", None), "A response a friend likes": ("unparsed", None), "Response A and option b": ("unparsed", None),
 }  # fmt: skip
 
 
