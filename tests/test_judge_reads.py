@@ -329,6 +329,31 @@ def test_a_local_model_judges_by_its_letters(model_folder, call, tmp_path):
     assert judged("a", "a", "aa")[0]["win_rate"]["per_sample"] == 0.5
 
 
+def test_the_report_says_of_whom_the_judge_knows_anything(model_folder, call, tmp_path):
+    """Of u from the profiles and of w by the responses' text, not of v; profiles of nobody asked and templates without users are refused."""
+    asked = [{"id": u, "user": u, "prompt": f"Q{u}", "user_text": {"w": "Be brief."}.get(u)} for u in "uvw"]
+    a, b = (write(tmp_path / y, [{**r, "response": y} for r in asked]) for y in ("one", "other"))
+    judge = (a, b, "--judge", f"hf:{model_folder}", "--out", tmp_path / "out")
+    stranger = write(tmp_path / "stranger", [record("P", "x", user_text="unlike")])
+    (tmp_path / "t").write_text("{{ prompt }} {{ response_a }} {{ response_b }}")
+    cases = {
+        ("--profiles", stranger): f"--profiles {stranger}: tells nothing of any of the 3 users, expected one at least",
+        (
+            "--profiles",
+            stranger,
+            "--template",
+            tmp_path / "t",
+        ): "t: tells nothing of users, expected user_text, reasons",
+    }
+    for more, message in cases.items():
+        status, _, err = call(command.main, *judge, *more)
+        assert status == 2 and message in err and not (tmp_path / "out").exists(), err
+    status, said, err = call(command.main, *judge, "--profiles", write(tmp_path / "p", [record("P", "u")]))
+    assert status == 0 and "It knows anything of 2 of 3 users." in said, err
+    status, said, err = call(command.main, a, b, *judge[2:4], "--out", tmp_path / "plain")
+    assert status == 0 and "It knows anything of 1 of 3 users." in said, err
+
+
 def test_letters_that_are_equally_likely_are_a_tie(model_folder):
     local = load_local(str(model_folder))
     with torch.no_grad():

@@ -24,6 +24,7 @@ DEFAULT_TEMPLATE = Path(__file__).with_name("template.txt")
 NEEDED: tuple[str, ...] = ("prompt", "response_a", "response_b")
 # What a template may say; examples have EXAMPLE_FIELDS, and certainty is whether the judge is asked for its certainty.
 PLACEHOLDERS: tuple[str, ...] = (*NEEDED, "user_text", "reasons", "examples", "certainty")
+ABOUT_USERS = frozenset({"user_text", "reasons", "examples"})
 EXAMPLE_FIELDS: tuple[str, ...] = ("prompt", "chosen", "rejected")
 ENVIRONMENT_OF_JUDGES = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 # An A before a word in small letters is the article, but before these; a letter behind "response" or "option" is none.
@@ -74,6 +75,11 @@ def read_template(path: str | Path = DEFAULT_TEMPLATE, certainty: bool = False) 
     for profile in (Profile(None, (), ()), Profile("u", ("r",), ())):
         conversation(template, made_up, profile, certainty)
     return template
+
+
+def tells_of_users(template: Template) -> bool:
+    """Whether a template has a placeholder for what is known of a user."""
+    return bool(find_undeclared_variables(ENVIRONMENT_OF_JUDGES.parse(template.text)) & ABOUT_USERS)
 
 
 def conversation(template: Template, query: Query, profile: Profile, certainty: bool = False) -> Messages:
