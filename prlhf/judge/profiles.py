@@ -6,15 +6,17 @@ messages or one text: of two texts, the one that begins with the other is its la
 """
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from prlhf.config.keys import DataConfig
 from prlhf.data.check.rules import prompt_key
-from prlhf.data.comparisons import Comparison, Messages, parse_user_text, read_parsed, shortened
+from prlhf.data.comparisons import CANONICAL, Comparison, Messages, parse_user_text, read_parsed, shortened
 from prlhf.data.files import Record
+from prlhf.data.names import canonical
 from prlhf.errors import UserError
 from prlhf.judge.queries import Query
 
@@ -52,12 +54,12 @@ class Profiles:
     with_text: bool = True
 
     def of(self, query: Query) -> Profile:
-        """The profile of the user of a query. Which response is read first does not matter.
+        """The profile of the user of a query. Which response is read first does not matter, nor whether the name is `canonical`.
 
         The text is the user's latest in the file, else the query's own. The statements are their latest REASONS, each once; the
         examples the first of those drawn, one of a prompt: both of other prompts, pairs and dialogues than the query's.
         """
-        asked, pair, user = opening(query.prompt), {query.first, query.second}, query.user or ""
+        asked, pair, user = opening(query.prompt), {query.first, query.second}, canonical(query.user or "")
 
         def apart(c: Comparison) -> bool:
             return not same_dialogue(opening(c.prompt), asked) and {c.chosen, c.rejected} != pair
@@ -70,19 +72,27 @@ class Profiles:
         return Profile(self.texts.get(user) or query.user_text, tuple(said[-REASONS:]), examples)
 
 
-def read_profiles(path: str | Path, examples: int = EXAMPLES, seed: int = 0, with_text: bool = True) -> Profiles:
+def read_profiles(
+    path: str | Path,
+    examples: int = EXAMPLES,
+    seed: int = 0,
+    with_text: bool = True,
+    config: DataConfig = CANONICAL,
+    lines: Container[str] | None = None,
+) -> Profiles:
     """The profiles of the users of a file of comparisons; those without a user tell nothing.
 
-    A user's text is the record's user_text, else its `attributes` by name; statements are the fields STATEMENTS. Each user's
+    config: the file's format, user_column and attributes; lines: only these ("FILE, line 3") are read.
+    A user's text is the record's user_text, else its `attributes` by name, or those of the config alone; statements are the fields STATEMENTS. Each user's
     comparisons are drawn by the seed and the user's name, so that a user's examples differ between prompts only by what
     a prompt forbids. UserError, with file, line and field, where a record is no comparison or a statement no text.
     """
     profiles = Profiles(examples=examples, with_text=with_text)
-    for where, record, c in read_parsed(path):
-        if c.user is None or c.chosen == c.rejected:
+    for where, record, c in read_parsed(path, config):
+        if c.user is None or c.chosen == c.rejected or (lines is not None and where not in lines):
             continue
         profiles.comparisons.setdefault(c.user, []).append(c)
-        if text := c.user_text or _text_of_attributes(record, where):
+        if text := c.user_text or (_text_of_attributes(record, where) if config.attributes is None else None):
             profiles.texts[c.user] = text
         said = [(c, form.format(text)) for name, form in STATEMENTS.items() if (text := _text(record, name, where))]
         profiles.statements.setdefault(c.user, []).extend(said)

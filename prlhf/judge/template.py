@@ -30,7 +30,7 @@ ENVIRONMENT_OF_JUDGES = ImmutableSandboxedEnvironment(undefined=StrictUndefined,
 # An A before a word in small letters is the article, but before these; a letter behind "response" or "option" is none.
 VERBS = "is|was|wins|and|or|over|with|because|since|by|as|at|for|than"
 LETTER = re.compile(rf"\bA\b(?! (?!(?:{VERBS})\b)[a-z])|\bB\b")
-NAMED = re.compile(rf"\b(?i:response|option) +([AB]\b|[ab]\b(?! (?!(?:{VERBS})\b)[a-z]))")
+NAMED_LETTER = re.compile(rf"\b(?i:response|option) +([AB]\b|[ab]\b(?! (?!(?:{VERBS})\b)[a-z]))")
 BY_PLACE = re.compile(r"\bthe (first|second)\b", re.IGNORECASE)
 ALONE = re.compile(r"\W*([ab])\W*", re.IGNORECASE)
 NEGATED = re.compile(r"\b(?:not|never|neither|nor)\b|n['’]t\b", re.IGNORECASE)
@@ -126,7 +126,7 @@ def parse_answer(text: str) -> Ruling:
     certainty = whole[0] if len(set(numbers)) == len(whole) == 1 else None
     without_ties, ties = re.subn(r"\b(?:a )?tie\b", "", text, flags=re.IGNORECASE)
     alone = ALONE.fullmatch(re.sub(r"\d+", "", text))
-    named = NAMED.sub(lambda found: f"{found[1].upper()}.", without_ties)
+    named = NAMED_LETTER.sub(lambda found: f"{found[1].upper()}.", without_ties)
     letters = {alone[1].upper()} if alone else set(LETTER.findall(named))
     places = {"A" if place.lower() == "first" else "B" for place in BY_PLACE.findall(text)}
     if len(letters) + bool(ties) != 1 or NEGATED.search(text) or (letters and places - letters):
