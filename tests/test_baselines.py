@@ -219,6 +219,30 @@ def test_roleplay_tells_the_text_about_the_user_and_no_more(run, answered, tmp_p
     ]
 
 
+def test_roleplay_tells_what_a_judge_is_told(run, tmp_path):
+    """By hand: text and statements of the known user's lines in training, of other prompts; attributes where there is no text."""
+    mine = {"user": "alice", "chosen": "y", "rejected": "n"}
+    lines = [
+        {**mine, "prompt": "p", "reason": "of the prompt"},
+        {**mine, "prompt": "q", "reason": "too long", "aspects": "style", "attributes": {"age": "30", "job": "cook"}},
+        {**mine, "prompt": "r", "rejected": "y", "reason": "of no choice"},
+        {**mine, "prompt": "s", "user": "stranger", "reason": "a stranger's"},
+    ]
+    (tmp_path / "train").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    asked = [(Prompt("p", "p", None, None, ""), user) for user in ("alice", "stranger")]
+
+    def told(name, *more):
+        loaded = load_final(run, (f"data.train={tmp_path / 'train'}", *more))
+        return [prompt.text for prompt in find_baseline(loaded, name, 0).prompts(asked)]
+
+    said = "What the user said about other answers:\n- too long\n- What mattered: style"
+    known = "What is known about the user:\n"
+    assert told("roleplay") == [as_user(f"{known}age: 30\njob: cook\n\n{said}") + "\n\np", "p"]
+    assert told("roleplay", "data.attributes=[job]") == [as_user(f"{known}job: cook\n\n{said}") + "\n\np", "p"]
+    (few, _) = told("fewshot:9")
+    assert few.count("[Prompt]") == 1 and "[Prompt]\nq\n" in few and "too long" not in few
+
+
 def test_fewshot_tells_comparisons_of_the_user_and_never_of_the_prompt(call, run, tmp_path):
     """Every one is among the user's training comparisons, other seeds draw others, and the response is that of the whole text."""
     own = [r for r in training(run) if r["user"] == "alice"]
@@ -374,7 +398,7 @@ def test_what_there_is_nothing_to_tell_is_refused(call, run, tmp_path):
             "generic",
             "--baseline",
             "roleplay",
-        ): "found no user with a text (user_text, or data.attributes)",
+        ): "found no user with a text (user_text, attributes) or a statement (reason, aspects)",
         (*asked, "--users", "generic", "--baseline", "fewshot:2"): "found no user with training comparisons to tell",
     }
     for arguments, part in cases.items():

@@ -61,6 +61,7 @@ def test_a_profile_by_hand(tmp_path):
         record("d", "v", attributes={"preference": "Be brief.", "age": "30"}),
         record("e", "w"),
         record("f", None, user_text="nobody's", reason="nobody's"),
+        record("h", "\u00e9", user_text="accented"),
         record("g", "x", chosen="same", rejected="same", user_text="of no choice"),
     ]
     path = write(tmp_path / "p", records)
@@ -78,6 +79,7 @@ def test_a_profile_by_hand(tmp_path):
     assert profiles.of(query("c2")).reasons == ("too long", "What mattered: style", "reason 0", "reason 1")
     assert profiles.of(query("z", "v", "asked")).text == "preference: Be brief.\nage: 30"
     assert profiles.of(query("z", "w", "asked")) == ("asked", (), ())
+    assert profiles.of(query("z", "e\u0301")).text == "accented"  # as a run of an earlier version may name them
     assert (
         profiles.of(query("z", None)).empty
         and profiles.of(query("z", "x")).empty
@@ -120,6 +122,31 @@ def test_examples_never_tell_what_is_judged(tmp_path):
         assert len(read_profiles(path, 99, seed).of(query("new", "v")).examples) == 10
         assert not read_profiles(path, 0, seed).of(query("new")).examples
     assert seen == {"yes", *(f"c{i}" for i in range(0, 20, 2))} and len(drawn) > 10
+
+
+def test_a_dialogue_as_text_never_tells_its_later_turns(tmp_path):
+    """Nor its earlier ones, nor what was said of them, with other white space too; another dialogue's turns are told."""
+    turns = ["Human: Hi\n\nAssistant:", "Human: Hi\n\nAssistant: secret\n\nHuman: More\n\nAssistant:"]
+    records = [record(turn, reason=f"of turn {i}", chosen=f"c{i}") for i, turn in enumerate(turns)]
+    records.append(record("Human: Bye\n\nAssistant:", reason="of another", chosen="c2"))
+    profiles = read_profiles(write(tmp_path / "p", records), 9)
+    for asked in (*turns, f" {turns[0]}\n", turns[1].replace("\n\n", "\n")):
+        found = profiles.of(query(asked))
+        assert {c.chosen for c in found.examples} == {"c2"} and found.reasons == ("of another",)
+    assert {c.chosen for c in profiles.of(query("Human: Bye\n\nAssistant:")).examples} == {"c0", "c1"}
+
+
+def test_examples_are_of_distinct_prompts(tmp_path):
+    """Of 8 comparisons of one prompt and one each of 3 others, examples name each prompt once; any response of it may be drawn."""
+    records = [record("many", chosen="c", rejected=f"r{i}") for i in range(8)]
+    path = write(tmp_path / "p", records + [record(f"one {i}", chosen=f"d{i}") for i in range(3)])
+    first, of_many = [], set()
+    for seed in range(200):
+        examples = read_profiles(path, 9, seed).of(query("new")).examples
+        assert sorted(c.prompt for c in examples) == ["many", "one 0", "one 1", "one 2"]
+        first.append(examples[0].prompt)
+        of_many |= {c.rejected for c in examples if c.prompt == "many"}
+    assert len(of_many) == 8 and 25 < first.count("many") < 75  # 200 / 4 expected, not 200 * 8 / 11
 
 
 def test_prism_says_why(tmp_path):
@@ -189,6 +216,7 @@ def test_templates_are_refused_by_name_and_line(tmp_path):
         good + "{{ prompt | nothing }}": "line 4: not a Jinja template",
         good + "{{ prompt / 2 }}": "t: cannot be filled in",
         good + "{{ prompt.__class__ }}": "line 4: no placeholder '__class__'",
+        good + "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}": "t: cannot be filled in",
     }  # fmt: skip
     for text, message in cases.items():
         path.write_text(text)
@@ -210,7 +238,10 @@ ANSWERS = {
     "A clear answer is hard": ("unparsed", None), "A tie between A and B": ("unparsed", None), "I prefer not to say A": ("unparsed", None),
     "It isn't B": ("unparsed", None), "<html>": ("unparsed", None), "AB": ("unparsed", None), "85": ("unparsed", 85),
     "A, 0": ("first", None), "A, 101": ("first", None), "A, 80 to 90": ("first", None), "A, 80.5": ("first", None),
-    "A 99999999999999999999": ("first", None),
+    "A 99999999999999999999": ("first", None), "A wins": ("first", None), "Response A wins.": ("first", None),
+    "option a": ("first", None), "Option b": ("second", None), "Response A clearly wins": ("first", None), "option a wins": ("first", None),
+    "Vitamin B helps so it is the first one": ("unparsed", None), "A, the first one": ("first", None), "B: the second": ("second", None),
+    "A, not the second": ("unparsed", None), "A response a friend likes": ("unparsed", None), "Response A and option b": ("unparsed", None),
 }  # fmt: skip
 
 
@@ -299,6 +330,31 @@ def test_a_local_model_judges_by_its_letters(model_folder, call, tmp_path):
     assert back["win_rate"]["per_sample"] == pytest.approx(1 - report["win_rate"]["per_sample"], abs=1e-12)
     assert "certain" not in back and "certainties" not in plain[0]
     assert judged("a", "a", "aa")[0]["win_rate"]["per_sample"] == 0.5
+
+
+def test_the_report_says_of_whom_the_judge_knows_anything(model_folder, call, tmp_path):
+    """Of u from the profiles and of w by the responses' text, not of v; profiles of nobody asked and templates without users are refused."""
+    asked = [{"id": u, "user": u, "prompt": f"Q{u}", "user_text": {"w": "Be brief."}.get(u)} for u in "uvw"]
+    a, b = (write(tmp_path / y, [{**r, "response": y} for r in asked]) for y in ("one", "other"))
+    judge = (a, b, "--judge", f"hf:{model_folder}", "--out", tmp_path / "out")
+    stranger = write(tmp_path / "stranger", [record("P", "x", user_text="unlike")])
+    (tmp_path / "t").write_text("{{ prompt }} {{ response_a }} {{ response_b }}")
+    cases = {
+        ("--profiles", stranger): f"--profiles {stranger}: tells nothing of any of the 3 users, expected one at least",
+        (
+            "--profiles",
+            stranger,
+            "--template",
+            tmp_path / "t",
+        ): "t: tells nothing of users, expected user_text, reasons",
+    }
+    for more, message in cases.items():
+        status, _, err = call(command.main, *judge, *more)
+        assert status == 2 and message in err and not (tmp_path / "out").exists(), err
+    status, said, err = call(command.main, *judge, "--profiles", write(tmp_path / "p", [record("P", "u")]))
+    assert status == 0 and "It knows anything of 2 of 3 users." in said, err
+    status, said, err = call(command.main, a, b, *judge[2:4], "--out", tmp_path / "plain")
+    assert status == 0 and "It knows anything of 1 of 3 users." in said, err
 
 
 def test_letters_that_are_equally_likely_are_a_tie(model_folder):

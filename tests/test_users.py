@@ -11,7 +11,7 @@ from prlhf.data.names import ALIKE
 from prlhf.data.unknown import alike, check_users, users_fields, without_users
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError
-from prlhf.generate.__main__ import asked_names
+from prlhf.generate.asked import asked_names
 from prlhf.store.runs import open_run
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}

@@ -10,8 +10,6 @@ A line of --score is {"prompt", "response", "user", "user_text"?, "id"?}; of --o
 """
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict
@@ -25,8 +23,8 @@ from prlhf.batch.tokens import EncodedPrompt, Encoder
 from prlhf.data.comparisons import GENERIC, Prompt, read_prompts
 from prlhf.data.files import fingerprint_of
 from prlhf.data.unknown import check_users
-from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, check_range, run_command
+from prlhf.generate.asked import asked_names
 from prlhf.generate.decode import Decoding, Request, batches, check_decoding, generate
 from prlhf.generate.responses import ResponseFile
 from prlhf.generate.rewards import score_file
@@ -152,25 +150,6 @@ def prefixes_of(prompts: Sequence[Prompt], encoder: Encoder) -> list[EncodedProm
         if id(p) not in found:
             found[id(p)] = encoder.prefix_to_answer(encoder.read(p.text, p.where, p.tools), p.user_text, p.where)
     return [found[id(p)] for p in prompts]
-
-
-def asked_names(text: str, users: UserIndex) -> list[str]:
-    """The names of --users, as the model has them; none for @own. They are CSV: a name with a comma stands in double quotes.
-
-    UserError for an unknown name, or where a known one with a comma is written without quotes.
-    """
-    if text in ("@all", "@own"):
-        return [*users.names, GENERIC] if text == "@all" else []
-    rows = csv.reader(io.StringIO(text), skipinitialspace=True)
-    names = [name for row in rows for name in row] or [text]
-    for name in users.names:
-        if "," in name and name in text and name not in names:
-            quoted = '"' + name.replace('"', '""') + '"'
-            raise UserError(
-                f"--users {text}: a name with a comma stands in double quotes, as in --users '{quoted},bob'"
-            )
-    numbers = [users.required_number(name) for name in names]
-    return [users.names[number - 1] if number else GENERIC for number in numbers]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from prlhf.data.comparisons import read_comparisons
 from prlhf.errors import UserError, check_range, run_command
 from prlhf.evaluate.held_out import encoder_of
-from prlhf.generate.__main__ import asked_names
+from prlhf.generate.asked import asked_names
 from prlhf.generate.decode import Decoding
 from prlhf.judge.judges import find_judge
 from prlhf.judge.pairs import read_pairs
@@ -102,7 +102,7 @@ def judge_files(args: argparse.Namespace, prompting: Prompting) -> None:
     if args.show:
         return show(prompting, queries_of(first[:1]))
     server = server_of(args, prompting.asked)
-    judge = find_judge(args.judge, [pair.user for pair in first], prompting, server)
+    judge = find_judge(args.judge, [pair.user for pair in first], prompting, server, queries_of(first))
     validated = {}
     if args.validation:
         validated = {"validation": read_validation(args.validation, judge, prompting.settings)}
@@ -179,7 +179,7 @@ def validate(args: argparse.Namespace, prompting: Prompting) -> None:
     if args.show:
         return show(prompting, choices(comparisons)[:1])
     server = server_of(args, prompting.asked)
-    judge = find_judge(args.judge, [c.user for c in comparisons], prompting, server)
+    judge = find_judge(args.judge, [c.user for c in comparisons], prompting, server, choices(comparisons))
     found = validation(comparisons, judge, args.seed)
     if server and server.dry_run:
         return print(server.forecast())

@@ -1,7 +1,7 @@
 """Baselines by prompting: the untouched base model of a run reads about the user what is known, and nothing is trained.
 
     base        nothing
-    roleplay    the text about the user, as a system message
+    roleplay    the text about the user and what they said of other answers, as a system message
     fewshot:N   N of the user's training comparisons, chosen and rejected response, as a system message
 
 A prompt that goes through no chat template has the same before it. Where nothing is known of a user, it is the base itself. As a
@@ -9,7 +9,6 @@ predictor (`predicted_margins`) the base is asked which of two responses the use
 same knowledge.
 """
 
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from prlhf.errors import UserError, did_you_mean
 from prlhf.evaluate.accuracy import shuffled
 from prlhf.evaluate.held_out import training_file
 from prlhf.judge.letters import letter_log_probs
-from prlhf.judge.profiles import Profile, Profiles
+from prlhf.judge.profiles import Profile, Profiles, read_profiles
 from prlhf.judge.queries import Query
 from prlhf.judge.template import conversation, read_template, readable
 from prlhf.score.agreement import check_agreement
@@ -63,7 +62,9 @@ class Baseline(NamedTuple):
         nothing = not self.profiles.examples and not self.profiles.with_text  # is to be read
         if asked and not known and not nothing:
             what = (
-                "a text (user_text, or data.attributes)" if self.profiles.with_text else "training comparisons to tell"
+                "a text (user_text, attributes) or a statement (reason, aspects)"
+                if self.profiles.with_text
+                else "training comparisons to tell"
             )
             raise UserError(f"--baseline {self.name}: found no user with {what}, expected one at least")
         if known < asked and not nothing:
@@ -80,34 +81,29 @@ def find_baseline(loaded: Loaded, name: str, seed: int) -> Baseline:
     if name not in ("base", "roleplay") and not (kind == "fewshot" and number.isdecimal()):
         hint = did_you_mean(name, BASELINES)
         raise UserError(f"--baseline {name}: no such baseline{hint}; expected one of {', '.join(BASELINES)}")
-    profiles = Profiles(examples=0, with_text=kind == "roleplay")
+    profiles = Profiles(examples=0, with_text=False)
     if kind != "base":
-        profiles = training_profiles(loaded, replace(profiles, examples=int(number or 0)), seed)
+        profiles = training_profiles(loaded, int(number or 0), seed, kind == "roleplay")
     data = replace(loaded.config.data, user_text=False, max_prompt_tokens=sys.maxsize, max_tokens=sys.maxsize)
     return Baseline(name, loaded._replace(model=base_model(loaded), config=replace(loaded.config, data=data)), profiles)
 
 
-def training_profiles(loaded: Loaded, profiles: Profiles, seed: int) -> Profiles:
-    """Empty profiles, filled with the known users' texts and comparisons in training; these in an order drawn by the seed."""
-    file = training_file(loaded)
-    if file is None:
-        path = loaded.config.data.train
+def training_profiles(loaded: Loaded, examples: int, seed: int, with_text: bool) -> Profiles:
+    """What a judge reads of the known users (`read_profiles`), by their comparisons in training alone."""
+    path, file = loaded.config.data.train, training_file(loaded)
+    if path is None or file is None:
         raise UserError(
             f"{loaded.path / 'config.yaml'}: data.train, {path}, is not there; a baseline reads users' texts and comparisons in it"
         )
-    for c in file.comparisons:
-        if number := loaded.users.number(c.user):
-            user = loaded.users.names[number - 1]
-            profiles.comparisons.setdefault(user, []).append(c)
-            profiles.texts.update({user: c.user_text} if c.user_text else {})
-    for user, own in profiles.comparisons.items():
-        random.Random(f"{seed} {user}").shuffle(own)
-    return profiles
+    trained = {c.where for c in file.comparisons if loaded.users.number(c.user)}
+    return read_profiles(path, examples, seed, with_text, loaded.config.data, trained)
 
 
 def told_of(profile: Profile) -> str:
     """What the base reads of a user before a prompt; "" where nothing is known."""
     known = [f"What is known about the user:\n{profile.text}"] if profile.text else []
+    if profile.reasons:
+        known.append("\n".join(["What the user said about other answers:", *(f"- {text}" for text in profile.reasons)]))
     examples = [EXAMPLE.format(readable(c.prompt, c.tools), c.chosen, c.rejected) for c in profile.examples]
     known += ["\n\n".join(["Earlier choices of this user:", *examples])] if examples else []
     return ROLE.format("\n\n".join(known)) if known else ""

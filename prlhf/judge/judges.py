@@ -41,12 +41,16 @@ class Judge(NamedTuple):
 
 
 def find_judge(
-    name: str, users: Iterable[str | None], prompting: Prompting | None = None, server: Server | None = None
+    name: str,
+    users: Iterable[str | None],
+    prompting: Prompting | None = None,
+    server: Server | None = None,
+    queries: Sequence[Query] = (),
 ) -> Judge:
     """The judge of this name, for responses to these users; a language model is asked by `prompting`, by default without profiles.
-    server: that of openai:MODEL.
+    server: that of openai:MODEL. queries: what will be asked, to say of how many users a language model reads anything.
 
-    UserError where there is none, or its model cannot be loaded.
+    UserError where there is none, its model cannot be loaded, or `prompting` has profiles of none of these users.
     """
     kind, _, run = name.partition(":")
     if name in RULE_JUDGES:
@@ -55,8 +59,9 @@ def find_judge(
     if kind == "simulated" and run:
         return simulated_judge(name, run, users)
     prompting = prompting or Prompting()
+    read = f"{prompting.said} {said_of_known(prompting, queries)}" if queries else prompting.said
     if server:
-        said = f"{server.model} was asked at {server.url}, with temperature 0. {prompting.said}"
+        said = f"{server.model} was asked at {server.url}, with temperature 0. {read}"
 
         def rulings(queries: Sequence[Query]) -> list[Ruling]:
             return [parse_answer(text) for text in answers(server, prompting.conversations(queries))]
@@ -64,7 +69,7 @@ def find_judge(
         return Judge(name, rulings, said, prompting.knows, server.url)
     if kind == "hf" and run:
         local = load_local(run)
-        said = f"{run} answered by the log-probabilities of its answer letters. {prompting.said}"
+        said = f"{run} answered by the log-probabilities of its answer letters. {read}"
         version = weights_fingerprint(local.model.backbone)
         return Judge(
             name, lambda queries: rulings_by_letters(local, prompting, queries), said, prompting.knows, version
@@ -81,6 +86,21 @@ def find_judge(
         return loaded.number(query.user) > 0 or bool(query.user_text and loaded.config.data.user_text)
 
     return Judge(name, lambda queries: reward_verdicts(loaded, queries), said, knows, weights_checksum(loaded.path))
+
+
+def said_of_known(prompting: Prompting, queries: Sequence[Query]) -> str:
+    """Of how many of the queries' users a language model reads anything.
+
+    UserError where it is to read profiles, and they tell nothing of any of these users.
+    """
+    users = {query.user for query in queries if query.user is not None}
+    known = {query.user for query in queries if query.user is not None and prompting.knows(query)}
+    profiles = prompting.profiles
+    to_read = "profiles" in prompting.settings and (profiles.examples or profiles.with_text)
+    if to_read and not any(prompting.knows(query._replace(user_text=None)) for query in queries):
+        file = prompting.settings["profiles"]
+        raise UserError(f"--profiles {file}: tells nothing of any of the {len(users):,} users, expected one at least")
+    return f"It knows anything of {len(known):,} of {len(users):,} users."
 
 
 def said_of_unknown(source: str, unknown: Iterable[str]) -> str | None:

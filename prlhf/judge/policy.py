@@ -10,7 +10,6 @@ Policy and reference draw with the same random numbers for a prompt, whoever ask
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,9 +21,9 @@ from prlhf.data.comparisons import GENERIC, Prompt, read_comparisons, read_promp
 from prlhf.errors import UserError
 from prlhf.generate.decode import Decoding, Request, Response, batches, check_decoding, generate
 from prlhf.judge.texts import Answered, described
+from prlhf.method.build import without_users
 from prlhf.method.losses import ResponseLogProbs
-from prlhf.method.models import Core, PersonalizedLM
-from prlhf.method.users import UniformUsers
+from prlhf.method.models import PersonalizedLM
 from prlhf.score.agreement import check_agreement
 from prlhf.score.score import score
 from prlhf.store.final import Loaded, reference_model
@@ -131,16 +130,10 @@ def answer_all(loaded: Loaded, asked: Sequence[Asked], encoder: Encoder, decodin
     log_sft_N = score(reference, pairs, None, loaded.config.evaluate.batch_size, "the reference's")[0]
     rows = {(a.prompt.id, *a.reference): Request(a.reference, 0, a.prompt.id, a.tail) for a in asked}
     with adapters_off(reference.backbone):
-        responses = respond(without_users(reference), list(rows.values()), "the reference")
+        responses = respond(without_users(reference, reference.backbone), list(rows.values()), "the reference")
     by_row = dict(zip(rows, responses))
     before = [by_row[a.prompt.id, *a.reference] for a in asked]
     return Sides(policy, before, scored.chosen, log_sft_N, scored.chosen_length)
-
-
-def without_users(model: PersonalizedLM) -> PersonalizedLM:
-    """The model's backbone as a language model that reads no user vectors."""
-    nobody = UniformUsers(torch.zeros(0, model.backbone.config.hidden_size, device=model.device))
-    return PersonalizedLM(Core(model.backbone, nobody, 0, model.user_slot, model.config, model.compute), None).eval()
 
 
 class TokenMean(NamedTuple):

@@ -11,7 +11,7 @@ from prlhf.errors import UserError, check_range, expanded
 from prlhf.judge.letters import LocalModel, letter_log_probs
 from prlhf.judge.profiles import EXAMPLES, Profiles, read_profiles
 from prlhf.judge.queries import Query, Ruling, Verdict
-from prlhf.judge.template import DEFAULT_TEMPLATE, Template, conversation, read_template
+from prlhf.judge.template import DEFAULT_TEMPLATE, Template, conversation, read_template, tells_of_users
 
 ASKED_JUDGES = ("hf", "openai")  # judges that read a template
 BY_LETTERS = "hf"  # what states its certainty by probabilities, so that it need not be asked
@@ -104,6 +104,10 @@ def prompting_of(args: argparse.Namespace) -> Prompting:
     template = read_template(args.template or DEFAULT_TEMPLATE, asked)
     profiles, settings = Profiles(examples=0, with_text=not args.no_text), dict[str, Any](text=not args.no_text)
     if args.profiles is not None:
+        if not tells_of_users(template):
+            raise UserError(
+                f"{template.path}: tells nothing of users, expected user_text, reasons or examples in it for --profiles"
+            )
         profiles = read_profiles(args.profiles, examples, args.seed, not args.no_text)
         settings |= {
             "profiles": args.profiles,

@@ -24,10 +24,14 @@ DEFAULT_TEMPLATE = Path(__file__).with_name("template.txt")
 NEEDED: tuple[str, ...] = ("prompt", "response_a", "response_b")
 # What a template may say; examples have EXAMPLE_FIELDS, and certainty is whether the judge is asked for its certainty.
 PLACEHOLDERS: tuple[str, ...] = (*NEEDED, "user_text", "reasons", "examples", "certainty")
+ABOUT_USERS = frozenset({"user_text", "reasons", "examples"})
 EXAMPLE_FIELDS: tuple[str, ...] = ("prompt", "chosen", "rejected")
 ENVIRONMENT_OF_JUDGES = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-# An A before a word in small letters is the article, but before these.
-LETTER = re.compile(r"\bA\b(?! (?!(?:is|was|and|or|over|with|because|since|by|as|at|for|than)\b)[a-z])|\bB\b")
+# An A before a word in small letters is the article, but before these; a letter behind "response" or "option" is none.
+VERBS = "is|was|wins|and|or|over|with|because|since|by|as|at|for|than"
+LETTER = re.compile(rf"\bA\b(?! (?!(?:{VERBS})\b)[a-z])|\bB\b")
+NAMED_LETTER = re.compile(rf"\b(?i:response|option) +([AB]\b|[ab]\b(?! (?!(?:{VERBS})\b)[a-z]))")
+BY_PLACE = re.compile(r"\bthe (first|second)\b", re.IGNORECASE)
 ALONE = re.compile(r"\W*([ab])\W*", re.IGNORECASE)
 NEGATED = re.compile(r"\b(?:not|never|neither|nor)\b|n['’]t\b", re.IGNORECASE)
 
@@ -73,6 +77,11 @@ def read_template(path: str | Path = DEFAULT_TEMPLATE, certainty: bool = False) 
     return template
 
 
+def tells_of_users(template: Template) -> bool:
+    """Whether a template has a placeholder for what is known of a user."""
+    return bool(find_undeclared_variables(ENVIRONMENT_OF_JUDGES.parse(template.text)) & ABOUT_USERS)
+
+
 def conversation(template: Template, query: Query, profile: Profile, certainty: bool = False) -> Messages:
     """What the judge reads of a query: one user message. UserError where the template cannot be filled in."""
     examples = [
@@ -84,7 +93,7 @@ def conversation(template: Template, query: Query, profile: Profile, certainty: 
     )  # fmt: skip
     try:
         text = compiled(template.text).render(values)
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise UserError(f"{template.path}: cannot be filled in ({error})") from None
     return ({"role": "user", "content": text.strip()},)
 
@@ -108,15 +117,18 @@ def readable(prompt: str | Messages, tools: Tools | None = None) -> str:
 def parse_answer(text: str) -> Ruling:
     """What an answer says: the letter A or B in it, or that it is a tie; and the one whole number from 1 to 100, if any.
 
-    `unparsed` where it has both letters, or a letter and "tie", or neither, or says what is not so. An A before a word in small
-    letters is the article ("A clear answer").
+    `unparsed` where it has both letters, or a letter and "tie", or neither, or says what is not so, or has one letter and names
+    the other's place ("the first", "the second"). An A before a word in small letters is the article ("A clear answer"), but
+    not in "A wins" or "Response A clearly wins".
     """
     numbers = re.findall(r"\d+(?:\.\d+)?", re.sub(r"/\s*100\b", "", text))
     whole = [int(n) for n in set(numbers) if n.isdecimal() and len(n) <= 3 and 1 <= int(n) <= 100]
     certainty = whole[0] if len(set(numbers)) == len(whole) == 1 else None
     without_ties, ties = re.subn(r"\b(?:a )?tie\b", "", text, flags=re.IGNORECASE)
     alone = ALONE.fullmatch(re.sub(r"\d+", "", text))
-    letters = {alone[1].upper()} if alone else set(LETTER.findall(without_ties))
-    if len(letters) + bool(ties) != 1 or NEGATED.search(text):
+    named = NAMED_LETTER.sub(lambda found: f"{found[1].upper()}.", without_ties)
+    letters = {alone[1].upper()} if alone else set(LETTER.findall(named))
+    places = {"A" if place.lower() == "first" else "B" for place in BY_PLACE.findall(text)}
+    if len(letters) + bool(ties) != 1 or NEGATED.search(text) or (letters and places - letters):
         return Ruling("unparsed", certainty)
     return Ruling("tie" if ties else "first" if letters == {"A"} else "second", certainty)

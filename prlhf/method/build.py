@@ -147,3 +147,9 @@ def choose_trained_weights(config: Config, backbone: PreTrainedModel) -> None:
         config.method == "prm" and backbone.get_output_embeddings().weight is not backbone.get_input_embeddings().weight
     ):
         backbone.get_output_embeddings().requires_grad_(False)  # a reward model does not use the LM head
+
+
+def without_users(model: PersonalizedModel, backbone: PreTrainedModel) -> PersonalizedLM:
+    """A backbone as a language model that reads no user vectors, laid out and computed as the model."""
+    nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size, device=backbone.device))
+    return PersonalizedLM(Core(backbone, nobody, 0, model.user_slot, model.config, model.compute), None).eval()

@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,10 +23,10 @@ from prlhf.config.keys import Config
 from prlhf.config.load import differing_keys, dump, load_resolved
 from prlhf.data.users import UserIndex
 from prlhf.errors import UserError, did_you_mean, expanded
-from prlhf.method.build import build_model
-from prlhf.method.models import Core, PersonalizedLM, PersonalizedModel
+from prlhf.method.build import build_model, without_users
+from prlhf.method.models import PersonalizedLM, PersonalizedModel
 from prlhf.method.posterior import Posterior
-from prlhf.method.users import UniformUsers, is_personal
+from prlhf.method.users import is_personal
 from prlhf.parallel.ranks import on_main
 from prlhf.parallel.tensors import named_weights, whole
 from prlhf.score.reference import weights_fingerprint
@@ -198,8 +197,7 @@ def base_model(loaded: Loaded) -> PersonalizedLM:
     else:
         backbone = _load_base(loaded.path, config, loaded.tokenizer)
         _to_compute_type(backbone, config)
-    nobody = UniformUsers(torch.zeros(0, backbone.config.hidden_size))
-    return PersonalizedLM(Core(backbone, nobody, 0, model.user_slot, model.config, model.compute), None).eval()
+    return without_users(model, backbone)
 
 
 def base_fingerprint(path: Path) -> str:
