@@ -198,8 +198,8 @@ def test_scale_and_floor_change_for_more_than_two_standard_errors_alone():
     assert choose({}) == (1.0, 0.1)
     assert choose({(4.0, 0.1): clear}) == (4.0, 0.1)
     assert choose({(4.0, 0.1): doubtful}) == (1.0, 0.1)
-    assert choose({(0.25, 0.1): clear, (4.0, 0.1): clear - 0.2, (4.0, 0.3): clear - 0.4}) == (4.0, 0.3)
-    assert choose({(1.0, 0.3): clear}, full=False) == (1.0, 0.1)
+    assert choose({(0.25, 0.1): clear, (4.0, 0.1): clear - 0.2, (4.0, 0.0): clear - 0.4}) == (4.0, 0.0)
+    assert choose({(1.0, 0.0): clear}, full=False) == (1.0, 0.1)
     assert choose({(1.0, 0.1): None}) == (0.25, 0.1)  # whose search ends, at least
     assert choose({(1.0, 0.1): clear, (0.25, 0.1): None, (4.0, 0.1): None}) == (1.0, 0.1)
 

@@ -209,7 +209,7 @@ def linear_around(loaded: Loaded, candidates: Candidates, user: int) -> tuple[Ev
     posterior, number = loaded.posterior, user or len(loaded.users) + 1
     adapted = posterior is not None and posterior.row(number) is not None
     training = None if adapted or (posterior is not None and not user) else training_comparisons(loaded)
-    prior = new_rows_prior(loaded, training)
+    prior = new_rows_prior(loaded, None if user else training)  # who is known has a scale of their own
     known = known_user(loaded, number, prior, training)
     task, basis = task_of(loaded, candidates.tokens), prior.basis(known.root_KK, known.scale)
     N = len(task.comparisons)

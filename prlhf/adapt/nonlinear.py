@@ -3,7 +3,7 @@
 Only a user's row is learnt (`gauss_newton`), from the prior of `rows`. The language model, its adapters, the aggregator, the head,
 what users share and all other rows stay. With --update a known user's prior is what the model knows of them, as in `users`,
 around their row. What comparisons tell of the prior's floor moves the row, but is not kept: there the covariance stays the
-prior's, a number in place of a matrix as large as the row.
+prior's, so the model is said to be less sure than it is. Told directions of the whole row would be V numbers a comparison.
 
 Shape suffixes: V numbers in a row of the table, K directions, Q told directions.
 """

@@ -43,7 +43,9 @@ from prlhf.store.final import Loaded
 
 MOST_DIRECTIONS = 256
 SCALES_TRIED = (0.25, 4.0)  # beside 1
-FLOORS = (0.0, 0.3)  # shares of the variance, beside MODEST
+FLOORS = (
+    0.0,
+)  # shares of the variance, beside MODEST; more is not tried: what is learnt of the floor is not kept (`nonlinear`)
 MODEST = 0.1
 HELD_OUT_USERS, LEARN, PREDICT = 8, 3, 6  # trained users, and comparisons of each
 ROUGHLY = 0.1  # where a search for them ends, in place of LAST_GRADIENT
@@ -58,7 +60,7 @@ class RowPrior(NamedTuple):
     directions_KV: Tensor | None = None  # D times sqrt(1 - floor); None: the identity
     floor: float = 0.0  # what of C is in no direction: a multiple of I
     scale: float = 1.0
-    said: str = "scale 1"
+    said: str = ""
 
     def by(self, law: "RowLaw") -> "RowPrior":
         """A prior at scale 1 without a floor by this law, its floor's share being of the variance."""

@@ -38,8 +38,8 @@ class Posterior(NamedTuple):
     """The covariances of adapted users' coordinates, in float64 on the CPU, and the covariance of the prior that they came from.
 
     For few coordinates S_u itself. For full offsets S_u = scale_u prior - told_u^T told_u; R is the largest of any user, and rows
-    that a user lacks are 0. Full offsets of a soft prompt or of P-DPO are mixtures of directions, f(u) = e_0 + D^T c_u + floor: their
-    coordinates are the mixture's.
+    that a user lacks are 0. Full offsets of a soft prompt or of P-DPO are mixtures of directions, f(u) = e_0 + D^T c_u, and a floor beside:
+    their coordinates are the mixture's.
     """
 
     users_A: Tensor  # their numbers, ascending
@@ -110,8 +110,8 @@ class Posterior(NamedTuple):
     def row_variances(self, users_N: Sequence[int], slopes_NV: Tensor) -> Tensor:
         """The variances of numbers whose derivatives by their users' rows are these, to first order, (N,); NaN as above.
 
-        What is linear in the row where the search ended has the search's own covariance as its posterior (Immer et al. 2021,
-        arXiv 2008.08400); the number itself, of rows drawn from that covariance, need not.
+        The search's covariance is that of a model whose numbers are linear in the row around where it ended, so it goes with
+        these, and not with rows drawn from it (Immer et al. 2021, arXiv 2008.08400). The floor's part is the prior's.
         """
         if self.directions_KV is None:
             return self.variances(users_N, slopes_NV)
