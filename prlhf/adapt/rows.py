@@ -133,7 +133,7 @@ class HeldOut(NamedTuple):
 
 def held_out(training: Sequence[EncodedComparison]) -> tuple[list[EncodedComparison], list[HeldOut]]:
     """HELD_OUT_USERS trained users at most, LEARN and PREDICT comparisons of each at most, drawn at random, that share no response."""
-    rng, comparisons, found = random.Random(0), list[EncodedComparison](), []
+    rng, comparisons, found = random.Random(0), list[EncodedComparison](), list[HeldOut]()
     judges = sorted({c.user for c in training} - {0})
     for user in rng.sample(judges, len(judges)):
         if len(found) == HELD_OUT_USERS:

@@ -10,6 +10,7 @@ Policy and reference draw with the same random numbers for a prompt, whoever ask
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
