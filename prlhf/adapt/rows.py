@@ -149,7 +149,8 @@ def held_out(training: Sequence[EncodedComparison]) -> tuple[list[EncodedCompari
 
 
 def predicted(task: Task, users: Sequence[HeldOut], priors: Sequence[RowPrior], law: RowLaw) -> Tensor | None:
-    """By a prior of the others for each user, their mean -log P(y1 preferred) = -log s(margin) on the comparisons to predict, (H,); None where a search fails."""
+    """By a prior of the others for each user, the mean -log P(y1 preferred) = -log s(margin) on the user's comparisons to
+    predict, (H,); None where a search fails."""
     problems = {}
     for n, user in enumerate(users):
         prior = priors[n].by(law)

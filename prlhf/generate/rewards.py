@@ -3,8 +3,8 @@
 A line is {"prompt": text or messages, "response": text, "user": name, generic or null, "user_text"?, "id"?}, as
 generate.py writes; the user may also stand in `data.user_column`. The output has {"id", "user", "known", "reward"} for
 each line, in order; of a model with adapted users (`adapt`) also "reward_std", the reward's standard deviation under the posterior
-of its user's vector, and "probability", that the response is preferred to the file's others (`Doubt`); null for other users. An unknown user is scored as the generic one, and "known" says so.
-Rewards of responses to one prompt can be compared: all follow it as cut for the longest. Their zero means nothing: Bradley-Terry
+of its user's vector, and "probability", that the response is preferred to the file's others (`Doubt`); null for other users. An
+unknown user is scored as the generic one, and "known" says so. Rewards of responses to one prompt can be compared: all follow it as cut for the longest. Their zero means nothing: Bradley-Terry
 leaves it open.
 """
 
