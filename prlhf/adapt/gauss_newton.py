@@ -9,8 +9,8 @@ Each comparison weighs in full, as in `variational`. J's Hessian, but for the ou
 
     H = I + sum_n X_n^T C_n X_n,   X_n = d outputs_n / d t  (2, R),   C_n = d^2 loss / d outputs_n^2  (2, 2)
 
-and where a loss is not convex (robust, orpo) C_n loses its negative part. Each round tries t - s B grad J, and halves s where J does
-not fall. B is H^-1, corrected for the outputs' curvature by what earlier rounds have seen of it (L-BFGS). J need not be convex:
+and where a loss is not convex (robust, orpo) C_n loses its negative part. Each round tries t - s G grad J, and halves s where J does
+not fall. G is H^-1, corrected for the outputs' curvature by what earlier rounds have seen of it (L-BFGS). J need not be convex:
 the search begins at t = 0 and ends where the gradient vanishes. The posterior there is N(t, H^-1). For a loss that is no -log p
 (ipo, simpo, orpo, nll) that is the curvature of what is minimised, and no more.
 
@@ -97,7 +97,7 @@ class At(NamedTuple):
         return Vt_QR.T * (S_Q / (1 + S_Q.square()).sqrt())
 
     def step(self, moves: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """B grad J, (R,), with B the L-BFGS inverse Hessian of these moves (of t, of the gradient) on top of H^-1.
+        """G grad J, (R,), with G the L-BFGS inverse Hessian of these moves (of t, of the gradient) on top of H^-1.
 
         The two-loop recursion of Nocedal and Wright 2006, Numerical Optimization, algorithm 7.4.
         """

@@ -19,6 +19,7 @@ from prlhf.adapt.reading import task_of
 from prlhf.adapt.rows import RowPrior
 from prlhf.adapt.users import Adapted, law_of, training_is_gone
 from prlhf.adapt.variational import Gaussian
+from prlhf.batch.order import whole_groups
 from prlhf.batch.tokens import EncodedComparison
 from prlhf.data.users import UserIndex
 from prlhf.method.posterior import Law, Posterior
@@ -104,12 +105,6 @@ def known_user(loaded: Loaded, user: int, prior: RowPrior, training: Sequence[En
 
 def groups_of(problems: Mapping[int, UserProblem]) -> list[dict[int, UserProblem]]:
     """The users in groups of at most AT_ONCE comparisons, or of one user who has more."""
-    groups: list[dict[int, UserProblem]] = []
-    room = 0
-    for user, problem in problems.items():
-        if len(problem.indices) > room:
-            groups.append({})
-            room = AT_ONCE
-        groups[-1][user] = problem
-        room -= len(problem.indices)
-    return groups
+    users = list(problems)
+    batches = whole_groups([len(problems[user].indices) for user in users], AT_ONCE)
+    return [{users[n]: problems[users[n]] for n in some} for some in batches]

@@ -116,3 +116,16 @@ def even_micro_batches(
         positions[g] += lengths[unit[0]]
     order = sorted(range(len(groups)), key=lambda g: -positions[g])
     return [sum(groups[g], []) for g in order]
+
+
+def whole_groups(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Groups of these sizes, by place and in order, in batches that hold `most` at most, or one group that is larger."""
+    batches: list[list[int]] = []
+    room = 0
+    for place, size in enumerate(sizes):
+        if size > room:
+            batches.append([])
+            room = most
+        batches[-1].append(place)
+        room -= size
+    return batches

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prlhf.backbone.loading import choose_device
+from prlhf.batch.order import whole_groups
 from prlhf.batch.tokens import Encoder
 from prlhf.batch.trees import Reading
 from prlhf.config.keys import DataConfig, has_linear_coordinates
@@ -134,15 +135,8 @@ def rival_groups(readings: Sequence[Reading], batch_size: int) -> list[list[list
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for n, reading in enumerate(readings):
         groups[reading.user, reading.prefix].append(n)
-    batches: list[list[list[int]]] = []
-    room = 0
-    for group in groups.values():
-        if len(group) > room:
-            batches.append([])
-            room = batch_size
-        batches[-1].append(group)
-        room -= len(group)
-    return batches
+    found = list(groups.values())
+    return [[found[n] for n in some] for some in whole_groups([len(group) for group in found], batch_size)]
 
 
 @torch.inference_mode()
